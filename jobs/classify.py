@@ -1,0 +1,22 @@
+"""Classify an image archive: label, score and top classes of every image, as Parquet.
+
+    python jobs/classify.py --input photos/ --output labels/ --model resnet50 --top-k 5
+    python jobs/classify.py --input tiles.tar --output labels/ --weights model.pt --labels names.txt --embeddings
+
+Run the same command again after any stop: it goes on where it was.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.predictors import Classifier
+
+from pipeline import cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return cli.job(Classifier, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Embed an image archive: one vector an image, as Parquet.
+
+    python jobs/embed.py --input photos/ --output embeddings/ --model resnet50
+    python jobs/embed.py --input 's3://bucket/tiles/{0000..0099}.tar' --output s3://bucket/embeddings
+
+Run the same command again after any stop: it goes on where it was.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.predictors import Embedder
+
+from pipeline import cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return cli.job(Embedder, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

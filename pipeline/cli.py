@@ -1,0 +1,140 @@
+"""Dataclass → flags; errors → sentences and exit codes. The jobs and the `nightshift` command are made of this."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pipeline.config import RunConfig
+from pipeline.errors import NightshiftError, SettingRefused
+
+LIST_FLAGS = ("input",)
+
+
+def job(predictor_class: type, description: str, arguments: Sequence[str] | None = None) -> int:
+    """Parse the flags of RunConfig and of the predictor, run, print; return the exit code."""
+
+    def work() -> int:
+        _divert_native_stderr()
+        run_values, predictor_values = parse(predictor_class, description, arguments)
+        config, predictor = RunConfig(**run_values), predictor_class(**predictor_values)
+        return _dry_run(config, predictor) if config.dry_run else _run(config, predictor)
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run; an error made on purpose ends as one sentence on standard error and its exit code."""
+    try:
+        return work()
+    except NightshiftError as error:
+        print(f"nightshift: {error}", file=sys.stderr, flush=True)
+        if error.exit_code > 128:
+            _leave(error.exit_code)
+        return error.exit_code
+
+
+def parse(
+    predictor_class: type, description: str, arguments: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags win over `--config FILE.yaml`, which wins over the defaults. Returns the fields of both dataclasses."""
+    flags = {
+        field.name: field for cls in (RunConfig, predictor_class) for field in fields(cls) if "help" in field.metadata
+    }
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="any of these flags as YAML; flags given here win")
+    for name, field in flags.items():
+        _add_flag(parser, name, field)
+    given = vars(parser.parse_args(arguments))
+    values = {**_read_config(given.pop("config", None), flags), **given}
+    run_names = {field.name for field in fields(RunConfig)}
+    return (
+        {name: value for name, value in values.items() if name in run_names},
+        {name: value for name, value in values.items() if name not in run_names},
+    )
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: "Field[Any]") -> None:
+    flag = f"--{name.replace('_', '-')}"
+    more = {key: value for key, value in field.metadata.items() if key != "help"}
+    default = field.default if field.default is not MISSING else None
+    help_text = field.metadata["help"]
+    if isinstance(default, bool):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        return
+    if default not in (None, "", ()):
+        help_text += f" (default: {default})"
+    if name in LIST_FLAGS:
+        more["nargs"] = "+"
+    elif default == ():
+        more["action"] = "append"
+    parser.add_argument(flag, type=_scalar(field), help=help_text, **more)
+
+
+def _scalar(field: "Field[Any]") -> Callable[[str], Any]:
+    """int, float or str, as the field is annotated (with or without `| None`)."""
+    kinds = [kind for kind in typing.get_args(field.type) or (field.type,) if kind in (int, float, str)]
+    return kinds[0] if kinds else str
+
+
+def _read_config(path: str | None, flags: dict[str, "Field[Any]"]) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingRefused(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingRefused(f"--config {path}: it must hold one flag a line, as in `model: resnet50`")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(set(values) - set(flags))
+    if unknown:
+        raise SettingRefused(f"--config {path}: no flag is called {', '.join(unknown)}")
+    return values
+
+
+def _run(config: RunConfig, predictor: Any) -> int:
+    from pipeline.runner import run  # imports Ray, which --help and a refused flag need not wait for
+
+    run(config, predictor).show()
+    return 0
+
+
+def _dry_run(config: RunConfig, predictor: Any) -> int:
+    from pipeline import output
+
+    predictor.prepare()
+    print(json.dumps(output.preview(config, predictor), indent=1))
+    return 0
+
+
+def _divert_native_stderr() -> None:
+    """Keep what C++ libraries write to descriptor 2 off the screen; Python's own standard error stays.
+
+    Ray and torch have no setting for these lines, and log the same to their files.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stderr.fileno() == 2:
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave at once: after a signal there are three seconds, and the cluster ends with its driver."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,126 @@
+"""Settings, checked once, early. Inside the package code trusts them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import SettingRefused
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """How pixels get their size and their scale: torchvision's evaluation transform.
+
+    The short side is resized to `resize` pixels with antialiasing, the centre `crop` × `crop` pixels are cut out; this
+    happens on uint8 where the image is decoded. `(pixel / 255 - mean) / std` follows on the network's device.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    interpolation: str = "bilinear"  # nearest, bilinear, bicubic, lanczos
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+def _flag(help: str, default: Any, **more: Any) -> Any:
+    """A field that is also a command-line flag. metavar, choices: as argparse takes them."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to read, where to write, and how the work is spread. What the network is, its predictor says."""
+
+    input: Sequence[str] = _flag(
+        "archive: folders, globs, files or {0000..0099} ranges; local or s3://, gs://, az://", (), metavar="URI"
+    )
+    output: str = _flag("output directory; run the same command again to go on after any stop", "", metavar="URI")
+    keep: Sequence[str] = _flag(
+        "columns of the shards to keep, comma-separated; name:new_name renames", (), metavar="COL,…"
+    )
+    image_column: str | None = _flag("Parquet column with the image bytes (default: found)", None, metavar="COL")
+    uri_column: str | None = _flag("Parquet or CSV column with image URIs (default: found)", None, metavar="COL")
+    limit: int | None = _flag("only the first N images of the archive", None, metavar="N")
+    max_pixels: int = _flag("largest image in pixels, against decompression bombs", 200_000_000, metavar="N")
+    exif_rotate: bool = _flag("turn images upright by their EXIF orientation", True)
+    batch_size: int | None = _flag("images a batch (default: by the hardware)", None, metavar="N")
+    rows_per_part: int | None = _flag("rows a Parquet part (default: by the archive's size)", None, metavar="N")
+    actors: str = _flag("model actors: auto, N or MIN:MAX", "auto", metavar="auto|N|MIN:MAX")
+    gpus_per_actor: str = _flag("GPUs an actor, a fraction shares one: auto or a number", "auto", metavar="auto|F")
+    max_error_rate: float = _flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")
+    overwrite: bool = _flag("remove an earlier run's output first", False)
+    dry_run: bool = _flag("show the plan and the settings, do no work", False)
+
+    def __post_init__(self) -> None:
+        names = [self.input] if isinstance(self.input, str) else list(self.input)
+        object.__setattr__(self, "input", tuple(names))
+        if not names or not all(names):
+            raise SettingRefused("--input is missing: name a folder, a glob or files of images")
+        if not self.output:
+            raise SettingRefused("--output is missing: name the directory to write to")
+        object.__setattr__(self, "output", storage.normalize(self.output))
+        keep = [self.keep] if isinstance(self.keep, str) else list(self.keep)
+        object.__setattr__(self, "keep", tuple(name for names in keep for name in names.split(",") if name))
+        for name, least in {"limit": 1, "max_pixels": 1, "batch_size": 1, "rows_per_part": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingRefused(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        if not 0 <= self.max_error_rate <= 1:
+            raise SettingRefused(f"--max-error-rate is {self.max_error_rate}: it is a share between 0 and 1")
+        self.actor_range()
+        self.gpu_share()
+
+    def actor_range(self) -> tuple[int, int] | None:
+        """(least, most) actors, None for auto."""
+        if self.actors == "auto":
+            return None
+        least, _, most = self.actors.partition(":")
+        try:
+            found = int(least), int(most or least)
+        except ValueError:
+            found = (0, 0)
+        if not 1 <= found[0] <= found[1]:
+            raise SettingRefused(f"--actors is {self.actors!r}: it is auto, a number from 1, or MIN:MAX")
+        return found
+
+    def gpu_share(self) -> float | None:
+        """GPUs an actor, None for auto, 0 for the CPU."""
+        if self.gpus_per_actor == "auto":
+            return None
+        try:
+            share = float(self.gpus_per_actor)
+        except ValueError:
+            share = -1.0
+        if share < 0 or (share > 1 and share != int(share)):
+            raise SettingRefused(
+                f"--gpus-per-actor is {self.gpus_per_actor!r}: it is auto, a fraction, or a whole number"
+            )
+        return share
+
+    def keep_names(self) -> dict[str, str]:
+        """Column of the shard → column of the result."""
+        pairs = (name.partition(":") for name in self.keep)
+        return {name: alias or name for name, _, alias in pairs}
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change which rows come out or what is in them; a resumed run must have the same."""
+        return {
+            "input": [storage.redact(uri if "://" in uri else storage.normalize(uri)) for uri in self.input],
+            "keep": list(self.keep),
+            "image_column": self.image_column,
+            "uri_column": self.uri_column,
+            "limit": self.limit,
+            "max_pixels": self.max_pixels,
+            "exif_rotate": self.exif_rotate,
+        }
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """16 hex digits that change with any of the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""Interval sets: which rows of which shards are done. Pure Python, no I/O.
+
+A range is a half-open `(start, stop)` pair of rows. A `Ranges` is a sorted tuple of disjoint, non-adjacent,
+non-empty ranges, so equal sets are equal tuples.
+"""
+
+from collections.abc import Iterable, Iterator
+
+Range = tuple[int, int]
+Ranges = tuple[Range, ...]
+
+END = 2**62  # stop of a range whose end only reading can tell
+
+
+def normalize(ranges: Iterable[Range]) -> Ranges:
+    """Sort, drop the empty ones, and merge what touches or overlaps."""
+    merged: list[Range] = []
+    for start, stop in sorted(ranges):
+        if start >= stop:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def from_rows(rows: Iterable[int]) -> Ranges:
+    """The ranges that hold exactly these rows, in any order, each once."""
+    return normalize((row, row + 1) for row in rows)
+
+
+def union(a: Ranges, b: Ranges) -> Ranges:
+    return normalize((*a, *b))
+
+
+def intersect(a: Ranges, b: Ranges) -> Ranges:
+    found: list[Range] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start < stop:
+            found.append((start, stop))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(found)
+
+
+def subtract(a: Ranges, b: Ranges) -> Ranges:
+    """What of `a` is not in `b`."""
+    left: list[Range] = []
+    for start, stop in a:
+        for taken_start, taken_stop in intersect(((start, stop),), b):
+            if start < taken_start:
+                left.append((start, taken_start))
+            start = taken_stop
+        if start < stop:
+            left.append((start, stop))
+    return tuple(left)
+
+
+def count(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def contains(ranges: Ranges, row: int) -> bool:
+    return any(start <= row < stop for start, stop in ranges)
+
+
+class Coverage:
+    """The rows of a run that are done, by shard; memory grows with the gaps, not with the images.
+
+    A shard whose number of rows is learnt while reading has it in `totals` once its end was seen.
+    """
+
+    def __init__(self) -> None:
+        self.ranges: dict[int, Ranges] = {}
+        self.totals: dict[int, int] = {}
+
+    def add(self, shard: int, ranges: Ranges) -> None:
+        """Add rows of a shard; raise ValueError if one of them is there already."""
+        overlap = intersect(self.of(shard), ranges)
+        if overlap:
+            raise ValueError(f"rows {overlap} of shard {shard} are covered twice")
+        self.ranges[shard] = union(self.of(shard), ranges)
+
+    def overlaps(self, shard: int, ranges: Ranges) -> Ranges:
+        return intersect(self.of(shard), ranges)
+
+    def of(self, shard: int) -> Ranges:
+        return self.ranges.get(shard, ())
+
+    def remaining(self, shard: int, rows: int | None) -> Ranges:
+        """What is left of a shard, () when it is done.
+
+        rows: the planned number of rows, None where only reading tells; then the last range ends at `END` until a
+        reader has seen the end of the shard.
+        """
+        stop = self.totals.get(shard, END if rows is None else rows)
+        return subtract(normalize([(0, stop)]), self.of(shard))
+
+    def count(self) -> int:
+        return sum(count(ranges) for ranges in self.ranges.values())
+
+    def __iter__(self) -> Iterator[tuple[int, Ranges]]:
+        return iter(sorted(self.ranges.items()))

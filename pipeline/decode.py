@@ -1,0 +1,210 @@
+"""decode: the bytes of an image → uint8 pixels of the network's size, or a DecodeError.
+
+The pixels are those of torchvision's evaluation transform over Pillow (torchvision/transforms/functional.py: `resize`
+of the short side, then `center_crop`), bit for bit. Imports neither Ray nor torch: decode workers start at once.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+
+from pipeline.config import Transform
+from pipeline.errors import DecodeError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's JPEG opens MPO as well
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+WHOLE_RESIZE_PIXELS = 1 << 22
+"""Up to here an image is resized whole, then cropped. A longer strip is resized where the crop lies, no further:
+1 × 20,000 pixels would be 256 × 5,120,000. Pillow holds the region in float32 and picks the order of its two passes by
+sizes, so that a strip may differ from torchvision by rounding; whole images cannot."""
+
+ORIENTATION = 0x0112
+UPRIGHT: dict[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF 2.32, tag 0x0112 → what turns the stored pixels upright."""
+BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
+
+END_MARKERS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
+"""First bytes of a format → what its last 16 bytes hold."""
+
+Image.preinit()  # with the two imported above, all of FORMATS; otherwise Image.open() imports every plugin there is
+# These two are settings of the whole process. The limit here is `max_pixels`, checked on the header; Pillow's own would
+# warn or raise beside it.
+Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """pixels: uint8 [crop, crop, 3], RGB. width, height: as stored, before EXIF rotation and any resize."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def decode(data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True) -> Decoded:
+    """The first frame or page of an image as RGB, upright, resized and cropped as `transform` says.
+
+    Transparency is composited over white. 16-bit grey is scaled to 8 bits; float is taken as [0, 1] where all of it
+    lies there, else as [0, 255]. The ICC profile is not applied, as in torchvision.
+
+    Raises DecodeError, whatever the bytes: empty, not_an_image, unsupported (a format or a kind of pixels that is not
+    read), truncated, corrupt, too_large (more than `max_pixels`). MemoryError passes through.
+    """
+    if not data:
+        raise DecodeError("empty", "the image has no bytes")
+    try:
+        image = _open(data)
+        tiff_orientation = _tiff_orientation(image)
+        width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
+        _check_size(width, height, max_pixels)
+        rgb = _jpeg_rgb(image, data) or _to_rgb(image)
+        turn = _turn(image, tiff_orientation, exif_rotate)
+        pixels = np.asarray(_resize_crop(rgb if turn is None else rgb.transpose(turn), transform))
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # Pillow lists nowhere what its readers raise on broken data
+        raise _decode_error(error, data) from error
+    return Decoded(pixels, width, height)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header only."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        pass
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is None or accept(data[:16]) is True:
+            return factory(io.BytesIO(data), "")  # raises what Image.open() kept to itself
+    other = next((name for magic, name in OTHER_FORMATS.items() if data.startswith(magic)), None)
+    if data[4:8] == b"ftyp":
+        other = "HEIF, AVIF or video"
+    if other:
+        raise DecodeError("unsupported", f"{other} is not read: convert it to one of {', '.join(FORMATS)}")
+    raise DecodeError("not_an_image", f"the bytes begin with {data[:8]!r}, as none of {', '.join(FORMATS)} does")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        sizes = f"{width} × {height} = {width * height} pixels, more than the limit of {max_pixels}"
+        raise DecodeError("too_large", f"the image has {sizes}; raise --max-pixels if it is meant to")
+    if width < 1 or height < 1:
+        raise DecodeError("corrupt", f"the image is {width} × {height} pixels")
+
+
+def _tiff_orientation(image: Image.Image) -> int | None:
+    """The orientation tag of a TIFF: Pillow turns those by itself, swaps their sizes at once and drops the tag."""
+    return image.tag_v2.get(ORIENTATION, 1) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+
+
+def _turn(image: Image.Image, tiff_orientation: int | None, exif_rotate: bool) -> Image.Transpose | None:
+    """What brings the loaded pixels upright or, of a TIFF that shall stay as it is stored, back."""
+    if tiff_orientation is not None:
+        return None if exif_rotate else BACK.get(tiff_orientation)
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1)) if exif_rotate else None
+    except Exception:  # broken EXIF says nothing of the pixels
+        return None
+
+
+def _jpeg_rgb(image: Image.Image, data: bytes) -> Image.Image | None:
+    """A JPEG decoded with the libjpeg-turbo settings that Pillow uses, faster; None leaves it to Pillow."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:  # it is strict; Pillow forgives what a viewer would
+        return None
+    return Image.fromarray(pixels) if pixels.shape[:2] == image.size[::-1] else None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode.startswith("I"):
+        return _grey_16(image).convert("RGB")
+    if image.mode == "F":
+        return _grey_float(np.asarray(image)).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_16(image: Image.Image) -> Image.Image:
+    values = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:  # a PNG's tRNS: one value of grey that is clear
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _grey_float(values: np.ndarray) -> Image.Image:
+    values = np.nan_to_num(values, nan=0.0)
+    if values.min() >= 0 and values.max() <= 1:
+        values = values * 255
+    return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+
+
+def _resize_crop(image: Image.Image, transform: Transform) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    scaled = int(transform.resize * width / short), int(transform.resize * height / short)
+    left, top = _offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop)
+    right, bottom = left + transform.crop, top + transform.crop
+    x0, y0, x1, y1 = 0, 0, *scaled
+    if x1 * y1 > WHOLE_RESIZE_PIXELS:
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, x1), min(bottom, y1)
+    box = (x0 * width / scaled[0], y0 * height / scaled[1], x1 * width / scaled[0], y1 * height / scaled[1])
+    resized = image.resize((x1 - x0, y1 - y0), FILTERS[transform.interpolation], box)
+    return resized.crop((left - x0, top - y0, right - x0, bottom - y0))  # Pillow pads with zeros
+
+
+def _offset(size: int, crop: int) -> int:
+    """Where torchvision's centre crop begins; negative where it pads."""
+    return round((size - crop) / 2) if size >= crop else -((crop - size) // 2)
+
+
+def _decode_error(error: Exception, data: bytes) -> DecodeError:
+    reason = str(error) or type(error).__name__
+    kinds = ("unknown pixel mode", "cannot handle", "unsupported", "not supported")
+    if isinstance(error.__cause__, KeyError) or any(words in reason.lower() for words in kinds):
+        return DecodeError("unsupported", f"Pillow does not read pixels or compression of this kind: {reason}")
+    if "truncated" in reason.lower() or _is_cut(data):
+        return DecodeError("truncated", f"the end is missing, {len(data)} bytes are there: {reason}")
+    return DecodeError("corrupt", f"the bytes are damaged: {reason}")
+
+
+def _is_cut(data: bytes) -> bool:
+    """True where a format's last bytes are missing, or its header tells of more bytes than there are."""
+    if data.startswith((b"RIFF", b"BM")):
+        size, rest = (data[4:8], 8) if data.startswith(b"RIFF") else (data[2:6], 0)
+        return int.from_bytes(size, "little") + rest > len(data)
+    if data.startswith((b"II", b"MM")):
+        return int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big") >= len(data)
+    return any(data.startswith(first) and last not in data[-16:] for first, last in END_MARKERS.items())

@@ -1,0 +1,182 @@
+"""Ray Data runs the flow: read → decode → predict → write part + commit. The only module that schedules work."""
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipeline import output, schema
+from pipeline.config import RunConfig
+from pipeline.datasource import ShardDatasource, Unit
+from pipeline.errors import SettingRefused
+from pipeline.ledger import Commit
+from pipeline.loader import Loader
+from pipeline.plan import Plan
+from pipeline.predict import Predict
+from pipeline.predictors import Predictor
+from pipeline.sink import Sink, write
+from pipeline.sources.discover import Archive
+
+MAX_READ_TASKS = 10_000
+MAX_DECODE_THREADS = 8
+PART_BYTES = 128 << 20
+ASSUMED_IMAGE_BYTES = 50_000
+CONNECT_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the stages share a cluster. CPUs are Ray's logical ones; the numbers add up to no more than there are.
+
+    On CPUs alone the network gets every core's threads: Ray's numbers then only say how many stages run side by side,
+    and the operating system shares the cores between decoding and the network.
+    """
+
+    read_cpus: float
+    actors: tuple[int, int]
+    actor_cpus: float
+    actor_gpus: float
+    actor_threads: int | None
+    write_cpus: float = 0.05
+
+    @staticmethod
+    def of(config: RunConfig, cpus: float, gpus: float) -> "Layout":
+        share = config.gpu_share()
+        if share is None:
+            share = 1.0 if gpus >= 1 else 0.0
+        if share > gpus:
+            raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs")
+        if share:
+            most = max(1, int(gpus / share))
+            actors = config.actor_range() or (most, most)
+            return Layout(1.0, actors, 0.0, share, None)
+        actors = config.actor_range() or (max(1, int(cpus) // 4),) * 2
+        read_cpus = min(1.0, cpus / 2)
+        actor_cpus = min(1.0, (cpus - read_cpus - 0.1) / actors[1])
+        if actor_cpus < 0.01:
+            raise SettingRefused(f"--actors {config.actors} does not fit: the cluster has {cpus:g} CPUs; ask for fewer")
+        # Equal resources would make Ray fuse reading into the actors and run the two in turn.
+        actor_cpus = math.floor(actor_cpus * 0.95 * 100) / 100
+        return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]))
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (as `ray job submit` does), else start one on this machine. Quietly.
+
+    Never `ray.init()`'s own guess: it would join, and end with, whatever other job runs on the same machine.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        ray.init(address=address, include_dashboard=False, **quiet)
+        return
+    try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "://" not in address:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_SECONDS).close()  # Ray would wait for ever
+        ray.init(address=address, **quiet)
+    except OSError as error:  # ConnectionError among them
+        raise SettingRefused(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+
+
+def cluster_size() -> tuple[float, float]:
+    """Logical CPUs and GPUs of the whole cluster."""
+    resources = ray.cluster_resources()
+    return float(resources.get("CPU", 1.0)), float(resources.get("GPU", 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One pass of the four stages over units of work."""
+
+    output: str
+    units: list[Unit]
+    loader: Loader
+    predictor: Predictor
+    sink: Sink
+    layout: Layout
+    batch_size: int
+    rows_per_part: int
+
+    @staticmethod
+    def of(
+        config: RunConfig, predictor: Predictor, archive: Archive, plan: Plan, attempt: int, units: list[Unit]
+    ) -> "Flow":
+        """Size the stages for the work and for the cluster that Ray is connected to."""
+        cpus, gpus = cluster_size()
+        layout = Layout.of(config, cpus, gpus)
+        batch_size = config.batch_size or (256 if layout.actor_gpus else 64)
+        predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
+        names = config.keep_names()
+        keep = {name: (names[name], plan.keep.field(name).type) for name in plan.keep.names}
+        result = schema.result(predictor.columns, dict(keep.values()))
+        loader = Loader(
+            predictor.transform,
+            archive.options(),
+            keep,
+            config.max_pixels,
+            config.exif_rotate,
+            batch_size,
+            max(1, min(MAX_DECODE_THREADS, int(cpus) // len(units))),
+        )
+        sink = Sink(config.output, attempt, result, output.footer(config, predictor))
+        rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
+        return Flow(config.output, units, loader, predictor, sink, layout, batch_size, rows_per_part)
+
+    def commits(self) -> Iterator[Commit]:
+        """Run the flow; yield each commit as it is made."""
+        self._set_context()
+        tasks = self._tasks()
+        dataset = ray.data.read_datasource(
+            ShardDatasource(self.output, tasks, self.loader),
+            override_num_blocks=len(tasks),
+            num_cpus=self.layout.read_cpus,
+        )
+        dataset = dataset.map_batches(
+            Predict,
+            fn_constructor_args=(self.predictor, dict(self.loader.keep.values())),
+            batch_size=self.batch_size,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=self.layout.actors[0], max_size=self.layout.actors[1]),
+            num_cpus=self.layout.actor_cpus,
+            num_gpus=self.layout.actor_gpus,
+        )
+        dataset = dataset.repartition(target_num_rows_per_block=self.rows_per_part, strict=True)
+        dataset = dataset.map_batches(
+            write, fn_args=(self.sink,), batch_size=None, batch_format="pyarrow", num_cpus=self.layout.write_cpus
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from (Commit.from_json(text) for text in batch["commit"].to_pylist())
+
+    def _tasks(self) -> list[list[Unit]]:
+        """Neighbouring units in at most MAX_READ_TASKS tasks, to bound the driver's work."""
+        per_task = -(-len(self.units) // MAX_READ_TASKS)
+        return [self.units[i : i + per_task] for i in range(0, len(self.units), per_task)]
+
+    def _set_context(self) -> None:
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # A block is a batch: what waits between the stages is counted in batches, whatever the size of the images.
+        context.target_max_block_size = max(1 << 20, self.batch_size * self.loader.transform.crop**2 * 3)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:
+    """Parts of PART_BYTES; smaller ones in a small archive, so that a stop costs a fiftieth of it at most."""
+    row_bytes = 200 + sum(
+        f.type.list_size * f.type.value_type.bit_width // 8 for f in result if pa.types.is_fixed_size_list(f.type)
+    )
+    images = plan.rows + plan.size_bytes // ASSUMED_IMAGE_BYTES * (plan.uncounted_shards > 0)
+    return max(batch_size, min(PART_BYTES // row_bytes, images // 50))

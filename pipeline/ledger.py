@@ -1,0 +1,310 @@
+"""What of a run is done: commits, attempts, and the lock of an output directory.
+
+A commit is a small JSON record, written after its part and only if there is none of its name. It counts if the newest
+attempt wrote it, or if it stands in the list that the newest attempt began with; any other came from a driver that had
+been replaced (paused and woken, cut off) and does not exist for anybody. Correctness rests on that alone; the lock and
+its heartbeat only keep a second driver from wasting work.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline import storage
+from pipeline.coverage import Coverage, Ranges
+from pipeline.errors import OutputLocked
+from pipeline.prefetch import ordered_map
+
+COMMITS, ATTEMPTS, LOCK = "_commits", "_attempts", "_lock.json"
+READ_THREADS = 16
+HEARTBEAT_SECONDS = 5.0
+LEASE_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One part that exists. Named `part-<attempt>-<shard>-<row>` after the first row that it covers.
+
+    part, errors_part: file names in the output and in `_errors/`, None where there were no such rows.
+    ranges: rows covered, by shard. totals: number of rows of the shards whose end was seen.
+    seconds: wall time by stage, summed over images. errors_by_type: `<stage>/<error_type>` → images.
+    """
+
+    name: str
+    attempt: int
+    part: str | None
+    errors_part: str | None
+    ranges: dict[int, Ranges]
+    totals: dict[int, int]
+    rows: int
+    errors: int
+    errors_by_type: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Commit":
+        record = json.loads(text)
+        ranges = {int(shard): tuple((a, b) for a, b in pairs) for shard, pairs in record.pop("ranges").items()}
+        totals = {int(shard): rows for shard, rows in record.pop("totals").items()}
+        return Commit(ranges=ranges, totals=totals, **record)
+
+
+@dataclass
+class Tally:
+    """Sums over commits."""
+
+    rows: int = 0
+    errors: int = 0
+    parts: int = 0
+    bytes_read: int = 0
+    errors_by_type: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, commit: Commit) -> None:
+        self.rows += commit.rows
+        self.errors += commit.errors
+        self.parts += commit.part is not None
+        self.bytes_read += commit.bytes_read
+        self.errors_by_type.update(commit.errors_by_type)
+        self.seconds.update(commit.seconds)
+
+
+class Ledger:
+    """The accepted commits of an output directory: what they cover and what they add up to.
+
+    earlier: sums over what this attempt found; current: sums over what it added.
+    """
+
+    def __init__(self, output: str, attempt: int) -> None:
+        self.output = output
+        self.attempt = attempt
+        self.coverage = Coverage()
+        self.names: set[str] = set()
+        self.earlier = Tally()
+        self.current = Tally()
+
+    def accept(self, commit: Commit) -> bool:
+        """Count a commit in, unless one of its rows is covered already."""
+        if commit.name in self.names:
+            return False
+        if any(self.coverage.overlaps(shard, ranges) for shard, ranges in commit.ranges.items()):
+            return False
+        for shard, ranges in commit.ranges.items():
+            self.coverage.add(shard, ranges)
+        self.coverage.totals.update(commit.totals)
+        self.names.add(commit.name)
+        (self.current if commit.attempt == self.attempt else self.earlier).add(commit)
+        return True
+
+    @property
+    def rows(self) -> int:
+        return self.earlier.rows + self.current.rows
+
+    @property
+    def errors(self) -> int:
+        return self.earlier.errors + self.current.errors
+
+
+def begin(output: str) -> Ledger:
+    """Start the next attempt: accept what is there and fix the list of it, so that nothing older can be added later."""
+    last = last_attempt(output)
+    ledger = Ledger(output, last + 1)
+    for commit in valid_commits(output, last):
+        ledger.accept(commit)
+    record = {"attempt": ledger.attempt, "began": _now(), "host": socket.gethostname(), "accepts": sorted(ledger.names)}
+    try:
+        storage.create(_attempt_uri(output, ledger.attempt), json.dumps(record).encode())
+    except FileExistsError as error:
+        raise OutputLocked(f"another driver started on {output} in this moment; let it work, or try again") from error
+    return ledger
+
+
+def read(output: str) -> Ledger:
+    """The accepted commits as they are, without starting an attempt."""
+    last = last_attempt(output)
+    ledger = Ledger(output, last)
+    for commit in valid_commits(output, last):
+        ledger.accept(commit)
+    return ledger
+
+
+def end(ledger: Ledger, status: str) -> None:
+    """Note in the attempt's record how it ended: done, interrupted, or the error's class."""
+    uri = _attempt_uri(ledger.output, ledger.attempt)
+    record = json.loads(storage.read(uri))
+    storage.write(uri, json.dumps({**record, "ended": _now(), "status": status}).encode())
+
+
+def valid_commits(output: str, last_attempt: int) -> Iterator[Commit]:
+    """The commits that count, by name: those of the newest attempt, and those that it lists."""
+    if not last_attempt:
+        return
+    accepted = set(json.loads(storage.read(_attempt_uri(output, last_attempt)))["accepts"])
+    newest = f"part-{last_attempt:04d}-"
+    uris = [
+        info.uri for info in _list(output, COMMITS) if (name := _stem(info.uri)) in accepted or name.startswith(newest)
+    ]
+    yield from map(Commit.from_json, ordered_map(storage.read, uris, READ_THREADS, 8 * READ_THREADS))
+
+
+def sweep(ledger: Ledger) -> int:
+    """Remove commits that do not count and parts that no commit names; return how many files went."""
+    commits = {info.uri: _stem(info.uri) in ledger.names for info in _list(ledger.output, COMMITS)}
+    kept = ordered_map(storage.read, [uri for uri, counts in commits.items() if counts], READ_THREADS, 8 * READ_THREADS)
+    named: set[str | None] = set()
+    for commit in map(Commit.from_json, kept):
+        named |= {commit.part, commit.errors_part and f"_errors/{commit.errors_part}"}
+    orphans = [uri for uri, counts in commits.items() if not counts]
+    for info in parts(ledger.output):
+        if info.uri[len(ledger.output) + 1 :] not in named:
+            orphans.append(info.uri)
+    for uri in orphans:
+        storage.delete(uri)
+    return len(orphans)
+
+
+def parts(output: str) -> Iterator[storage.ObjectInfo]:
+    """Every Parquet file of results or errors, whether committed or not."""
+    for info in _list(output, ""):
+        name = info.uri[len(output) + 1 :]
+        if name.removeprefix("_errors/").startswith("part-") and name.endswith(".parquet"):
+            yield info
+
+
+def commit_uri(output: str, name: str) -> str:
+    return storage.join(output, f"{COMMITS}/{name}.json")
+
+
+def _attempt_uri(output: str, number: int) -> str:
+    return storage.join(output, f"{ATTEMPTS}/{number}.json")
+
+
+def last_attempt(output: str) -> int:
+    return max((int(_stem(info.uri)) for info in _list(output, ATTEMPTS)), default=0)
+
+
+def _list(output: str, folder: str) -> list[storage.ObjectInfo]:
+    try:
+        return list(storage.list_objects(storage.join(output, folder).rstrip("/")))
+    except FileNotFoundError:
+        return []
+
+
+def _stem(uri: str) -> str:
+    return uri.rpartition("/")[2].partition(".")[0]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Lock:
+    """One driver at a time on an output directory, as long as its heart beats.
+
+    A lock left behind is taken over at once if its process is gone from this machine, else after its heartbeat has
+    stood still for LEASE_SECONDS by the clock of whoever waits: clocks of two machines are never compared.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+        self.uri = storage.join(output, LOCK)
+        self.owner = {
+            "id": uuid.uuid4().hex,
+            "host": _machine(),
+            "pid": os.getpid(),
+            "process_start": _process_start(os.getpid()),
+        }
+        self.lost = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
+
+    def __enter__(self) -> "Lock":
+        beat = self._content(0)
+        try:
+            storage.create(self.uri, beat)
+        except FileExistsError:
+            self._wait_for_stale()
+            storage.write(self.uri, beat)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.lost.is_set():
+            with contextlib.suppress(OSError):
+                storage.delete(self.uri)
+
+    def check(self) -> None:
+        """Raise OutputLocked if another driver has taken over."""
+        if self.lost.is_set():
+            raise OutputLocked(f"another driver took over {self.output} while this one stood still; this one stops")
+
+    def _beat(self) -> None:
+        for number in range(1, 1 << 62):
+            if self._stop.wait(HEARTBEAT_SECONDS):
+                return
+            with contextlib.suppress(OSError):  # a beat missed is made up for by the next
+                if self._read().get("id") != self.owner["id"]:
+                    self.lost.set()
+                    return
+                storage.write(self.uri, self._content(number))
+
+    def _wait_for_stale(self) -> None:
+        seen = self._read()
+        deadline = time.monotonic() + LEASE_SECONDS
+        while not self._owner_is_gone(seen) and time.monotonic() < deadline:
+            time.sleep(min(1.0, LEASE_SECONDS / 4))
+            found = self._read()
+            if not found:
+                return
+            if found != seen:
+                host = str(found.get("host", "?")).partition("/")[0]
+                raise OutputLocked(
+                    f"{self.output} is in use by process {found.get('pid')} on {host}; wait until it ends, or stop it"
+                )
+
+    def _owner_is_gone(self, owner: dict[str, Any]) -> bool:
+        if not owner:
+            return True
+        return bool(owner["host"] == self.owner["host"] and _process_start(owner["pid"]) != owner["process_start"])
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(storage.read(self.uri)))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _content(self, beat: int) -> bytes:
+        return json.dumps({**self.owner, "beat": beat}).encode()
+
+
+def _machine() -> str:
+    """Host name and boot id: process numbers mean something only between equal ones."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+def _process_start(pid: int) -> str:
+    """When a process of this machine started, in clock ticks; "" if there is none (or, without /proc, unknown)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

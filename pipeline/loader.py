@@ -1,0 +1,113 @@
+"""read → decode: a shard's rows as Arrow tables of uint8 pixels. Decode workers need neither Ray nor torch for it."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import schema, sources
+from pipeline.config import Transform
+from pipeline.coverage import Ranges
+from pipeline.decode import Decoded, decode
+from pipeline.errors import ImageError
+from pipeline.plan import Shard
+from pipeline.prefetch import ordered_map
+from pipeline.sources import ReadOptions, Record, ShardEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """How every shard of a run is read and decoded.
+
+    keep: column of the shard → (column of the result, its type). rows_per_table: images in one table.
+    """
+
+    transform: Transform
+    options: ReadOptions
+    keep: Mapping[str, tuple[str, pa.DataType]]
+    max_pixels: int
+    exif_rotate: bool
+    rows_per_table: int
+    threads: int
+
+    def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
+        """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
+        items = sources.read(shard, todo, self.options)
+        batch: list[_Row] = []
+        for row in ordered_map(self._decode, items, self.threads, ahead=4 * self.threads):
+            batch.append(row)
+            if len(batch) == self.rows_per_table:
+                yield self._table(shard, batch)
+                batch = []
+        if batch:
+            yield self._table(shard, batch)
+
+    def _decode(self, item: Record | ShardEnd) -> "_Row":
+        if isinstance(item, ShardEnd) or item.data is None:
+            return _Row(item, None, item.error if isinstance(item, Record) else None, 0.0)
+        started = time.perf_counter()
+        try:
+            decoded = decode(item.data, self.transform, max_pixels=self.max_pixels, exif_rotate=self.exif_rotate)
+            return _Row(item, decoded, None, time.perf_counter() - started)
+        except ImageError as error:
+            return _Row(item, None, error, time.perf_counter() - started)
+
+    def _table(self, shard: Shard, batch: "list[_Row]") -> pa.Table:
+        columns: dict[str, Any] = {
+            "shard": np.full(len(batch), shard.index, np.int32),
+            schema.PIXELS: _pixel_column([row.decoded for row in batch], self.transform.crop),
+        }
+        rows = [row.columns() for row in batch]
+        for name in rows[0]:
+            columns[name] = [row[name] for row in rows]
+        for name, (alias, type_) in self.keep.items():
+            columns[alias] = pa.array([_kept(row.item, name) for row in batch], type_)
+        types = schema.loaded(self.transform.crop, dict(self.keep.values()))
+        return pa.table({name: columns[name] for name in types.names}, schema=types)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    item: Record | ShardEnd
+    decoded: Decoded | None
+    error: ImageError | None
+    decode_seconds: float
+
+    def columns(self) -> dict[str, Any]:
+        item, error = self.item, self.error
+        record = item if isinstance(item, Record) else None
+        return {
+            "image_id": record and record.image_id,
+            "source": record and record.source,
+            "member": record and record.member,
+            "row": record.row if record else item.rows,  # type: ignore[union-attr]
+            "width": self.decoded and self.decoded.width,
+            "height": self.decoded and self.decoded.height,
+            "stage": error and error.stage,
+            "error_type": error and error.error_type,
+            "message": error and error.message,
+            schema.SHARD_ROWS: item.rows if isinstance(item, ShardEnd) else None,
+            "read_seconds": record.read_seconds if record else 0.0,
+            "decode_seconds": self.decode_seconds,
+            "predict_seconds": 0.0,
+            "size_bytes": len(record.data) if record and record.data else 0,
+        }
+
+
+def _kept(item: Record | ShardEnd, name: str) -> Any:
+    return item.kept.get(name) if isinstance(item, Record) else None
+
+
+def _pixel_column(images: list[Decoded | None], crop: int) -> pa.Array:
+    """A fixed_size_binary column of uint8 [crop, crop, 3], null where there is no image; one copy an image."""
+    pixels = np.empty((len(images), crop, crop, 3), np.uint8)
+    valid = np.zeros(len(images), bool)
+    for place, image in enumerate(images):
+        if image is not None:
+            pixels[place] = image.pixels
+            valid[place] = True
+    bitmap = pa.py_buffer(np.packbits(valid, bitorder="little"))
+    return pa.Array.from_buffers(pa.binary(crop * crop * 3), len(images), [bitmap, pa.py_buffer(pixels)])

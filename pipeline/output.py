@@ -1,0 +1,125 @@
+"""An output directory as a run finds it and leaves it: `_run.json`, the plan, `_SUCCESS`."""
+
+import json
+import platform
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from pipeline import ledger as ledgers
+from pipeline import plan as plans
+from pipeline import storage
+from pipeline.config import RunConfig, fingerprint
+from pipeline.errors import OutputRefused
+from pipeline.plan import Plan
+from pipeline.predictors import Predictor
+from pipeline.sources.discover import Archive
+
+RUN, SUCCESS = "_run.json", "_SUCCESS"
+PACKAGES = ("nightshift", "ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
+
+
+def settings(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
+    """Everything that changes results. Its fingerprint is the run's."""
+    found = {**config.result_settings(), **predictor.settings()}
+    return dict(json.loads(json.dumps(found)))  # as it reads back from a file
+
+
+def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> Plan:
+    """Make the output ready for the next attempt, and return its plan: the one it has, or a new one."""
+    wanted = settings(config, predictor)
+    if config.overwrite:
+        _remove_all(config.output)
+    found = _read_run(config.output)
+    if found is None:
+        _refuse_foreign(config.output)
+        record = {
+            "fingerprint": fingerprint(wanted),
+            "settings": wanted,
+            "provenance": predictor.provenance(),
+            "config": {**asdict(config), **config.result_settings()},
+            "versions": {**{name: version(name) for name in PACKAGES}, "python": platform.python_version()},
+        }
+        storage.write(_run_uri(config.output), json.dumps(record, indent=1).encode())
+    elif found["settings"] != wanted:
+        raise OutputRefused(_difference(config.output, found["settings"], wanted))
+    return plans.load(config.output) or plans.make(config.output, archive.shards(), archive.keep_types)
+
+
+def footer(config: RunConfig, predictor: Predictor) -> str:
+    """What every part bears under the key `nightshift`."""
+    wanted = settings(config, predictor)
+    return json.dumps({"fingerprint": fingerprint(wanted), **predictor.provenance()})
+
+
+def finish(output: str) -> None:
+    storage.write(storage.join(output, SUCCESS), b"")
+
+
+def is_finished(output: str) -> bool:
+    try:
+        storage.head(storage.join(output, SUCCESS))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
+    """The plan's totals and the settings, without writing to the output."""
+    archive = Archive(config)
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+        plan = plans.make(folder, archive.shards(), archive.keep_types)
+        kinds: dict[str, int] = {}
+        for index in range(plan.shards):
+            kind = plan.load(index).kind
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return {
+        "shards": plan.shards,
+        "shards_by_kind": kinds,
+        "images": plan.rows,
+        "shards_to_be_counted": plan.uncounted_shards,
+        "size_bytes": plan.size_bytes,
+        "columns": predictor.columns.names,
+        "settings": settings(config, predictor),
+    }
+
+
+def _read_run(output: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(storage.read(_run_uri(output))))
+    except FileNotFoundError:
+        return None
+
+
+def _run_uri(output: str) -> str:
+    return storage.join(output, RUN)
+
+
+def _refuse_foreign(output: str) -> None:
+    """Never mix results into a directory of something else."""
+    for info in storage.list_objects(output):
+        if info.uri != storage.join(output, ledgers.LOCK):
+            raise OutputRefused(
+                f"{output} holds {info.uri} and is no earlier run of Nightshift; name an empty directory"
+            )
+
+
+def _difference(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    parts = [f"{name} was {json.dumps(found.get(name))} and is {json.dumps(wanted.get(name))}" for name in names]
+    return (
+        f"{output} belongs to a run with other settings: {'; '.join(parts)}. Name another --output, or --overwrite it"
+    )
+
+
+def _remove_all(output: str) -> None:
+    """Remove an earlier run, its `_run.json` last; refuse to touch what is not one."""
+    if _read_run(output) is None:
+        return
+    keep = {_run_uri(output), storage.join(output, ledgers.LOCK)}
+    for info in storage.list_objects(output):
+        name = info.uri[len(output) + 1 :]
+        if info.uri not in keep and name.startswith(("part-", "_")):
+            storage.delete(info.uri)
+    storage.delete(_run_uri(output))

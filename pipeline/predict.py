@@ -1,0 +1,120 @@
+"""decode → predict: a predictor over Arrow tables. A row that cannot be predicted costs itself, never its batch."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import schema
+from pipeline.errors import PredictError
+from pipeline.predictors import Predictor
+
+
+class Predict:
+    """One model actor: loads the predictor once, then turns tables of pixels into tables of results."""
+
+    def __init__(self, predictor: Predictor, keep: Mapping[str, pa.DataType]) -> None:
+        self.predictor = predictor
+        self.schema = schema.predicted(predictor.columns, keep)
+        predictor.load()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace the pixels of each row by the predictor's columns (null where the row is an error)."""
+        started = time.perf_counter()
+        is_image = pc.is_valid(table[schema.PIXELS])
+        images = table.filter(is_image)
+        columns, errors = self._predict(_pixels(images, self.predictor.transform.crop), 0)
+        seconds = (time.perf_counter() - started) / max(len(images), 1)
+        places = np.flatnonzero(is_image.to_numpy(zero_copy_only=False))
+        return self._merge(table, columns, {int(places[i]): error for i, error in errors.items()}, places, seconds)
+
+    def _predict(self, pixels: np.ndarray, first: int) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+        """Columns of as many rows as there are images, and the errors by image.
+
+        A batch that fails is halved until the images that it fails for stand alone.
+        """
+        if not len(pixels):
+            return {field.name: pa.nulls(0, field.type) for field in self.predictor.columns}, {}
+        try:
+            columns = self._columns(self.predictor.predict(pixels), len(pixels))
+            return columns, {first + i: _not_finite() for i in _find_not_finite(columns)}
+        except Exception as error:  # a predictor may be the user's own and raise anything
+            if len(pixels) == 1:
+                columns = {field.name: pa.nulls(1, field.type) for field in self.predictor.columns}
+                return columns, {first: PredictError("failed", f"{type(error).__name__}: {error}")}
+        half = len(pixels) // 2
+        left, left_errors = self._predict(pixels[:half], first)
+        right, right_errors = self._predict(pixels[half:], first + half)
+        return {name: pa.concat_arrays([left[name], right[name]]) for name in left}, left_errors | right_errors
+
+    def _columns(self, found: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
+        columns = {}
+        for field in self.predictor.columns:
+            if field.name not in found or len(found[field.name]) != rows:
+                got = {name: len(values) for name, values in found.items()}
+                raise ValueError(f"predict() must return {rows} values of {field.name!r}; it returned {got}")
+            columns[field.name] = _to_arrow(found[field.name], field.type)
+        return columns
+
+    def _merge(
+        self,
+        table: pa.Table,
+        columns: Mapping[str, pa.Array],
+        errors: Mapping[int, PredictError],
+        places: np.ndarray,
+        seconds: float,
+    ) -> pa.Table:
+        take = np.full(len(table), -1, np.int64)
+        take[places] = np.arange(len(places))
+        indices = pa.array(take, mask=take < 0)
+        merged = {name: table[name] for name in table.column_names if name != schema.PIXELS}
+        merged |= {name: array.take(indices) for name, array in columns.items()}
+        merged["predict_seconds"] = pa.array(np.where(take >= 0, seconds, 0.0).astype(np.float32))
+        for name, value in {"stage": "stage", "error_type": "error_type", "message": "message"}.items():
+            if errors:
+                values = merged[name].to_pylist()
+                for place, error in errors.items():
+                    values[place] = getattr(error, value)
+                merged[name] = pa.array(values, pa.string())
+        return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
+
+
+def _pixels(images: pa.Table, crop: int) -> np.ndarray:
+    """uint8 [N, crop, crop, 3] over the column's own memory."""
+    column = images[schema.PIXELS].combine_chunks()
+    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
+    if not len(chunk):
+        return np.empty((0, crop, crop, 3), np.uint8)
+    size = crop * crop * 3
+    pixels = np.frombuffer(chunk.buffers()[1], np.uint8, count=len(chunk) * size, offset=chunk.offset * size)
+    return pixels.reshape(len(chunk), crop, crop, 3)
+
+
+def _to_arrow(values: Any, type_: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if isinstance(values, pa.Array):
+        return values.cast(type_)
+    if isinstance(values, np.ndarray) and values.ndim == 2 and pa.types.is_fixed_size_list(type_):
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1)).cast(type_.value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, type=type_)
+    return pa.array(list(values) if getattr(values, "ndim", 1) > 1 else values, type_)
+
+
+def _find_not_finite(columns: Mapping[str, pa.Array]) -> list[int]:
+    """Rows with a NaN or an infinity in any column of floats or vectors of floats."""
+    bad: set[int] = set()
+    for array in columns.values():
+        width = array.type.list_size if pa.types.is_fixed_size_list(array.type) else 1
+        flat = array.flatten() if width > 1 else array
+        if pa.types.is_floating(flat.type) and not flat.null_count:
+            finite = np.isfinite(flat.to_numpy(zero_copy_only=False)).reshape(len(array), width)
+            bad.update(np.flatnonzero(~finite.all(axis=1)).tolist())
+    return sorted(bad)
+
+
+def _not_finite() -> PredictError:
+    return PredictError("not_finite", "the network's output holds NaN or infinity")

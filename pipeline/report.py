@@ -1,0 +1,160 @@
+"""What a run came to, from the ledger alone: `_report.json`, the summary on the screen, the progress while it runs."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline import storage
+from pipeline.ledger import Ledger
+from pipeline.plan import Plan
+
+NAME = "_report.json"
+PLAIN_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The counts and rates of a run so far.
+
+    status: done, or why it is not. planned: images, None while shards are left that nobody has counted.
+    wall_seconds, images_per_second: of this attempt. stage_seconds: summed over images and workers, whole run.
+    """
+
+    output: str
+    status: str
+    model: str
+    planned: int | None
+    rows: int
+    errors: int
+    parts: int
+    attempt: int
+    resumed_images: int
+    wall_seconds: float
+    images_per_second: float
+    bytes_read: int
+    errors_by_type: dict[str, int] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(plan: Plan, ledger: Ledger, model: str, status: str, wall_seconds: float) -> "Report":
+        earlier, current = ledger.earlier, ledger.current
+        seconds = earlier.seconds + current.seconds
+        images = current.rows + current.errors
+        return Report(
+            output=plan.output,
+            status=status,
+            model=model,
+            planned=planned(plan, ledger),
+            rows=ledger.rows,
+            errors=ledger.errors,
+            parts=earlier.parts + current.parts,
+            attempt=ledger.attempt,
+            resumed_images=earlier.rows + earlier.errors,
+            wall_seconds=round(wall_seconds, 3),
+            images_per_second=round(images / wall_seconds, 2) if wall_seconds else 0.0,
+            bytes_read=earlier.bytes_read + current.bytes_read,
+            errors_by_type=dict((earlier.errors_by_type + current.errors_by_type).most_common()),
+            stage_seconds={name: round(seconds[name], 3) for name in ("read", "decode", "predict", "write")},
+        )
+
+    def save(self) -> None:
+        storage.write(storage.join(self.output, NAME), json.dumps(asdict(self), indent=1).encode())
+
+    @staticmethod
+    def load(output: str) -> "Report":
+        return Report(**json.loads(storage.read(storage.join(output, NAME))))
+
+    def show(self) -> None:
+        """The summary that ends a run, on standard output."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        table.add_column()
+        for name, value in self._lines():
+            table.add_row(name, escape(value))
+        Console(soft_wrap=True).print(table)
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        planned_text = f" of {self.planned:,} planned" if self.planned is not None else ""
+        yield "images", f"{self.rows + self.errors:,}{planned_text}: {self.rows:,} rows, {self.errors:,} errors"
+        for kind, count in self.errors_by_type.items():
+            yield "", f"{count:,} × {kind}"
+        if self.resumed_images:
+            yield "resumed", f"{self.resumed_images:,} images were done before, by {self.attempt - 1} earlier attempts"
+        yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
+        yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
+        yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"
+        yield "open it", f'pandas.read_parquet("{self.output}")'
+
+
+def planned(plan: Plan, ledger: Ledger) -> int | None:
+    """Images of the plan, once every shard has been counted or read to its end."""
+    uncounted = 0
+    counted = 0
+    if plan.uncounted_shards:
+        for index, rows in enumerate(plan.rows_by_shard()):
+            if rows is None:
+                uncounted += index not in ledger.coverage.totals
+                counted += ledger.coverage.totals.get(index, 0)
+    return None if uncounted else plan.rows + counted
+
+
+class Meter:
+    """Shows a run's progress: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, console: Console) -> None:
+        self.plan, self.ledger, self.console = plan, ledger, console
+        self.started = self.printed = time.monotonic()
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def update(self) -> None:
+        done = self.ledger.rows + self.ledger.errors
+        total = None if self.plan.uncounted_shards else self.plan.rows
+        if self.bar:
+            self.bar.update(
+                self.task, completed=done, total=total, note=f"{self.rate():.1f}/s · {self.ledger.errors} errors"
+            )
+        elif time.monotonic() - self.printed >= PLAIN_LINE_SECONDS:
+            self.printed = time.monotonic()
+            self.console.print(self._line(done, total), highlight=False)
+
+    def rate(self) -> float:
+        """Images a second of this attempt."""
+        seconds = time.monotonic() - self.started
+        return (self.ledger.current.rows + self.ledger.current.errors) / seconds if seconds else 0.0
+
+    def _line(self, done: int, total: int | None) -> str:
+        of = f" of {total:,} ({done / max(total, 1):.0%})" if total is not None else ""
+        rate = self.rate()
+        left = f", {(total - done) / rate:,.0f} s left" if total is not None and rate else ""
+        return f"{done:,} images{of}, {rate:.1f}/s, {self.ledger.errors:,} errors{left}"
+
+
+@contextmanager
+def meter(plan: Plan, ledger: Ledger) -> Iterator[Meter]:
+    """Show progress on standard error as long as the context lasts."""
+    console = Console(stderr=True)
+    shown = Meter(plan, ledger, console)
+    if not console.is_terminal:
+        yield shown
+        return
+    columns = (
+        TextColumn("images"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown.bar = bar
+        shown.task = bar.add_task("images", total=None, note="starting")
+        shown.update()
+        yield shown

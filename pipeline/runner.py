@@ -1,0 +1,122 @@
+"""The whole product on one screen: config → plan → read, decode, predict, write, commit → report."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pipeline import engine, output, report
+from pipeline import ledger as ledgers
+from pipeline import sink as sinks
+from pipeline.config import RunConfig
+from pipeline.datasource import Unit
+from pipeline.errors import Interrupted, NightshiftError, OutputLocked, TooManyErrors
+from pipeline.ledger import Ledger, Lock
+from pipeline.plan import Plan
+from pipeline.predictors import Predictor
+from pipeline.report import Meter, Report
+from pipeline.sources.discover import Archive
+
+
+def run(config: RunConfig, predictor: Predictor) -> Report:
+    """Run a predictor over an archive, or go on where an earlier attempt stopped.
+
+    Raises the errors of `pipeline.errors`; what was committed before stays, and the same call goes on from there.
+    """
+    predictor.prepare()
+    archive = Archive(config)
+    with _interruptible() as catch_signals, Lock(config.output) as lock:
+        plan = output.prepare(config, predictor, archive)
+        if output.is_finished(config.output):
+            return Report.load(config.output)
+        ledger = ledgers.begin(config.output)
+        ledgers.sweep(ledger)
+        with _reported(config, predictor, plan, ledger), report.meter(plan, ledger) as meter:
+            if remaining(plan, ledger):
+                engine.connect()
+                catch_signals()  # Ray has put its own handlers in place
+            while units := remaining(plan, ledger):
+                _work(config, predictor, archive, plan, ledger, lock, meter, units)
+            ledgers.sweep(ledger)
+        output.finish(config.output)
+        return Report.load(config.output)
+
+
+def remaining(plan: Plan, ledger: Ledger) -> list[Unit]:
+    """What is left of each shard: plan − coverage."""
+    left = ((index, ledger.coverage.remaining(index, rows)) for index, rows in enumerate(plan.rows_by_shard()))
+    return [(index, todo) for index, todo in left if todo]
+
+
+def _work(
+    config: RunConfig,
+    predictor: Predictor,
+    archive: Archive,
+    plan: Plan,
+    ledger: Ledger,
+    lock: Lock,
+    meter: Meter,
+    units: list[Unit],
+) -> None:
+    """One pass over what remains. Whatever a pass leaves uncovered, the next one does."""
+    commits_before = len(ledger.names)
+    flow = engine.Flow.of(config, predictor, archive, plan, ledger.attempt, units)
+    for commit in flow.commits():
+        lock.check()
+        if not ledger.accept(commit):
+            sinks.remove(config.output, commit)
+        meter.update()
+        _check_errors(config, plan, ledger)
+    if len(ledger.names) == commits_before:
+        raise NightshiftError(f"no image was committed in a whole pass over {len(units)} shards of {config.output}")
+
+
+def _check_errors(config: RunConfig, plan: Plan, ledger: Ledger) -> None:
+    planned = report.planned(plan, ledger)
+    if planned is not None and ledger.errors > config.max_error_rate * planned:
+        kinds = (ledger.earlier.errors_by_type + ledger.current.errors_by_type).most_common(3)
+        raise TooManyErrors(
+            f"{ledger.errors} of {planned} images are bad ({', '.join(f'{count} × {kind}' for kind, count in kinds)}), "
+            f"more than --max-error-rate {config.max_error_rate:g} allows; see {config.output}/_errors"
+        )
+
+
+@contextmanager
+def _reported(config: RunConfig, predictor: Predictor, plan: Plan, ledger: Ledger) -> Iterator[None]:
+    """However the work ends, `_report.json` and the attempt's record say so; unless another driver has the output."""
+    started = time.monotonic()
+    status = "failed"
+    try:
+        yield
+        _check_errors(config, plan, ledger)
+        status = "done"
+    except NightshiftError as error:
+        status = type(error).__name__
+        raise
+    finally:
+        if status != OutputLocked.__name__:
+            model = str(predictor.settings().get("model", ""))
+            Report.of(plan, ledger, model, status, time.monotonic() - started).save()
+            ledgers.end(ledger, status)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM end the work with `Interrupted`, wherever it stands; yields what catches them anew."""
+
+    def stop(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # one is enough: what follows takes less than three seconds
+        raise Interrupted(number)
+
+    def catch() -> None:
+        for number in before:
+            signal.signal(number, stop)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    catch()
+    try:
+        yield catch
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

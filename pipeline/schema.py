@@ -1,0 +1,62 @@
+"""Column names and Arrow schemas: of the tables between the stages, and of every output."""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+IDENTITY = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("member", pa.string()),
+        ("shard", pa.int32()),
+        ("row", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+"""The first columns of every result. width and height in pixels, as stored, before any rotation or resize."""
+
+ERRORS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("member", pa.string()),
+        ("shard", pa.int32()),
+        ("row", pa.int64()),
+        ("stage", pa.string()),
+        ("error_type", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+"""`_errors/`. stage: read, decode or predict."""
+
+FAULT = pa.schema([("stage", pa.string()), ("error_type", pa.string()), ("message", pa.string())])
+SECONDS = pa.schema(
+    [("read_seconds", pa.float32()), ("decode_seconds", pa.float32()), ("predict_seconds", pa.float32())]
+)
+PIXELS = "pixels"
+SHARD_ROWS = "shard_rows"
+"""Set on the one row that ends a shard and is no image: the shard's number of rows. Null on images."""
+
+
+def loaded(crop: int, keep: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Rows on their way from decode to predict. pixels: uint8 [crop, crop, 3], null where the row is an error."""
+    pixels = pa.field(PIXELS, pa.binary(crop * crop * 3))
+    return pa.schema(
+        [*IDENTITY, *_kept(keep), pixels, *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())]
+    )
+
+
+def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Rows on their way from predict to the sink: the result columns in place of the pixels."""
+    return pa.schema([*result(columns, keep), *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())])
+
+
+def result(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
+    """A part: who it is, what the network says, what was kept of the shard's own columns."""
+    return pa.schema([*IDENTITY, *columns, *_kept(keep)])
+
+
+def _kept(keep: Mapping[str, pa.DataType]) -> list[pa.Field]:
+    return [pa.field(name, type_) for name, type_ in keep.items()]

@@ -1,0 +1,184 @@
+"""Parquet: a row of the file is an image, in a column of bytes or in a Hugging Face struct {bytes, path}."""
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.coverage import Ranges
+from pipeline.errors import InputRefused, ReadError
+from pipeline.plan import Shard
+from pipeline.sources.base import ReadOptions, Record, ShardEnd
+from pipeline.sources.records import Rows, storage_fault
+
+IMAGE_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "data", "content")
+BATCH_ROWS = 64
+BUFFER_BYTES = 1 << 20  # of a column chunk held at once, else whole row groups are
+
+BAD_BYTES = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for them
+
+
+def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
+    """The column of image bytes: the one named, one with a usual name, or the only one. Raises InputRefused."""
+    names: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
+    if image_column:
+        if image_column in names:
+            return image_column
+        has = f"the columns {', '.join(schema.names)}"
+        if image_column in schema.names:
+            has = f"{schema.field(image_column).type} there, not binary or a struct of bytes and path"
+        raise InputRefused(f"--image-column {image_column}: {uri} has {has}")
+    usual = {name.lower(): name for name in reversed(names)}
+    for name in IMAGE_NAMES:
+        if name in usual:
+            return usual[name]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise InputRefused(
+            f"{uri} has no column of image bytes (binary, or a struct of bytes and path); "
+            f"it has {', '.join(f'{field.name} ({field.type})' for field in schema)}"
+        )
+    raise InputRefused(f"{uri} has several columns of bytes: name one of {', '.join(names)} with --image-column")
+
+
+def shard_rows(uri: str) -> tuple[int, pa.Schema]:
+    """Number of rows and the schema, from the footer alone. Raises OSError and pa.ArrowException."""
+    with storage.open_read(uri) as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.metadata.num_rows, parquet.schema_arrow
+
+
+def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
+    """Read the row groups that hold rows of `todo`. The contract is in `pipeline.sources.base`."""
+    rows = Rows(shard, todo)
+    fault = None
+    try:
+        with storage.open_read(shard.uri, shard.etag) as file:
+            yield from _Reader(file, rows, options).records()
+    except ReadError as error:
+        fault = error
+    except OSError as error:
+        fault = storage_fault(rows.uri, error)
+    yield from rows.finish(fault)
+
+
+class _WatchedFile:
+    """A file that remembers its own failure: pyarrow raises OSError for bad bytes and for a lost connection alike."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.fault: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self.file.read(size)
+        except OSError as error:
+            self.fault = error
+            raise
+
+    def check(self) -> None:
+        if self.fault:
+            raise self.fault
+
+
+class _Reader:
+    """One pass over a file. Raises ReadError where the whole file is at fault, OSError where the storage is."""
+
+    def __init__(self, file: BinaryIO, rows: Rows, options: ReadOptions) -> None:
+        self.file = _WatchedFile(file)
+        self.rows = rows
+        try:
+            self.parquet = pq.ParquetFile(self.file, buffer_size=BUFFER_BYTES)
+            schema = self.parquet.schema_arrow
+        except BAD_BYTES as error:
+            self.file.check()
+            raise ReadError("corrupt", f"{rows.uri} cannot be read as Parquet: {_first_line(error)}") from error
+        rows.total = self.parquet.metadata.num_rows
+        self.column = _column(schema, options.image_column, rows.uri)
+        self.has_paths = pa.types.is_struct(schema.field(self.column).type)
+        self.keep = [name for name in options.keep if name in schema.names]
+
+    def records(self) -> Iterator[Record]:
+        first = 0
+        for group in range(self.parquet.num_row_groups):
+            if self.rows.row >= self.rows.stop:
+                return
+            stop = first + self.parquet.metadata.row_group(group).num_rows
+            yield from self._group(group, stop)
+            first = stop
+
+    def _group(self, group: int, stop: int) -> Iterator[Record]:
+        """A row group's records; those that cannot be read are errors, the next row group is another matter."""
+        try:
+            if self.rows.wants(stop):
+                for batch in self._batches(group, [self.column, *self.keep]):
+                    yield from self._batch(batch)
+            else:
+                self._skip(group, stop)
+        except BAD_BYTES as error:
+            self.file.check()
+            yield from self._lost(group, stop, error)
+
+    def _batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        return self.parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)  # type: ignore[no-any-return]
+
+    def _batch(self, batch: pa.RecordBatch) -> Iterator[Record]:
+        images, paths = batch.column(self.column), [None] * len(batch)
+        if self.has_paths:
+            paths = pc.struct_field(images, "path").to_pylist()
+            images = pc.struct_field(images, "bytes")
+        wanted = self.rows.wants(self.rows.row + len(batch))
+        kept = batch.select(self.keep).to_pylist() if self.keep and wanted else [{}] * len(batch)
+        for image, path, values in zip(images, paths, kept, strict=True):
+            if self._begin(path):
+                data = image.as_py()
+                yield self.rows.record(self._null(path) if data is None else data, values)
+            self.rows.advance()
+
+    def _begin(self, path: str | None) -> bool:
+        return self.rows.begin(str(self.rows.row if path is None else path), is_unique=not self.has_paths)
+
+    def _null(self, path: str | None) -> ReadError:
+        only = f" but the path {path}" if path else ""
+        return ReadError("null", f"{self.rows.uri}: row {self.rows.row} has no bytes in {self.column}{only}")
+
+    def _skip(self, group: int, stop: int) -> None:
+        """Pass over a row group; its paths are read all the same, for image_ids depend on the paths before."""
+        if self.has_paths:
+            for batch in self._batches(group, [f"{self.column}.path"]):
+                for path in pc.struct_field(batch.column(0), "path").to_pylist():
+                    self._begin(path)
+                    self.rows.advance()
+        self.rows.advance(stop - self.rows.row)
+
+    def _lost(self, group: int, stop: int, error: Exception) -> Iterator[Record]:
+        message = f"{self.rows.uri}: row group {group} is broken: {_first_line(error)}"
+        while self.rows.row < stop:
+            if self._begin(None):
+                yield self.rows.record(ReadError("corrupt", message), {})
+            self.rows.advance()
+
+
+def _column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
+    try:
+        return find_image_column(schema, image_column, uri)
+    except InputRefused as error:
+        raise ReadError("unreadable", str(error)) from error
+
+
+def _holds_bytes(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        fields = {field.name: field.type for field in type_}
+        return {"bytes", "path"} <= fields.keys() and _holds_bytes(fields["bytes"])
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

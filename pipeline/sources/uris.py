@@ -1,0 +1,129 @@
+"""Lists of image URIs (text, CSV, Parquet) → virtual shards of kind "objects". Streamed, once, on the driver."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import InputRefused
+from pipeline.plan import OBJECTS_PER_SHARD, Shard
+from pipeline.sources.objects import IMAGE_ID, keep_json
+
+LIST_SUFFIXES = (".txt", ".csv")
+URI_NAMES = (
+    "uri",
+    "url",
+    "image_uri",
+    "image_url",
+    "path",
+    "image_path",
+    "file",
+    "filename",
+    "file_name",
+    "image",
+    "key",
+)
+
+Row = tuple[str, dict[str, Any]]
+
+
+def find_uri_column(schema: pa.Schema, uri_column: str | None, uri: str) -> str:
+    """The column of image URIs: the one named, one with a usual name, or the only one of strings."""
+    names = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    if uri_column:
+        if uri_column in schema.names:
+            return uri_column
+        raise InputRefused(f"{uri} has no column {uri_column!r} (--uri-column); it has {', '.join(schema.names)}")
+    for name in URI_NAMES:
+        if name in names:
+            return name
+    if len(names) == 1:
+        return str(names[0])
+    raise InputRefused(
+        f"{uri}: no column looks like image URIs; name one of {', '.join(schema.names)} with --uri-column"
+    )
+
+
+def list_shards(
+    uri: str, uri_column: str | None, keep: Iterable[str], keep_types: dict[str, pa.DataType]
+) -> Iterator[Shard]:
+    """Cut a list of URIs into virtual shards, in its own order; adds the kept columns' types to `keep_types`.
+
+    A URI named a second time is an image of its own: its image_id is `<uri>#row=<its place in the list>`.
+    """
+    seen: set[int] = set()
+    keys: list[str] = []
+    kept: list[str] = []
+    for place, (name, values) in enumerate(_rows(uri, uri_column, list(keep), keep_types)):
+        key = _absolute(name, uri)
+        if hash(key) in seen:
+            values = {**values, IMAGE_ID: f"{storage.redact(key)}#row={place}"}
+        seen.add(hash(key))
+        keys.append(key)
+        kept.append(keep_json(values) if values else "{}")
+        if len(keys) == OBJECTS_PER_SHARD:
+            yield _shard(keys, kept)
+            keys, kept = [], []
+    if keys:
+        yield _shard(keys, kept)
+
+
+def _shard(keys: list[str], kept: list[str]) -> Shard:
+    has_kept = any(text != "{}" for text in kept)
+    return Shard(0, "objects", "", len(keys), keys=tuple(keys), kept=tuple(kept) if has_kept else None)
+
+
+def _absolute(name: str, list_uri: str) -> str:
+    """Relative names are relative to the folder of their list."""
+    if "://" in name or os.path.isabs(name):
+        return name
+    return storage.join(list_uri.rpartition("/")[0], name)
+
+
+def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[str, pa.DataType]) -> Iterator[Row]:
+    if uri.lower().endswith(".txt"):
+        if keep:
+            raise InputRefused(f"--keep {','.join(keep)}: {uri} is plain text and has no columns; use CSV or Parquet")
+        with storage.open_read(uri) as file:
+            lines = (line.decode("utf-8", "replace").strip() for line in file)
+            yield from ((line, {}) for line in lines if line)
+        return
+    with storage.open_read(uri) as file:
+        schema, batches = _open_table(uri, file)
+        column = find_uri_column(schema, uri_column, uri)
+        for name in keep:
+            if name not in schema.names:
+                raise InputRefused(f"--keep {name}: {uri} has the columns {', '.join(schema.names)}")
+            add_keep_type(keep_types, name, _plain(schema.field(name).type), uri)
+        for batch in batches:
+            kept = batch.select(keep).to_pylist() if keep else [{}] * len(batch)
+            names = batch.column(column).to_pylist()
+            yield from ((str(name).strip(), values) for name, values in zip(names, kept, strict=True) if name)
+
+
+def _open_table(uri: str, file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    try:
+        if uri.lower().endswith(".csv"):
+            reader = pa_csv.open_csv(file)
+            return reader.schema, iter(reader)
+        parquet = pq.ParquetFile(file)
+        return parquet.schema_arrow, parquet.iter_batches(batch_size=4096)
+    except pa.ArrowInvalid as error:
+        raise InputRefused(f"{uri} cannot be read as a list of images: {str(error).splitlines()[0]}") from error
+
+
+def add_keep_type(keep_types: dict[str, pa.DataType], name: str, type_: pa.DataType, uri: str) -> None:
+    """One type a kept column over the whole archive."""
+    known = keep_types.setdefault(name, type_)
+    if known != type_:
+        raise InputRefused(f"--keep {name}: it is {type_} in {uri} but {known} in the shards before")
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """What survives the plan's JSON as it is; anything else is kept as text."""
+    is_plain = pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
+    return type_ if is_plain else pa.string()

@@ -1,0 +1,182 @@
+"""Proof from the files alone: every planned image is exactly one row, of the results or of `_errors/`."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import coverage, report, storage
+from pipeline import ledger as ledgers
+from pipeline import plan as plans
+from pipeline.errors import InputRefused
+from pipeline.ledger import Commit, Ledger
+from pipeline.output import RUN, SUCCESS, is_finished
+from pipeline.plan import Plan
+from pipeline.prefetch import ordered_map
+
+THREADS = 4
+SHOWN = 20
+
+
+@dataclass
+class Verification:
+    """What was found. planned: images, None while shards are left that nobody has counted."""
+
+    output: str
+    planned: int | None = None
+    rows: int = 0
+    errors: int = 0
+    parts: int = 0
+    commits: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> Iterator[str]:
+        planned = "unknown" if self.planned is None else f"{self.planned:,}"
+        yield f"{self.output}: planned {planned} = {self.rows:,} rows + {self.errors:,} errors, in {self.parts:,} parts"
+        for problem in self.problems[:SHOWN]:
+            yield f"  not whole: {problem}"
+        if len(self.problems) > SHOWN:
+            yield f"  … and {len(self.problems) - SHOWN:,} more"
+        if self.is_whole:
+            yield "  whole: every planned image is exactly one row"
+
+
+def verify(output: str) -> Verification:
+    """Check an output directory against its own plan and ledger; raises InputRefused if it holds no run."""
+    output = storage.normalize(output)
+    try:
+        run = json.loads(storage.read(storage.join(output, RUN)))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputRefused(f"{output} holds no run of Nightshift: there is no {RUN}") from error
+    found = Verification(output)
+    plan = plans.load(output)
+    if plan is None:
+        found.problems.append("the plan was never finished; run the same command again")
+        return found
+    ledger = _check_ledger(found, plan)
+    _check_parts(found, run["fingerprint"])
+    found.planned = report.planned(plan, ledger)
+    if not found.problems and not is_finished(output):
+        found.problems.append(f"{SUCCESS} is missing; run the same command again")
+    return found
+
+
+def _check_ledger(found: Verification, plan: Plan) -> Ledger:
+    """Coverage is the whole plan, without overlap."""
+    last = ledgers.last_attempt(found.output)
+    ledger = Ledger(found.output, last)
+    for commit in ledgers.valid_commits(found.output, last):
+        if not ledger.accept(commit):
+            found.problems.append(f"commit {commit.name} covers rows that another commit covers")
+    for index, rows in enumerate(plan.rows_by_shard()):
+        left = ledger.coverage.remaining(index, rows)
+        beyond = () if rows is None else coverage.subtract(ledger.coverage.of(index), coverage.normalize([(0, rows)]))
+        if left:
+            ranges = ", ".join(f"{a}–{'?' if b == coverage.END else b}" for a, b in left[:3])
+            found.problems.append(f"shard {index} ({plan.load(index).uri}): rows {ranges} are missing")
+        if beyond:
+            found.problems.append(f"shard {index}: rows {beyond} are not in the plan")
+    return ledger
+
+
+def _check_parts(found: Verification, fingerprint: str) -> None:
+    """Every file is what its commit says, all of one schema; no file without a commit; no image_id twice."""
+    ledger = ledgers.read(found.output)
+    commits = [commit for commit in ledgers.valid_commits(found.output, ledger.attempt) if commit.name in ledger.names]
+    found.commits = len(commits)
+    schemas: dict[str, pa.Schema] = {}
+    hashes = [np.empty(0, np.uint64)]
+    for commit, checked in zip(
+        commits,
+        ordered_map(lambda c: _check_commit(found.output, c, fingerprint), commits, THREADS, 2 * THREADS),
+        strict=True,
+    ):
+        found.rows += checked.rows
+        found.errors += checked.errors
+        found.parts += commit.part is not None
+        found.problems += checked.problems
+        hashes.append(checked.id_hashes)
+        for kind, file_schema in checked.schemas.items():
+            if not schemas.setdefault(kind, file_schema).equals(file_schema):
+                found.problems.append(f"{kind} {commit.name}: its schema differs from the first one's")
+    named = {commit.part for commit in commits} | {f"_errors/{commit.errors_part}" for commit in commits}
+    for info in ledgers.parts(found.output):
+        if info.uri[len(found.output) + 1 :] not in named:
+            found.problems.append(f"{info.uri} belongs to no commit")
+    ids = np.concatenate(hashes)
+    twice = len(ids) - len(np.unique(ids))
+    if twice:
+        found.problems.append(f"{twice} image_ids stand in more than one row")
+
+
+@dataclass
+class _Checked:
+    rows: int = 0
+    errors: int = 0
+    problems: list[str] = field(default_factory=list)
+    schemas: dict[str, pa.Schema] = field(default_factory=dict)
+    id_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+
+def _check_commit(output: str, commit: Commit, fingerprint: str) -> _Checked:
+    checked = _Checked()
+    tables = []
+    for kind, name, expected in (("part", commit.part, commit.rows), ("_errors", commit.errors_part, commit.errors)):
+        if name is None:
+            continue
+        path = name if kind == "part" else f"_errors/{name}"
+        table = _read(storage.join(output, path), path, checked)
+        if table is None:
+            continue
+        checked.schemas[kind] = table.schema.remove_metadata()
+        footer = json.loads((table.schema.metadata or {}).get(b"nightshift", b"{}"))
+        if footer.get("fingerprint") != fingerprint:
+            checked.problems.append(f"{path} was written by another run (fingerprint {footer.get('fingerprint')})")
+        if len(table) != expected:
+            checked.problems.append(f"{path} holds {len(table)} rows, its commit says {expected}")
+        checked.problems += [f"{path}: {problem}" for problem in _bad_vectors(table)]
+        tables.append(table.select(["image_id", "shard", "row"]))
+    checked.rows = commit.rows
+    checked.errors = commit.errors
+    if tables and not checked.problems:
+        both = pa.concat_tables(tables)
+        checked.id_hashes = np.array([hash(i) & 0xFFFFFFFFFFFFFFFF for i in both["image_id"].to_pylist()], np.uint64)
+        if _rows_by_shard(both) != commit.ranges or len(both) != sum(map(coverage.count, commit.ranges.values())):
+            checked.problems.append(f"{commit.name}: the rows in its files are not those of its commit")
+    return checked
+
+
+def _read(uri: str, name: str, checked: _Checked) -> pa.Table | None:
+    try:
+        return pq.read_table(io.BytesIO(storage.read(uri)))
+    except FileNotFoundError:
+        checked.problems.append(f"{name} is missing")
+    except (OSError, pa.ArrowException) as error:
+        checked.problems.append(f"{name} cannot be read: {str(error).splitlines()[0]}")
+    return None
+
+
+def _bad_vectors(table: pa.Table) -> Iterator[str]:
+    for column in table.schema:
+        if pa.types.is_fixed_size_list(column.type):
+            values = pc.list_flatten(table[column.name])
+            if len(values) != len(table) * column.type.list_size:
+                yield f"{column.name} has nulls"
+            elif not np.isfinite(values.to_numpy()).all():
+                yield f"{column.name} holds NaN or infinity"
+
+
+def _rows_by_shard(table: pa.Table) -> dict[int, coverage.Ranges]:
+    rows: dict[int, list[int]] = {}
+    for shard, row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
+        rows.setdefault(shard, []).append(row)
+    return {shard: coverage.from_rows(found) for shard, found in sorted(rows.items())}

@@ -1,0 +1,135 @@
+"""What the tests share: one Ray cluster, one S3 server, both real and both stopped at the end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A moto server with one bucket; `environment` lets any process reach it."""
+
+    endpoint: str
+    environment: dict[str, str]
+
+    def uri(self, key: str) -> str:
+        return f"s3://archive/{key}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    endpoint = f"http://127.0.0.1:{port}"
+    environment = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "testing-key",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    try:
+        for _ in range(100):
+            try:
+                request = urllib.request.Request(f"{endpoint}/archive", method="PUT")
+                urllib.request.urlopen(request, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail("the S3 server did not start in 20 s")
+        yield S3Server(endpoint, environment)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, with this process's environment pointing at it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A head node of its own, with the dashboard that takes jobs; `environment` points any process at it."""
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+
+def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subprocess.Popen[bytes], RayCluster]:
+    """`ray start --head` in the foreground, ready to take work."""
+    port, dashboard_port = free_port(), free_port()
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"),
+        *("--port", str(port), "--dashboard-port", str(dashboard_port), "--num-cpus", str(cpus)),
+        *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
+    ]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    cluster = RayCluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", environment)
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{cluster.dashboard}/api/version", timeout=5).close()
+            return process, cluster
+        except urllib.error.HTTPError as error:
+            if error.code == 401:  # up, and asking for a token
+                return process, cluster
+        except OSError:
+            pass
+        time.sleep(0.5)
+    stop_ray_head(process)
+    pytest.fail("ray start --head was not ready in 60 s")
+
+
+def stop_ray_head(process: "subprocess.Popen[bytes]") -> None:
+    """Stop this head and no other Ray of this machine (`ray stop` would)."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server) -> Iterator[RayCluster]:
+    """One cluster for all whole-job tests; its workers can reach the S3 server."""
+    environment = {**s3_server.environment, "RAY_AUTH_MODE": "disabled"}
+    process, cluster = start_ray_head(environment)
+    try:
+        yield RayCluster(cluster.address, cluster.dashboard, {**environment, "RAY_ADDRESS": cluster.address})
+    finally:
+        stop_ray_head(process)

@@ -1,0 +1,173 @@
+"""What `--input` may name, and what is refused before any work."""
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+from conftest import S3Server
+
+from pipeline import plan as plans
+from pipeline import storage
+from pipeline.config import RunConfig
+from pipeline.coverage import END
+from pipeline.errors import InputRefused
+from pipeline.plan import Shard
+from pipeline.sources import Record, read
+from pipeline.sources.discover import Archive
+
+IMAGE = b"not looked at here"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Loose images in nested folders, two tars, a zip, two Parquet files, and what is no image."""
+    for name in ["a/1.jpg", "a/2.JPEG", "a/b/3.png", "a-b/4.webp", "notes.md", "meta.json", ".hidden.jpg"]:
+        (tmp_path / "loose" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "loose" / name).write_bytes(IMAGE)
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        write_tar(tmp_path / "shards" / f"{number:04d}.tar", ["x.jpg", "y.jpg", "y.json"])
+        table = pa.table({"image": [IMAGE] * 3, "label": [1, 2, 3]})
+        pq.write_table(table, tmp_path / "shards" / f"{number}.parquet")
+    with zipfile.ZipFile(tmp_path / "shards" / "z.zip", "w") as archive:
+        archive.writestr("q.jpg", IMAGE)
+    return tmp_path
+
+
+def write_tar(path: Path, names: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(IMAGE)
+            tar.addfile(info, io.BytesIO(IMAGE))
+
+
+def shards(*inputs: object, **settings: object) -> list[Shard]:
+    config = RunConfig(input=[str(name) for name in inputs], output="/nowhere/out", **settings)  # type: ignore[arg-type]
+    return list(Archive(config).shards())
+
+
+def ids(found: list[Shard]) -> list[str]:
+    return [
+        item.image_id for shard in found for item in read(shard, ((0, END),), _options()) if isinstance(item, Record)
+    ]
+
+
+def _options() -> object:
+    return Archive(RunConfig(input="x", output="y")).options()
+
+
+def test_loose_images_are_found_in_sorted_order(folder: Path) -> None:
+    names = ["a-b/4.webp", "a/1.jpg", "a/2.JPEG", "a/b/3.png"]
+    assert ids(shards(folder / "loose")) == [f"{folder}/loose/{name}" for name in names]
+
+
+def test_globs_ranges_and_lists_of_inputs(folder: Path) -> None:
+    assert len(ids(shards(folder / "loose/*/*.[jJ]*"))) == 2
+    assert [s.kind for s in shards(folder / "shards/{0000..0001}.tar")] == ["tar", "tar"]
+    assert [s.kind for s in shards(folder / "shards" / "*.tar", folder / "loose")] == ["tar", "tar", "objects"]
+
+
+def test_mixed_kinds_in_one_folder(folder: Path) -> None:
+    kinds = [shard.kind for shard in shards(folder)]
+    assert sorted(kinds) == ["objects", "parquet", "parquet", "tar", "tar", "zip"]
+    assert len(ids(shards(folder))) == 4 + 4 + 1 + 6
+
+
+def test_inputs_that_overlap_give_each_object_once(folder: Path) -> None:
+    once = ids(shards(folder))
+    assert ids(shards(folder, folder / "loose", folder / "shards/0000.tar", folder / "loose/a/*.jpg")) == once
+    assert len(set(once)) == len(once)
+
+
+def test_images_are_cut_into_runs(tmp_path: Path) -> None:
+    for i in range(plans.OBJECTS_PER_SHARD + 3):
+        (tmp_path / f"{i:05d}.jpg").write_bytes(b"")
+    assert [shard.rows for shard in shards(tmp_path)] == [plans.OBJECTS_PER_SHARD, 3]
+
+
+def test_the_output_inside_the_input_is_not_read(folder: Path) -> None:
+    (folder / "out").mkdir()
+    pq.write_table(pa.table({"image": [IMAGE]}), folder / "out" / "part-1.parquet")
+    archive = Archive(RunConfig(input=str(folder), output=str(folder / "out")))
+    assert all("/out/" not in shard.uri for shard in archive.shards())
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])
+def test_lists_of_uris(folder: Path, suffix: str) -> None:
+    names = ["loose/a/1.jpg", f"{folder}/loose/a/2.JPEG", "loose/none.jpg", "loose/a/1.jpg"]
+    path = folder / f"list{suffix}"
+    table = pa.table({"n": [1, 2, 3, 4], "url": names})
+    if suffix == ".txt":
+        path.write_text("\n\n".join(names) + "\n")
+    elif suffix == ".csv":
+        pa_csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    found = ids(shards(path))
+    full = [f"{folder}/{name}" if not name.startswith("/") else name for name in names]
+    assert found == [*full[:3], f"{full[3]}#row=3"]
+
+
+def test_kept_columns_of_a_list(folder: Path) -> None:
+    path = folder / "list.csv"
+    path.write_text("where,n,place\nloose/a/1.jpg,7,north\nloose/a/2.JPEG,8,\n")
+    archive = Archive(RunConfig(input=str(path), output="/o", keep="n,place", uri_column="where"))
+    records = [item for shard in archive.shards() for item in read(shard, ((0, 9),), archive.options())][:2]
+    assert [dict(record.kept) for record in records] == [{"n": 7, "place": "north"}, {"n": 8, "place": ""}]
+    assert archive.keep_types == {"n": pa.int64(), "place": pa.string()}
+
+
+def test_limit_cuts_shards_that_nobody_has_counted(folder: Path) -> None:
+    assert [s.rows for s in shards(folder / "shards/*.tar", limit=3)] == [2, 1]
+    assert [s.rows for s in shards(folder / "shards/*.parquet", limit=4)] == [3, 1]
+    assert [s.keys for s in shards(folder / "loose", limit=1)] == [("4.webp",)] or len(
+        ids(shards(folder / "loose", limit=1))
+    ) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "said"),
+    [
+        (["none"], {}, "none does not exist"),
+        (["loose/notes.md"], {}, "notes.md matches no images"),
+        (["empty"], {}, "empty matches no images"),
+        (["loose/*.tar"], {}, "matches no images"),
+        (["loose", "none/*.jpg"], {}, "none"),
+        (["shards/0000.tar", "shards/0009.tar"], {}, "0009.tar does not exist"),
+        (["none.csv"], {}, "none.csv does not exist"),
+        (["broken.parquet"], {}, "broken.parquet cannot be read as Parquet"),
+        (["shards/*.parquet"], {"image_column": "pixels"}, "pixels"),
+        (["shards/*.parquet"], {"keep": "nosuch"}, "--keep nosuch: .* has the columns image, label"),
+        (["loose"], {"keep": "label"}, "--keep label: loose images carry no columns"),
+        (["numbers.csv"], {}, "no column looks like image URIs"),
+        (["numbers.csv"], {"uri_column": "x"}, "no column 'x'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(folder: Path, names: list[str], settings: dict, said: str) -> None:
+    (folder / "empty").mkdir()
+    (folder / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
+    (folder / "numbers.csv").write_text("n\n1\n2\n")
+    with pytest.raises(InputRefused, match=said):
+        shards(*[folder / name for name in names], **settings)
+
+
+def test_an_unreadable_folder_is_refused(s3: S3Server) -> None:
+    with pytest.raises(InputRefused, match="no-such-bucket"):
+        shards("s3://no-such-bucket/images")
+    with pytest.raises(InputRefused, match="nosuch"):
+        shards("nosuch://host/images")
+
+
+def test_an_s3_prefix_is_found_like_a_folder(s3: S3Server, folder: Path) -> None:
+    for info in storage.list_objects(str(folder)):
+        storage.write(s3.uri(f"discover/{info.uri[len(str(folder)) + 1 :]}"), storage.read(info.uri))
+    local = [image_id.replace(str(folder), "s3://archive/discover") for image_id in ids(shards(folder))]
+    assert ids(shards("s3://archive/discover")) == local
+    assert len(ids(shards("s3://archive/discover/shards/{0000..0001}.tar"))) == 4
+    assert len(ids(shards("s3://archive/discover/loose/**/*.jpg"))) == 1

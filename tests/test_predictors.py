@@ -1,0 +1,326 @@
+import logging
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch._inductor.config
+import torchvision
+from torch import nn
+from torch._inductor.utils import fresh_cache
+
+from pipeline.config import IMAGENET_MEAN, IMAGENET_STD, Transform
+from pipeline.errors import SettingRefused, WeightsRefused
+from pipeline.predictors import Classifier, Embedder, NetworkPredictor, Predictor
+
+TINY = f"{__name__}:tiny"
+
+
+def tiny() -> tuple[nn.Module, Transform]:
+    """Quick to compile: one convolution with its normalisation, 6 classes."""
+    torch.manual_seed(2)
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(convolution, nn.Flatten(), nn.Linear(8, 6)), Transform(40, 32)
+
+
+class Branching(nn.Module):
+    """Its way depends on the data, so that a trace of it cannot be made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x))
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+def branching() -> nn.Module:
+    return Branching()
+
+
+def draw_pixels(rows: int = 3, size: int = 224) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8)
+
+
+def normalised(pixels: np.ndarray) -> torch.Tensor:
+    x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous().float() / 255
+    return (x - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A ResNet-18 with statistics that folding must take into account."""
+    torch.manual_seed(3)
+    network = torchvision.models.resnet18()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.data.uniform_(0.5, 1.5)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def weights(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(network.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_CACHE", str(tmp_path / "cache"))
+
+
+def plain_features(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    head, network.fc = network.fc, nn.Identity()
+    try:
+        return network(x)
+    finally:
+        network.fc = head
+
+
+def test_the_embedding_is_that_of_the_plain_network(network: nn.Module, weights: str) -> None:
+    predictor = Embedder(model="resnet18", weights=weights, precision="float32")
+    predictor.prepare()
+    assert predictor.columns == pa.schema([("embedding", pa.list_(pa.float32(), 512))])
+    pixels = draw_pixels()
+    pixels.flags.writeable = False  # as Arrow's memory is
+    found = predictor.predict(pixels)["embedding"]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in predictor._runner.forward.modules())
+    expected = plain_features(network, normalised(pixels)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("bfloat16", 0.05), ("float16", 0.02)])
+def test_low_precision_is_close(precision: str, worst: float, network: nn.Module, weights: str) -> None:
+    pixels = draw_pixels(2, 224)
+    found = Embedder(model="resnet18", weights=weights, precision=precision).predict(pixels)["embedding"]
+    expected = plain_features(network, normalised(pixels)).numpy()
+    assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < worst
+    assert found.dtype == np.float32
+
+
+def test_top_k_is_torchs(network: nn.Module, weights: str) -> None:
+    pixels = draw_pixels()
+    predictor = Classifier(model="resnet18", weights=weights, precision="float32", top_k=4, embeddings=True)
+    predictor.prepare()
+    names = ["label", "label_id", "score", "top_labels", "top_label_ids", "top_scores", "embedding"]
+    assert predictor.columns.names == names
+    found = predictor.predict(pixels)
+    assert list(found) == names
+    expected = network(normalised(pixels)).softmax(1).topk(4)
+    np.testing.assert_allclose(np.array(found["top_scores"].to_pylist()), expected.values, rtol=1e-3)
+    assert found["top_label_ids"].to_pylist() == expected.indices.tolist()
+    assert found["top_labels"].to_pylist() == [[str(i) for i in row] for row in expected.indices.tolist()]
+    assert found["label_id"].tolist() == expected.indices[:, 0].tolist()
+    assert found["label"].to_pylist() == [str(i) for i in expected.indices[:, 0].tolist()]
+    np.testing.assert_allclose(found["score"], expected.values[:, 0], rtol=1e-3)
+    assert found["embedding"].shape == (3, 512)
+    for column in predictor.columns:
+        if column.name != "embedding":
+            assert pa.array(found[column.name]).type == column.type
+
+
+def test_top_k_is_capped_and_labels_are_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    predictor = Classifier(model=TINY, labels=str(tmp_path / "names.txt"), top_k=10)
+    found = predictor.predict(draw_pixels(2, 32))
+    assert sorted(found["top_labels"][0].as_py()) == list("abcdef")
+    assert sum(found["top_scores"][1].as_py()) == pytest.approx(1, abs=1e-5)
+
+
+def test_embeddings_in_half_precision() -> None:
+    predictor = Embedder(model=TINY, embedding_dtype="float16")
+    predictor.prepare()
+    assert predictor.columns.field("embedding").type == pa.list_(pa.float16(), 8)
+    assert predictor.transform == Transform(40, 32)
+    assert predictor.predict(draw_pixels(2, 32))["embedding"].dtype == np.float16
+
+
+def test_one_channel_is_luma(tmp_path: Path) -> None:
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=4).eval().requires_grad_(False)
+    network.conv1[0] = nn.Conv2d(1, 24, 3, 2, 1, bias=False)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    predictor = Embedder(model="shufflenet_v2_x0_5", weights=str(tmp_path / "w.pth"), precision="float32")
+    pixels = draw_pixels(2)
+    luma = torch.from_numpy(pixels @ np.array([0.299, 0.587, 0.114])).float()[:, None] / 255
+    mean, std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
+    expected = plain_features(network, (luma - mean) / std).detach().numpy()
+    np.testing.assert_allclose(predictor.predict(pixels)["embedding"], expected, atol=1e-4)
+
+
+def test_a_network_that_cannot_be_traced_runs_as_it_is() -> None:
+    predictor = Embedder(model=f"{__name__}:branching", weights="random", precision="float32")
+    assert predictor.predict(draw_pixels(1))["embedding"].shape == (1, 4)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in predictor._runner.forward.modules())
+
+
+def test_nan_is_handed_on(network: nn.Module, tmp_path: Path) -> None:
+    state = tiny()[0].state_dict()
+    state["2.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    found = Classifier(model=TINY, weights=str(tmp_path / "w.pth"), embeddings=True).predict(draw_pixels(2, 32))
+    assert np.isnan(found["score"]).all()
+    assert np.isfinite(found["embedding"]).all()
+
+
+def test_what_travels_to_an_actor_is_small_and_whole() -> None:
+    predictor = Classifier(model=TINY, top_k=2)
+    expected = predictor.predict(draw_pixels(2, 32))
+    data = pickle.dumps(predictor)
+    assert len(data) < 10_000
+    copy = pickle.loads(data)
+    assert copy._runner is None
+    assert (copy.columns, copy.transform, copy.spec) == (predictor.columns, predictor.transform, predictor.spec)
+    assert copy.predict(draw_pixels(2, 32))["top_scores"] == expected["top_scores"]
+
+
+def test_threads_are_set_where_it_loads() -> None:
+    before = torch.get_num_threads()
+    try:
+        Embedder(model=TINY, threads=1).load()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+# Compiling
+
+
+def compiled(batch_size: int) -> Embedder:
+    predictor = Embedder(model=TINY, compile="on", precision="float32")
+    predictor.batch_size = batch_size
+    predictor.load()
+    return predictor
+
+
+def test_compiled_batches_are_padded_and_split() -> None:
+    pixels = draw_pixels(5, 32)
+    expected = Embedder(model=TINY, precision="float32").predict(pixels)["embedding"]
+    predictor = compiled(4)
+    assert predictor._runner.fixed_size == 4
+    for rows in (5, 4, 1):
+        found = predictor.predict(pixels[:rows])["embedding"]
+        np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
+
+
+def test_without_a_compiler_it_goes_on_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    torch._dynamo.reset()
+    with fresh_cache(), caplog.at_level(logging.WARNING, "pipeline.predictors"):
+        predictor = compiled(4)
+    assert [record.message[:20] for record in caplog.records if record.name == "pipeline.predictors"] == [
+        "torch.compile failed"
+    ]
+    assert predictor.predict(draw_pixels(5, 32))["embedding"].shape == (5, 8)
+
+
+def test_compile_auto_follows_the_caller() -> None:
+    predictor = Embedder(model=TINY)
+    predictor.load()
+    assert predictor._runner.fixed_size is None
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "said"),
+    [
+        (Embedder, {"precision": "int8"}, "--precision is 'int8': it is one of auto, float32"),
+        (Embedder, {"compile": "yes"}, "--compile is 'yes'"),
+        (Classifier, {"embedding_dtype": "float64"}, "--embedding-dtype is 'float64'"),
+        (Classifier, {"top_k": 0}, "--top-k is 0"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(cls: type[NetworkPredictor], values: dict[str, object], said: str) -> None:
+    with pytest.raises(SettingRefused, match=said):
+        cls(**values)
+
+
+def test_a_classifier_needs_a_classifier() -> None:
+    with pytest.raises(WeightsRefused, match="does not end in a classifier"):
+        Classifier(model=f"{__name__}:branching", weights="random").prepare()
+
+
+def test_settings_change_with_results_and_with_nothing_else(network: nn.Module, weights: str, tmp_path: Path) -> None:
+    def settings(cls: type[NetworkPredictor] = Classifier, **values: object) -> dict[str, object]:
+        return cls(**{"model": "resnet18", "weights": weights, **values}).settings()
+
+    base = settings()
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes(Path(weights).read_bytes())
+    assert settings(weights=str(moved)) == base
+    assert settings(compile="on", threads=3, seed=9) == base
+    (tmp_path / "names.txt").write_text("\n".join(f"class {i}" for i in range(1000)))
+    others = [
+        settings(weights="random"),
+        settings(weights="random", seed=1),
+        settings(precision="float32"),
+        settings(top_k=2),
+        settings(embeddings=True),
+        settings(labels=str(tmp_path / "names.txt")),
+        settings(embedding_dtype="float16"),
+        settings(Embedder),
+    ]
+    for place, other in enumerate(others):
+        assert other not in [base, *others[:place]]
+
+
+def test_provenance_names_the_weights(weights: str) -> None:
+    random = Embedder(model="resnet18", weights="random", seed=4).provenance()
+    assert (random["weights"], random["seed"], random["weights_sha256"]) == ("random", 4, "")
+    file = Embedder(model="resnet18", weights=weights).provenance()
+    assert (file["weights"], file["weights_uri"], file["embedding_dim"]) == (weights, weights, 512)
+    assert len(str(file["weights_sha256"])) == 64
+
+
+# A predictor of one's own
+
+
+class Brightness(Predictor):
+    columns = pa.schema([("brightness", pa.float32())])
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"brightness": pixels.mean(axis=(1, 2, 3), dtype="float32")}
+
+
+@dataclass
+class Threshold(Brightness):
+    least: float = 0.5
+    threads: int | None = None
+    how: object = field(default=None)
+
+
+@dataclass
+class Tagged(Embedder):
+    tag: str = ""
+
+
+def test_a_predictor_of_ones_own_needs_columns_and_predict() -> None:
+    predictor = Brightness()
+    predictor.prepare()
+    predictor.load()
+    assert predictor.settings()["predictor"] == "Brightness"
+    assert predictor.settings()["columns"] == {"brightness": "float"}
+    assert predictor.provenance() == predictor.settings()
+    assert predictor.predict(np.full((2, 4, 4, 3), 7, np.uint8))["brightness"].tolist() == [7, 7]
+    assert pickle.loads(pickle.dumps(predictor)).transform == Transform()
+
+
+def test_its_fields_are_its_settings() -> None:
+    assert Threshold(0.3).settings() != Threshold(0.4).settings()
+    assert Threshold(threads=2).settings() == Threshold().settings()
+    with pytest.raises(SettingRefused, match=r"Threshold\.how"):
+        Threshold(how=object()).settings()
+    with pytest.raises(SettingRefused, match="adds no columns"):
+        Predictor().settings()
+    assert Tagged(model=TINY, tag="a").settings() != Tagged(model=TINY, tag="b").settings()

@@ -1,0 +1,133 @@
+"""One contract for every store: local disk, a real S3 server, and fsspec's memory."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from conftest import S3Server
+
+from pipeline import storage
+
+
+class StorageContract:
+    """Subclasses give `base`, the URI of an empty folder."""
+
+    lists_etags = True
+
+    def test_what_is_written_is_read(self, base: str) -> None:
+        storage.write(f"{base}/a/b.bin", b"x" * 3000)
+        assert storage.read(f"{base}/a/b.bin") == b"x" * 3000
+        assert storage.head(f"{base}/a/b.bin").size_bytes == 3000
+        with storage.open_read(f"{base}/a/b.bin") as file:
+            assert file.seek(2990) == 2990
+            assert file.read() == b"x" * 10
+            assert file.seek(-1, os.SEEK_END) == 2999
+
+    def test_names_with_odd_characters(self, base: str) -> None:
+        names = ["a b.txt", "ü-日本.txt", "a#b.txt", "100%.txt", "a+b=c&d.txt", "it's (1).txt"]
+        for name in names:
+            storage.write(f"{base}/{name}", name.encode())
+        assert [storage.read(f"{base}/{name}") for name in names] == [name.encode() for name in names]
+        assert [info.uri for info in storage.list_objects(base)] == sorted(f"{base}/{name}" for name in names)
+
+    def test_missing_objects(self, base: str) -> None:
+        for action in (storage.read, storage.head, storage.open_read):
+            with pytest.raises(FileNotFoundError):
+                action(f"{base}/none")
+        storage.delete(f"{base}/none")
+
+    def test_create_keeps_what_is_there(self, base: str) -> None:
+        storage.create(f"{base}/one", b"first")
+        with pytest.raises(FileExistsError):
+            storage.create(f"{base}/one", b"second")
+        assert storage.read(f"{base}/one") == b"first"
+        assert [info.uri for info in storage.list_objects(base)] == [f"{base}/one"]
+
+    def test_lists_are_sorted_by_whole_path_and_skip_hidden_names(self, base: str) -> None:
+        names = ["a/z", "a-b/c", "a.txt", "a0", "b", ".hidden", ".dir/x", "a/.tmp"]
+        for name in names:
+            storage.write(f"{base}/{name}", b"1")
+        listed = [info.uri for info in storage.list_objects(base)]
+        assert listed == sorted(listed)
+        assert set(listed) == {f"{base}/{name}" for name in names[:5]}
+
+    def test_globs(self, base: str) -> None:
+        for name in ["a/1.jpg", "a/2.png", "b/3.jpg", "b/c/4.jpg"]:
+            storage.write(f"{base}/{name}", b"1")
+        assert [info.uri for info in storage.list_glob(f"{base}/*/*.jpg")] == [f"{base}/a/1.jpg", f"{base}/b/3.jpg"]
+        assert len(list(storage.list_glob(f"{base}/**/*.jpg"))) == 3
+        assert len(list(storage.list_glob(f"{base}/[ab]/?.jpg"))) == 2
+
+    def test_a_replaced_object_is_noticed(self, base: str) -> None:
+        storage.write(f"{base}/x", b"one")
+        etag = next(iter(storage.list_objects(base))).etag
+        assert storage.read(f"{base}/x", etag) == b"one"
+        storage.write(f"{base}/x", b"other")
+        with pytest.raises(storage.Changed, match="replaced"):
+            storage.read(f"{base}/x", etag)
+        with pytest.raises(storage.Changed):
+            storage.open_read(f"{base}/x", etag)
+
+    def test_delete(self, base: str) -> None:
+        storage.write(f"{base}/x", b"1")
+        storage.delete(f"{base}/x")
+        assert list(storage.list_objects(base)) == []
+
+
+class TestLocal(StorageContract):
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> str:
+        folder = tmp_path / "base"
+        folder.mkdir()
+        return str(folder)
+
+    def test_a_link_to_a_folder_above_is_not_followed_for_ever(self, base: str) -> None:
+        storage.write(f"{base}/d/x", b"1")
+        os.symlink(base, f"{base}/d/loop")
+        assert [info.uri for info in storage.list_objects(base)] == [f"{base}/d/x"]
+
+    def test_a_failed_write_leaves_nothing_behind(self, base: str) -> None:
+        os.mkdir(f"{base}/taken")
+        with pytest.raises(OSError, match="taken"):
+            storage.write(f"{base}/taken", b"1")
+        assert [name for name in os.listdir(base) if name != "taken"] == []
+
+
+class TestS3(StorageContract):
+    @pytest.fixture
+    def base(self, s3: S3Server, request: pytest.FixtureRequest) -> str:
+        return s3.uri(f"storage/{request.node.name}")
+
+    def test_more_than_one_page_of_a_list(self, base: str) -> None:
+        from pipeline.prefetch import ordered_map
+
+        list(ordered_map(lambda i: storage.write(f"{base}/{i:05d}", b"1"), range(1100), 8, 64))
+        assert [info.uri[-5:] for info in storage.list_objects(base)] == [f"{i:05d}" for i in range(1100)]
+
+
+class TestFsspec(StorageContract):
+    @pytest.fixture
+    def base(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        yield f"memory://{request.node.name}"
+        fsspec.filesystem("memory").store.clear()
+
+
+def test_normalize_gives_one_spelling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.normalize("photos/") == f"{tmp_path}/photos"
+    assert storage.normalize("file:///data/x") == "/data/x"
+    assert storage.normalize("s3a://b/p/") == "s3://b/p"
+
+
+def test_redact_strips_secrets() -> None:
+    assert storage.redact("https://user:secret@host/a.jpg?X-Amz-Signature=secret") == "https://host/a.jpg"
+    assert storage.redact("/data/a?b.jpg") == "/data/a?b.jpg"
+    assert "secret" not in json.dumps(storage.redact("s3://key:secret@bucket/a.jpg"))
+
+
+def test_an_unknown_scheme_is_an_os_error() -> None:
+    with pytest.raises(OSError, match="nosuch"):
+        storage.read("nosuch://a/b")
