@@ -18,6 +18,7 @@ import pandas as pd
 
 JOBS = Path(__file__).resolve().parent
 NETWORK = ["--model", "resnet18", "--weights", "random"]
+ONE_THREAD = {"use_threads": False}  # a process that ends right after pyarrow 26 read on threads of its own can abort
 
 
 def main() -> int:
@@ -57,8 +58,8 @@ def call(job: str, *arguments: str) -> None:
 
 def show(folder: Path) -> None:
     """Read both outputs back, print a few rows of them, the errors by kind, and what to type next."""
-    embeddings = pd.read_parquet(folder / "embeddings", columns=["image_id", "embedding"])
-    rows = pd.read_parquet(folder / "labels").merge(embeddings, on="image_id")
+    embeddings = pd.read_parquet(folder / "embeddings", columns=["image_id", "embedding"], **ONE_THREAD)
+    rows = pd.read_parquet(folder / "labels", **ONE_THREAD).merge(embeddings, on="image_id")
     table = rows[["image_id", "width", "height", "cls", "label", "score"]].assign(
         image_id=rows["image_id"].str.rpartition("/")[2],
         cls=rows["cls"].fillna("-"),
@@ -67,7 +68,7 @@ def show(folder: Path) -> None:
     step = max(1, len(rows) // 6)
     print(f"\n{len(rows):,} images, each with a label and {len(rows['embedding'][0])} numbers; here one in {step}:")
     print(table.iloc[::step].to_string(index=False))
-    errors = pd.read_parquet(folder / "embeddings" / "_errors")
+    errors = pd.read_parquet(folder / "embeddings" / "_errors", **ONE_THREAD)
     print("\nbroken on purpose, one row each in _errors/:")
     print(errors["error_type"].value_counts().to_string(header=False))
     python = os.path.relpath(sys.executable)

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pipeline import storage
 from pipeline.ledger import Ledger
@@ -74,12 +73,9 @@ class Report:
 
     def show(self) -> None:
         """The summary that ends a run, on standard output."""
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(style="dim")
-        table.add_column()
+        console = Console(soft_wrap=True)
         for name, value in self._lines():
-            table.add_row(name, escape(value))
-        Console(soft_wrap=True).print(table)
+            console.print(f"[dim]{name:<8}[/dim] {escape(value)}", highlight=False)
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         planned_text = f" of {self.planned:,} planned" if self.planned is not None else ""

@@ -116,18 +116,14 @@ def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subproce
 
 def stop_ray_head(process: "subprocess.Popen[bytes]") -> None:
     """Stop this head and no other Ray of this machine (`ray stop` would)."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server: S3Server) -> Iterator[RayCluster]:
     """One cluster for all whole-job tests; its workers can reach the S3 server."""
-    environment = {**s3_server.environment, "RAY_AUTH_MODE": "disabled"}
+    environment = {**s3_server.environment, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process, cluster = start_ray_head(environment)
     try:
         yield RayCluster(cluster.address, cluster.dashboard, {**environment, "RAY_ADDRESS": cluster.address})

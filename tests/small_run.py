@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES = "240"
+IMAGES = "120"
 """Enough for the broken images of the archive to stay under the demo's error rate."""
 
 

@@ -1,0 +1,369 @@
+"""Whole jobs in processes of their own, as a user starts them: on real files, a real S3 server, a real cluster."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import images
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, RayCluster, S3Server
+
+from pipeline import storage
+from pipeline.decode import decode
+from pipeline.predictors import Embedder
+from pipeline.verify import verify
+
+pytestmark = pytest.mark.slow
+
+COLUMNS = ["image_id", "source", "member", "shard", "row", "width", "height"]
+TINY = ("--model", "tiny:network", "--weights", "random", "--precision", "float32")
+SLOW = ("--model", "tiny:slow_network", "--weights", "random", "--precision", "float32")
+
+
+class Jobs:
+    """Runs jobs against one cluster."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self.environment = {**os.environ, **cluster.environment}
+
+    def start(self, job: str, *arguments: object) -> "subprocess.Popen[str]":
+        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=self.environment, **pipes)  # type: ignore[call-overload, no-any-return]
+
+    def run(self, job: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        process = self.start(job, *arguments)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == code, f"ended with {process.returncode}:\n{out}\n{err}"
+        if code:
+            assert "Traceback" not in err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def jobs(ray_cluster: RayCluster) -> Jobs:
+    return Jobs(ray_cluster)
+
+
+def jpeg(seed: int) -> bytes:
+    return images.encode(images.tile(["forest", "water", "urban", "field"][seed % 4], seed, (40 + seed % 9, 48)))
+
+
+def write_folder(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        (folder / f"{i:04d}.jpg").write_bytes(jpeg(i))
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of shard, 20 images of each kind that are good."""
+    folder = tmp_path_factory.mktemp("archive")
+    write_folder(folder / "loose", 20)
+    members: dict[str, bytes] = {}
+    for i in range(20):
+        members |= {f"a/{i:03d}.jpg": jpeg(100 + i), f"a/{i:03d}.cls": str(i % 4).encode()}
+    write_tar(folder / "shard-0000.tar", dict(list(members.items())[:20]))
+    write_tar(folder / "shard-0001.tar", dict(list(members.items())[20:]))
+    with zipfile.ZipFile(folder / "images.zip", "w") as file:
+        for i in range(20):
+            file.writestr(f"z/{i:03d}.png", images.encode(images.tile("desert", 200 + i, (50, 40)), "PNG"))
+    table = pa.table({"image": [{"bytes": jpeg(300 + i), "path": f"p{i}.jpg"} for i in range(20)]})
+    pq.write_table(table, folder / "images.parquet", row_group_size=7)
+    return folder
+
+
+def bytes_of(image_id: str) -> bytes:
+    """The encoded image that an image_id names, found without the project's own readers."""
+    uri, _, member = image_id.partition("#")
+    if uri.endswith(".tar"):
+        with tarfile.open(uri) as tar:
+            return tar.extractfile(member).read()  # type: ignore[union-attr]
+    if uri.endswith(".zip"):
+        return zipfile.ZipFile(uri).read(member)
+    if uri.endswith(".parquet"):
+        return next(r["bytes"] for r in pq.read_table(uri)["image"].to_pylist() if r["path"] == member)
+    return Path(uri).read_bytes()
+
+
+def embeddings(output: object) -> dict[str, np.ndarray]:
+    table = pd.read_parquet(str(output))
+    return dict(zip(table["image_id"], table["embedding"], strict=True))
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def count_commits(output: Path) -> int:
+    return len(list(output.glob("_commits/part-*.json")))
+
+
+def test_every_kind_of_shard_ends_as_rows_of_its_own_images(jobs: Jobs, archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = jobs.run("embed", "--input", archive, "--output", out, *TINY, "--rows-per-part", 16, "--batch-size", 8)
+    assert "80 of 80 planned: 80 rows, 0 errors" in done.stdout
+    assert f'pandas.read_parquet("{out}")' in done.stdout
+    table = pd.read_parquet(out)
+    assert list(table.columns) == [*COLUMNS, "embedding"]
+    predictor = Embedder(model="tiny:network", weights="random", precision="float32")
+    predictor.prepare()
+    predictor.load()
+    for row in table.itertuples():
+        decoded = decode(bytes_of(row.image_id), predictor.transform)
+        assert (row.width, row.height) == (decoded.width, decoded.height)
+        wanted = predictor.predict(decoded.pixels[None])["embedding"]
+        np.testing.assert_allclose(row.embedding, wanted[0], rtol=1e-4, atol=1e-5)
+    check_files(out)
+
+
+def check_files(out: Path) -> None:
+    """Schema, order inside a part, footer, `_report.json`, `_run.json`, verify."""
+    for path in out.glob("part-*.parquet"):
+        file = pq.ParquetFile(path)
+        types = dict(zip(file.schema_arrow.names, map(str, file.schema_arrow.types), strict=True))
+        assert types == {
+            "image_id": "string", "source": "string", "member": "string", "shard": "int32", "row": "int64",
+            "width": "int32", "height": "int32", "embedding": "fixed_size_list<element: float>[8]",
+        }  # fmt: skip
+        keys = file.read(["shard", "row"]).to_pandas().apply(tuple, axis=1).tolist()
+        assert keys == sorted(keys)
+        footer = json.loads(file.schema_arrow.metadata[b"nightshift"])
+        run = json.loads((out / "_run.json").read_text())
+        assert footer["fingerprint"] == run["fingerprint"]
+        assert footer["model"] == "tiny:network"
+    report = json.loads((out / "_report.json").read_text())
+    assert (report["planned"], report["rows"], report["errors"], report["status"]) == (80, 80, 0, "done")
+    assert set(report["stage_seconds"]) == {"read", "decode", "predict", "write"}
+    assert (out / "_SUCCESS").exists()
+    assert list(verify(str(out)).lines())[0].endswith("planned 80 = 80 rows + 0 errors, in 5 parts")
+    assert verify(str(out)).is_whole
+
+
+def test_classify_with_labels_kept_columns_and_embeddings(jobs: Jobs, archive: Path, tmp_path: Path) -> None:
+    out, labels = tmp_path / "out", tmp_path / "labels.txt"
+    labels.write_text("forest\nwater\nurban\nfield\ndesert\n")
+    jobs.run(
+        "classify", "--input", archive / "shard-{0000..0001}.tar", "--output", out, *TINY,
+        "--labels", labels, "--top-k", 3, "--embeddings", "--keep", "cls:truth",
+    )  # fmt: skip
+    table = pd.read_parquet(out)
+    own = ["label", "label_id", "score", "top_labels", "top_label_ids", "top_scores", "embedding"]
+    assert list(table.columns) == [*COLUMNS, *own, "truth"]
+    assert table["truth"].tolist() == [str(i % 4) for i in range(20)]
+    for row in table.itertuples():
+        assert row.label == row.top_labels[0] == ["forest", "water", "urban", "field", "desert"][row.label_id]
+        assert len(row.top_scores) == 3
+        assert row.score == row.top_scores[0] == max(row.top_scores)
+
+
+def test_killed_jobs_go_on_and_come_to_the_same(jobs: Jobs, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "loose", 240)
+    settings = ("--input", folder, *SLOW, "--batch-size", 8, "--rows-per-part", 16)
+    jobs.run("embed", *settings, "--output", tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    for kill_after in (3, 7):
+        process = jobs.start("embed", *settings, "--output", out)
+        wait_for(lambda kill_after=kill_after: count_commits(out) >= kill_after)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    done = jobs.run("embed", *settings, "--output", out)
+    assert "images were done before, by 2 earlier attempts" in done.stdout
+    assert verify(str(out)).is_whole, list(verify(str(out)).lines())
+    assert same(embeddings(out), embeddings(tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_a_report_in_three_seconds(
+    jobs: Jobs, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = write_folder(tmp_path / "loose", 200)
+    settings = ("--input", folder, "--output", tmp_path / "out", *SLOW, "--batch-size", 8, "--rows-per-part", 16)
+    process = jobs.start("embed", *settings)
+    wait_for(lambda: count_commits(tmp_path / "out") >= 2)
+    process.send_signal(number)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - started < 3
+    assert process.returncode == code, err
+    assert "run the same command again to go on" in err
+    report = json.loads((tmp_path / "out" / "_report.json").read_text())
+    assert report["status"] == "Interrupted"
+    assert 0 < report["rows"] < 200
+    found = jobs.run("verify", tmp_path / "out", code=5)
+    assert "are missing" in found.stdout
+    jobs.run("embed", *settings)
+    assert "planned 200 = 200 rows + 0 errors" in jobs.run("verify", tmp_path / "out").stdout
+
+
+def test_a_finished_output_is_kept_refused_or_overwritten(jobs: Jobs, tmp_path: Path) -> None:
+    folder, out = write_folder(tmp_path / "loose", 12), tmp_path / "out"
+    settings = ("--input", folder, "--output", out)
+    jobs.run("embed", *settings, *TINY)
+    before = {path.name: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    jobs.run("embed", *settings, *TINY)
+    assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+    err = jobs.run("embed", *settings, *TINY, "--seed", 7, "--limit", 5, code=2).stderr
+    assert "limit was null and is 5" in err
+    assert "random, seed 7" in err
+    jobs.run("embed", *settings, *TINY, "--limit", 5, "--overwrite")
+    assert len(pd.read_parquet(out)) == 5
+    assert verify(str(out)).is_whole
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        err = jobs.run("embed", "--input", folder, "--output", tmp_path / "mine", *TINY, *more, code=2).stderr
+        assert "thesis.txt" in err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_s3_in_and_out(jobs: Jobs, s3: S3Server, archive: Path) -> None:
+    for info in storage.list_objects(str(archive)):
+        storage.write(s3.uri(f"in/{info.uri[len(str(archive)) + 1 :]}"), storage.read(info.uri))
+    plan = json.loads(jobs.run("embed", "--input", s3.uri("in"), "--output", s3.uri("out"), *TINY, "--dry-run").stdout)
+    assert (plan["shards_by_kind"], plan["images"]) == ({"objects": 1, "parquet": 1, "tar": 2, "zip": 1}, 40)
+    assert list(storage.list_objects(s3.uri("out"))) == []
+    jobs.run("embed", "--input", s3.uri("in"), "--output", s3.uri("out"), *TINY)
+    assert "planned 80 = 80 rows + 0 errors" in jobs.run("verify", s3.uri("out")).stdout
+    environment = {"endpoint_url": s3.endpoint, "key": "testing-key", "secret": "testing-secret"}
+    assert len(pd.read_parquet(s3.uri("out"), storage_options=environment)) == 80
+
+
+@pytest.fixture
+def web(archive: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(archive)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_each_bad_image_is_one_error_row(jobs: Jobs, tmp_path: Path, web: str) -> None:
+    folder = write_folder(tmp_path / "in" / "loose", 10)
+    loose = {
+        "empty.jpg": (b"", "empty"),
+        "truncated.jpg": (images.truncated(), "truncated"),
+        "text.jpg": (b"this is no image", "not_an_image"),
+        "chunk.png": (images.broken_png_data(), "corrupt"),
+        "bomb.png": (images.bomb(), "too_large"),
+    }
+    for name, (data, _) in loose.items():
+        (folder / name).write_bytes(data)
+    cut = write_tar(tmp_path / "in" / "cut.tar", {f"{i}.jpg": jpeg(i) for i in range(6)})
+    with tarfile.open(cut) as tar:
+        middle_of_fourth = tar.getmembers()[3].offset_data + 100
+    cut.write_bytes(cut.read_bytes()[:middle_of_fourth])
+    pq.write_table(pa.table({"image": [jpeg(1), None, jpeg(2)]}), tmp_path / "in" / "nulls.parquet")
+    uris = tmp_path / "uris.txt"
+    uris.write_text(f"{web}/loose/0000.jpg?signature=secret\n{web}/none.jpg\n")
+    out = tmp_path / "out"
+    settings = ("--input", tmp_path / "in", uris, "--output", out, *TINY)
+    assert "more than --max-error-rate 0.05 allows" in jobs.run("embed", *settings, code=3).stderr
+    jobs.run("embed", *settings, "--max-error-rate", 0.5)
+    errors = pd.read_parquet(out / "_errors").set_index("image_id")
+    found = errors[["stage", "error_type"]].apply(tuple, axis=1).to_dict()
+    assert {f"{folder}/{name}": ("decode", kind) for name, (_, kind) in loose.items()}.items() <= found.items()
+    assert found[f"{tmp_path}/in/nulls.parquet#1"] == ("read", "null")
+    assert found[f"{web}/none.jpg"] == ("read", "not_found")
+    assert [kind for image_id, kind in found.items() if "cut.tar" in image_id] == [("read", "truncated")]
+    assert len(found) == 8
+    assert errors["message"].str.len().min() > 5
+    good = pd.read_parquet(out)["image_id"].tolist()
+    assert sum("cut.tar" in image_id for image_id in good) == 3
+    assert f"{web}/loose/0000.jpg" in good
+    assert not any(b"secret" in path.read_bytes() for path in out.glob("*.json"))
+    assert verify(str(out)).is_whole
+
+
+def test_two_drivers_on_one_output(jobs: Jobs, tmp_path: Path) -> None:
+    settings = ("--input", write_folder(tmp_path / "loose", 200), "--output", tmp_path / "out", *SLOW)
+    first = jobs.start("embed", *settings, "--rows-per-part", 64)
+    wait_for(lambda: (tmp_path / "out" / "_lock.json").exists())
+    assert f"in use by process {first.pid}" in jobs.run("embed", *settings, code=4).stderr
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+    assert verify(str(tmp_path / "out")).is_whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--input", "none", *TINY), "none does not exist"),
+        (("--model", "resnet19"), "resnet18"),
+        (("--model", "resnet18", "--weights", "none.pt"), "none.pt"),
+        (("--actors", "0"), "--actors is '0'"),
+        ((*TINY, "--gpus-per-actor", "1"), "the cluster has 0 GPUs"),
+        (("--config", "none.yaml"), "none.yaml"),
+    ],
+)
+def test_bad_settings_end_in_seconds_with_a_sentence(
+    jobs: Jobs, archive: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    inputs = () if "--input" in arguments else ("--input", archive / "loose")
+    done = jobs.run("embed", *inputs, "--output", tmp_path / "out", *arguments, code=2)
+    assert said in done.stderr
+    assert done.stderr.startswith("nightshift: ")
+
+
+def test_a_predictor_of_the_users_own(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "loose", 10)
+    script = tmp_path / "brightness.py"
+    script.write_text(
+        "import sys\nimport pyarrow as pa\nfrom pipeline import Predictor, RunConfig, run\n"
+        "class Brightness(Predictor):\n"
+        "    columns = pa.schema([('brightness', pa.float32())])\n"
+        "    def predict(self, pixels):\n"
+        "        if pixels.mean(axis=(1, 2, 3)).max() > 254: raise RuntimeError('too bright')\n"
+        "        return {'brightness': pixels.mean(axis=(1, 2, 3), dtype='float32')}\n"
+        "report = run(RunConfig(input=sys.argv[1], output=sys.argv[2], max_error_rate=0.5), Brightness())\n"
+        "print(report.rows, report.errors)\n"
+    )
+    (folder / "white.png").write_bytes(images.encode(images.tile().convert("L").point(lambda _: 255), "PNG"))
+    environment = {**os.environ, **ray_cluster.environment}
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["10", "1"]
+    table = pd.read_parquet(tmp_path / "out")
+    for row in table.itertuples():
+        pixels = decode(Path(row.image_id).read_bytes(), Embedder.transform).pixels
+        assert row.brightness == pytest.approx(pixels.mean(), abs=0.01)
+    errors = pd.read_parquet(tmp_path / "out" / "_errors")
+    assert errors[["stage", "error_type", "message"]].values.tolist() == [
+        ["predict", "failed", "RuntimeError: too bright"]
+    ]

@@ -1,0 +1,31 @@
+"""Networks for whole-job tests: `--model tiny:network`. Small enough that the job around them is what is tested."""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Transform
+
+SIZE = 32
+
+
+class Tiny(nn.Module):
+    def __init__(self, seconds_per_image: float = 0.0) -> None:
+        super().__init__()
+        self.seconds_per_image = seconds_per_image
+        self.convolution = nn.Conv2d(3, 8, 5, stride=3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds_per_image * len(x))
+        return self.fc(torch.relu(self.convolution(x)).mean((2, 3)))
+
+
+def network() -> tuple[nn.Module, Transform]:
+    return Tiny(), Transform(resize=SIZE + 4, crop=SIZE)
+
+
+def slow_network() -> tuple[nn.Module, Transform]:
+    """Fifty images a second: time enough to be stopped in the middle."""
+    return Tiny(0.02), Transform(resize=SIZE + 4, crop=SIZE)
