@@ -18,7 +18,7 @@ class ShardDatasource(Datasource):
     """Ray's view of the plan: one read task a group of units, each a stream of decoded tables."""
 
     def __init__(self, output: str, tasks: list[list[Unit]], loader: Loader) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.output, self.tasks, self.loader = output, tasks, loader
 
     def get_name(self) -> str:

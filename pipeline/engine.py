@@ -179,4 +179,4 @@ def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:
         f.type.list_size * f.type.value_type.bit_width // 8 for f in result if pa.types.is_fixed_size_list(f.type)
     )
     images = plan.rows + plan.size_bytes // ASSUMED_IMAGE_BYTES * (plan.uncounted_shards > 0)
-    return max(batch_size, min(PART_BYTES // row_bytes, images // 50))
+    return int(max(batch_size, min(PART_BYTES // row_bytes, images // 50)))

@@ -133,7 +133,7 @@ def load_shard(output: str, index: int) -> Shard:
     number, place = divmod(index, SHARDS_PER_FILE)
     group, row = divmod(place, SHARDS_PER_ROW_GROUP)
     with storage.open_read(_file(output, number)) as file:
-        table = pq.ParquetFile(file).read_row_group(group)
+        table = pq.ParquetFile(file).read_row_group(group, use_threads=False)
     return _to_shard(table.slice(row, 1).to_pylist()[0])
 
 
@@ -157,7 +157,7 @@ def _write_file(output: str, shards: list[Shard]) -> None:
 
 def _read_file(uri: str, columns: list[str]) -> pa.Table:
     with storage.open_read(uri) as file:
-        return pq.ParquetFile(file).read(columns=columns)
+        return pq.ParquetFile(file).read(columns=columns, use_threads=False)
 
 
 def _to_shard(row: dict[str, Any]) -> Shard:

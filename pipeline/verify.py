@@ -157,7 +157,7 @@ def _check_commit(output: str, commit: Commit, fingerprint: str) -> _Checked:
 
 def _read(uri: str, name: str, checked: _Checked) -> pa.Table | None:
     try:
-        return pq.read_table(io.BytesIO(storage.read(uri)))
+        return pq.read_table(io.BytesIO(storage.read(uri)), use_threads=False)
     except FileNotFoundError:
         checked.problems.append(f"{name} is missing")
     except (OSError, pa.ArrowException) as error:

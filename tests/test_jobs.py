@@ -168,7 +168,7 @@ def check_files(out: Path) -> None:
     assert (report["planned"], report["rows"], report["errors"], report["status"]) == (80, 80, 0, "done")
     assert set(report["stage_seconds"]) == {"read", "decode", "predict", "write"}
     assert (out / "_SUCCESS").exists()
-    assert list(verify(str(out)).lines())[0].endswith("planned 80 = 80 rows + 0 errors, in 5 parts")
+    assert next(verify(str(out)).lines()).endswith("planned 80 = 80 rows + 0 errors, in 5 parts")
     assert verify(str(out)).is_whole
 
 

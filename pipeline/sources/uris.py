@@ -108,10 +108,10 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
 def _open_table(uri: str, file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     try:
         if uri.lower().endswith(".csv"):
-            reader = pa_csv.open_csv(file)
+            reader = pa_csv.open_csv(file, read_options=pa_csv.ReadOptions(use_threads=False))
             return reader.schema, iter(reader)
         parquet = pq.ParquetFile(file)
-        return parquet.schema_arrow, parquet.iter_batches(batch_size=4096)
+        return parquet.schema_arrow, parquet.iter_batches(batch_size=4096, use_threads=False)
     except pa.ArrowInvalid as error:
         raise InputRefused(f"{uri} cannot be read as a list of images: {str(error).splitlines()[0]}") from error
 
