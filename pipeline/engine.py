@@ -5,6 +5,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from pipeline import output, schema
 from pipeline.config import RunConfig
 from pipeline.datasource import ShardDatasource, Unit
-from pipeline.errors import SettingRefused
+from pipeline.errors import NightshiftError, SettingRefused
 from pipeline.ledger import Commit
 from pipeline.loader import Loader
 from pipeline.plan import Plan
@@ -29,6 +30,8 @@ MAX_DECODE_THREADS = 8
 PART_BYTES = 128 << 20
 ASSUMED_IMAGE_BYTES = 50_000
 CONNECT_TIMEOUT_SECONDS = 10
+ACTOR_INIT_DEATHS = 10  # nodes that may vanish in a row while a model is being loaded on them
+NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600  # spot machines may be long in coming
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +159,9 @@ class Flow:
         dataset = dataset.map_batches(
             write, fn_args=(self.sink,), batch_size=None, batch_format="pyarrow", num_cpus=self.layout.write_cpus
         )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from (Commit.from_json(text) for text in batch["commit"].to_pylist())
+        with _told_plainly():
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield from (Commit.from_json(text) for text in batch["commit"].to_pylist())
 
     def _tasks(self) -> list[list[Unit]]:
         """Neighbouring units in at most MAX_READ_TASKS tasks, to bound the driver's work."""
@@ -168,9 +172,33 @@ class Flow:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+        context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
         # A block is a batch: what waits between the stages is counted in batches, whatever the size of the images.
         context.target_max_block_size = max(1 << 20, self.batch_size * self.loader.transform.crop**2 * 3)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """A worker's error as the driver's own: what was raised on purpose as it is, faults of storage in a sentence."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        causes = list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, NightshiftError):
+                raise cause from error
+        for cause in causes:
+            if isinstance(cause, OSError):
+                raise NightshiftError(f"{cause}; what was committed stays, run the same command again") from error
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
 
 
 def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import schema
-from pipeline.errors import PredictError
+from pipeline.errors import NightshiftError, PredictError
 from pipeline.predictors import Predictor
 
 
@@ -19,10 +19,16 @@ class Predict:
     def __init__(self, predictor: Predictor, keep: Mapping[str, pa.DataType]) -> None:
         self.predictor = predictor
         self.schema = schema.predicted(predictor.columns, keep)
-        predictor.load()
+        self.refusal: NightshiftError | None = None
+        try:
+            predictor.load()
+        except NightshiftError as error:  # raised here Ray would take it for a lost node, and try again elsewhere
+            self.refusal = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the pixels of each row by the predictor's columns (null where the row is an error)."""
+        if self.refusal:
+            raise self.refusal
         started = time.perf_counter()
         is_image = pc.is_valid(table[schema.PIXELS])
         images = table.filter(is_image)

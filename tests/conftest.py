@@ -1,10 +1,12 @@
 """What the tests share: one Ray cluster, one S3 server, both real and both stopped at the end."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -85,12 +87,17 @@ class RayCluster:
 
 
 def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subprocess.Popen[bytes], RayCluster]:
-    """`ray start --head` in the foreground, ready to take work."""
+    """`ray start --head` in the foreground, ready to take work.
+
+    In a folder of its own: in the default one it would leave its address to every later `ray.init()` of this machine.
+    """
     port, dashboard_port = free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"),
         *("--port", str(port), "--dashboard-port", str(dashboard_port), "--num-cpus", str(cpus)),
         *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
+        *("--temp-dir", folder),
     ]
     process = subprocess.Popen(
         command,
@@ -118,6 +125,7 @@ def stop_ray_head(process: "subprocess.Popen[bytes]") -> None:
     """Stop this head and no other Ray of this machine (`ray stop` would)."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    shutil.rmtree(process.args[-1], ignore_errors=True)  # type: ignore[index]
 
 
 @pytest.fixture(scope="session")

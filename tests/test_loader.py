@@ -1,0 +1,73 @@
+"""read → decode as tables."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import images
+import numpy as np
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.config import Transform
+from pipeline.coverage import END
+from pipeline.decode import decode
+from pipeline.loader import Loader
+from pipeline.plan import Shard
+from pipeline.sources import ReadOptions
+
+TRANSFORM = Transform(resize=20, crop=16)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Shard:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return Shard(7, "tar", str(path))
+
+
+def loader(**settings: object) -> Loader:
+    keep = {"cls": ("truth", pa.string())}
+    values = {"max_pixels": 10**6, "exif_rotate": True, "rows_per_table": 4, "threads": 3, **settings}
+    return Loader(TRANSFORM, ReadOptions(keep=("cls",)), keep, **values)  # type: ignore[arg-type]
+
+
+def test_tables_hold_every_row_and_the_end_of_the_shard(tmp_path: Path) -> None:
+    data = {f"{i}.png": images.encode(images.tile("urban", i), "PNG") for i in range(9)}
+    data["3.png"] = b""
+    members = {**data, **{f"{i}.cls": str(i).encode() for i in range(9)}}
+    tables = list(loader().load(write_tar(tmp_path / "a.tar", members), ((0, END),)))
+    assert [len(table) for table in tables] == [4, 4, 2]
+    assert all(table.schema == schema.loaded(16, {"truth": pa.string()}) for table in tables)
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [row["row"] for row in rows] == list(range(10))
+    assert [row[schema.SHARD_ROWS] for row in rows] == [None] * 9 + [9]
+    assert [row["truth"] for row in rows[:9]] == [str(i) for i in range(9)]
+    assert {row["shard"] for row in rows} == {7}
+    for row, (name, encoded) in zip(rows, data.items(), strict=False):
+        assert row["image_id"] == f"{tmp_path}/a.tar#{name}"
+        if encoded:
+            pixels = np.frombuffer(row[schema.PIXELS], np.uint8).reshape(16, 16, 3)
+            np.testing.assert_array_equal(pixels, decode(encoded, TRANSFORM).pixels)
+            assert (row["width"], row["height"], row["size_bytes"]) == (64, 64, len(encoded))
+        else:
+            assert (row[schema.PIXELS], row["stage"], row["error_type"]) == (None, "decode", "empty")
+
+
+def test_settings_reach_the_decoder(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", {"a.jpg": images.oriented(6, size=(80, 60))})
+    upright, as_stored = (
+        pa.concat_tables(loader(exif_rotate=rotate).load(shard, ((0, END),)))[schema.PIXELS][0].as_py()
+        for rotate in (True, False)
+    )
+    assert upright != as_stored
+    small = pa.concat_tables(loader(max_pixels=100).load(shard, ((0, END),)))
+    assert small["error_type"][0].as_py() == "too_large"
+
+
+def test_an_empty_shard_is_its_end_alone(tmp_path: Path) -> None:
+    (table,) = loader().load(write_tar(tmp_path / "a.tar", {"note.txt": b"x"}), ((0, END),))
+    assert table[schema.SHARD_ROWS].to_pylist() == [0]
+    assert table["image_id"].to_pylist() == [None]

@@ -1,0 +1,107 @@
+"""The predict stage over tables: rows stay who they are, whatever happens to their neighbours."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import schema
+from pipeline.config import Transform
+from pipeline.predict import Predict
+from pipeline.predictors import Predictor
+
+CROP = 4
+
+
+class Mean(Predictor):
+    """The mean pixel; raises on a batch with a 255 in it, NaN for a 254, as told."""
+
+    transform = Transform(resize=CROP, crop=CROP)
+    columns = pa.schema([("mean", pa.float32()), ("vector", pa.list_(pa.float32(), 2))])
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        self.batches.append(len(pixels))
+        first = pixels[:, 0, 0, 0]
+        if (first == 255).any():
+            raise MemoryError("out of memory")
+        mean = first.astype(np.float32)
+        vector = np.stack([mean, np.where(first == 254, np.nan, mean)], axis=1)
+        return {"mean": mean, "vector": vector}
+
+
+def table(values: list[int | None]) -> pa.Table:
+    """One row a value: an image of that grey, or for None a row that failed earlier."""
+    pixels = [None if v is None else np.full((CROP, CROP, 3), v, np.uint8).tobytes() for v in values]
+    rows = len(values)
+    columns = {
+        "image_id": [f"i{n}" for n in range(rows)],
+        "shard": [0] * rows,
+        "row": list(range(rows)),
+        schema.PIXELS: pixels,
+        "stage": [None if v is not None else "decode" for v in values],
+        "error_type": [None if v is not None else "empty" for v in values],
+    }
+    types = schema.loaded(CROP, {})
+    return pa.table({f.name: pa.array(columns.get(f.name, [None] * rows), f.type) for f in types}, schema=types)
+
+
+def predicted(values: list[int | None]) -> tuple[list[dict], Mean]:
+    stage = Predict(predictor := Mean(), {})
+    found = stage(table(values))
+    assert found.schema == schema.predicted(Mean.columns, {})
+    return found.to_pylist(), predictor
+
+
+def test_each_row_gets_its_own_result() -> None:
+    rows, predictor = predicted([5, None, 7, 9, None])
+    assert [row["mean"] for row in rows] == [5, None, 7, 9, None]
+    assert [row["vector"] for row in rows] == [[5, 5], None, [7, 7], [9, 9], None]
+    assert [row["error_type"] for row in rows] == [None, "empty", None, None, "empty"]
+    assert predictor.batches == [3]
+
+
+def test_a_slice_of_a_table_gives_its_own_rows() -> None:
+    found = Predict(Mean(), {})(table([1, 2, 3, 4, 5]).slice(2, 2)).to_pylist()
+    assert [(row["image_id"], row["mean"]) for row in found] == [("i2", 3), ("i3", 4)]
+
+
+def test_a_batch_that_fails_is_halved_down_to_the_image_that_it_fails_for() -> None:
+    rows, predictor = predicted([1, 2, 255, 4, None, 6])
+    assert [row["mean"] for row in rows] == [1, 2, None, 4, None, 6]
+    assert (rows[2]["stage"], rows[2]["error_type"]) == ("predict", "failed")
+    assert rows[2]["message"] == "MemoryError: out of memory"
+    assert max(predictor.batches[1:]) < 5
+
+
+def test_not_a_number_is_an_error_row() -> None:
+    rows, _ = predicted([1, 254, 3])
+    assert [row["error_type"] for row in rows] == [None, "not_finite", None]
+    assert rows[1]["stage"] == "predict"
+
+
+def test_no_image_at_all() -> None:
+    rows, predictor = predicted([None, None])
+    assert [row["mean"] for row in rows] == [None, None]
+    assert predictor.batches == []
+
+
+def test_a_predictor_that_breaks_its_promise_is_named() -> None:
+    class Short(Mean):
+        def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+            return {"mean": np.zeros(1, np.float32)}
+
+    rows = Predict(Short(), {})(table([1, 2])).to_pylist()
+    assert "must return 1 values of 'vector'" in rows[0]["message"]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, pa.array])
+def test_columns_may_be_lists_numpy_or_arrow(kind: type) -> None:
+    class Text(Mean):
+        columns = pa.schema([("word", pa.string())])
+
+        def predict(self, pixels: np.ndarray) -> dict:
+            return {"word": kind(["a"] * len(pixels))}
+
+    assert [row["word"] for row in Predict(Text(), {})(table([1, None, 3])).to_pylist()] == ["a", None, "a"]

@@ -1,0 +1,143 @@
+"""verify finds each thing that can be wrong with an output when it is planted."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import ledger as ledgers
+from pipeline import plan as plans
+from pipeline import schema, storage
+from pipeline.errors import InputRefused
+from pipeline.plan import Shard
+from pipeline.sink import Sink
+from pipeline.verify import verify
+
+COLUMNS = pa.schema([("embedding", pa.list_(pa.float32(), 2))])
+RESULT = schema.result(COLUMNS, {})
+ROWS = 10
+
+
+def rows(shard: int, start: int, stop: int, ends: bool = False) -> pa.Table:
+    """Rows of a shard of which row 3 is an error; with `ends`, the row that says how many there are."""
+    found = [
+        {
+            "image_id": f"/data/{shard}#{row}", "source": f"/data/{shard}", "shard": shard, "row": row,
+            "embedding": None if row == 3 else [1.0, 2.0], "error_type": "empty" if row == 3 else None,
+            "stage": "decode" if row == 3 else None,
+        }
+        for row in range(start, stop)
+    ]  # fmt: skip
+    found += [{"shard": shard, "row": stop, schema.SHARD_ROWS: stop}] if ends else []
+    return pa.Table.from_pylist(found, schema=schema.predicted(COLUMNS, {}))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A whole output of two shards of ten images, one counted and one not, in four parts."""
+    text = str(tmp_path)
+    storage.write(f"{text}/_run.json", json.dumps({"fingerprint": "f", "settings": {}}).encode())
+    plans.make(text, [Shard(0, "tar", "/data/0", ROWS), Shard(1, "tar", "/data/1", None)], {})
+    ledgers.begin(text)
+    sink = Sink(text, 1, RESULT, json.dumps({"fingerprint": "f"}))
+    for shard in range(2):
+        sink(rows(shard, 0, 6))
+        sink(rows(shard, 6, ROWS, ends=True))
+    storage.write(f"{text}/_SUCCESS", b"")
+    return tmp_path
+
+
+def part(output: Path, number: int = 0) -> Path:
+    return sorted(output.glob("part-*.parquet"))[number]
+
+
+def commit(output: Path, number: int = 0) -> Path:
+    return sorted(output.glob("_commits/*.json"))[number]
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    table = pq.read_table(path)
+    changed = change(table)
+    pq.write_table(changed.replace_schema_metadata(changed.schema.metadata or table.schema.metadata), path)
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_whole_output(output: Path) -> None:
+    found = verify(str(output))
+    assert found.is_whole, found.problems
+    assert (found.planned, found.rows, found.errors, found.parts, found.commits) == (20, 18, 2, 4, 4)
+
+
+def test_an_output_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="holds no run"):
+        verify(str(tmp_path))
+
+
+PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a part is missing": (lambda o: part(o).unlink(), "is missing"),
+    "a part is truncated": (lambda o: part(o).write_bytes(part(o).read_bytes()[:-20]), "cannot be read"),
+    "a part is empty": (lambda o: part(o).write_bytes(b""), "cannot be read"),
+    "an errors part is missing": (lambda o: next(o.glob("_errors/*")).unlink(), "_errors/.* is missing"),
+    "a part has no commit": (lambda o: commit(o).unlink(), "belongs to no commit"),
+    "a commit has no part": (
+        lambda o: (o / "_commits/part-0001-000001-00000009.json").write_text(commit(o).read_text()),
+        "covers rows that another commit covers",
+    ),
+    "a row stands twice in a part": (
+        lambda o: rewrite(part(o), lambda t: pa.concat_tables([t, t.slice(0, 1)])),
+        "holds 6 rows, its commit says 5",
+    ),
+    "a row is missing in a part": (lambda o: rewrite(part(o), lambda t: t.slice(1)), "holds 4 rows"),
+    "a row is another one": (
+        lambda o: rewrite(part(o), lambda t: t.set_column(4, "row", pa.array([0, 1, 2, 4, 9], pa.int64()))),
+        "not those of its commit",
+    ),
+    "an image_id stands twice": (
+        lambda o: rewrite(part(o), lambda t: t.set_column(0, "image_id", pa.array(["x"] * len(t)))),
+        "image_ids stand in more than one row",
+    ),
+    "rows are missing": (lambda o: [commit(o, 1).unlink(), part(o, 1).unlink()], r"rows 6–10 are missing"),
+    "the end of a shard was never seen": (lambda o: edit(commit(o, 3), totals={}), r"rows 10–\? are missing"),
+    "rows are not in the plan": (lambda o: edit(commit(o, 1), ranges={"0": [[6, 12]]}), "are not in the plan"),
+    "a foreign Parquet file": (
+        lambda o: (o / "part-9999-mine.parquet").write_bytes(part(o).read_bytes()),
+        "part-9999-mine.parquet belongs to no commit",
+    ),
+    "another model's part": (
+        lambda o: rewrite(
+            part(o), lambda t: t.replace_schema_metadata({b"nightshift": json.dumps({"fingerprint": "g"})})
+        ),
+        r"written by another run \(fingerprint g\)",
+    ),
+    "another schema": (
+        lambda o: rewrite(part(o, 1), lambda t: t.append_column("more", pa.array([1] * len(t)))),
+        "its schema differs",
+    ),
+    "NaN in an embedding": (
+        lambda o: rewrite(
+            part(o),
+            lambda t: t.set_column(
+                7, "embedding", pa.array([[1.0, float("nan")]] * len(t), COLUMNS.field("embedding").type)
+            ),
+        ),
+        "embedding holds NaN or infinity",
+    ),
+    "_SUCCESS is missing": (lambda o: (o / "_SUCCESS").unlink(), "_SUCCESS is missing"),
+    "the plan is missing": (lambda o: (o / "_plan/plan.json").unlink(), "the plan was never finished"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_planted_is_found(output: Path, name: str) -> None:
+    plant, said = PLANTED[name]
+    plant(output)
+    found = verify(str(output))
+    assert not found.is_whole
+    assert any(re.search(said, problem) for problem in found.problems), found.problems
