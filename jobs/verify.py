@@ -1,8 +1,10 @@
 """Prove from the files alone that an output is whole: every planned image exactly one row, of results or of _errors/.
 
     python jobs/verify.py OUTPUT
+    python jobs/verify.py OUTPUT --repair
 
-Ends with 0 if it is, with 5 and what is wrong if it is not.
+Ends with 0 if it is, with 5 and what is wrong if it is not. With --repair the parts that are not what they should be
+are taken back, and the job's own command goes on from there.
 """
 
 import argparse
@@ -11,17 +13,20 @@ from collections.abc import Sequence
 
 from pipeline import cli
 from pipeline.errors import NotWhole
-from pipeline.verify import verify
+from pipeline.verify import repair, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", metavar="OUTPUT", help="output directory of a job, local or s3://…")
-    output = parser.parse_args(arguments).output
+    parser.add_argument("--repair", action="store_true", help="take back what is wrong, so that the same job goes on")
+    given = parser.parse_args(arguments)
 
     def work() -> int:
-        found = verify(output)
+        found = verify(given.output)
         print("\n".join(found.lines()))
+        if given.repair and not found.is_whole:
+            print("\n".join([*repair(found), "run the job's command again to compute what is missing"]))
         return 0 if found.is_whole else NotWhole.exit_code
 
     return cli.guarded(work)

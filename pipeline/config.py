@@ -55,6 +55,7 @@ class RunConfig:
     gpus_per_actor: str = _flag("GPUs an actor, a fraction shares one: auto or a number", "auto", metavar="auto|F")
     max_error_rate: float = _flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")
     overwrite: bool = _flag("remove an earlier run's output first", False)
+    update: bool = _flag("add what is new or replaced in the archive to a finished output", False)
     dry_run: bool = _flag("show the plan and the settings, do no work", False)
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ class RunConfig:
                 raise SettingRefused(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
         if not 0 <= self.max_error_rate <= 1:
             raise SettingRefused(f"--max-error-rate is {self.max_error_rate}: it is a share between 0 and 1")
+        if self.update and (self.overwrite or self.limit is not None):
+            raise SettingRefused("--update goes on with an output as it is: it does not go with --overwrite or --limit")
         self.actor_range()
         self.gpu_share()
 

@@ -92,15 +92,6 @@ class Coverage:
     def of(self, shard: int) -> Ranges:
         return self.ranges.get(shard, ())
 
-    def remaining(self, shard: int, rows: int | None) -> Ranges:
-        """What is left of a shard, () when it is done.
-
-        rows: the planned number of rows, None where only reading tells; then the last range ends at `END` until a
-        reader has seen the end of the shard.
-        """
-        stop = self.totals.get(shard, END if rows is None else rows)
-        return subtract(normalize([(0, stop)]), self.of(shard))
-
     def count(self) -> int:
         return sum(count(ranges) for ranges in self.ranges.values())
 

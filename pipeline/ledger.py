@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class Ledger:
         self.earlier = Tally()
         self.current = Tally()
 
-    def accept(self, commit: Commit) -> bool:
+    def accept(self, commit: Commit, tally: Tally | None = None) -> bool:
         """Count a commit in, unless one of its rows is covered already."""
         if commit.name in self.names:
             return False
@@ -105,7 +105,7 @@ class Ledger:
             self.coverage.add(shard, ranges)
         self.coverage.totals.update(commit.totals)
         self.names.add(commit.name)
-        (self.current if commit.attempt == self.attempt else self.earlier).add(commit)
+        (tally or (self.current if commit.attempt == self.attempt else self.earlier)).add(commit)
         return True
 
     @property
@@ -117,12 +117,18 @@ class Ledger:
         return self.earlier.errors + self.current.errors
 
 
-def begin(output: str) -> Ledger:
-    """Start the next attempt: accept what is there and fix the list of it, so that nothing older can be added later."""
+def begin(output: str, revise: Callable[[Commit, int], Commit | None] | None = None) -> Ledger:
+    """Start the next attempt: accept what is there and fix the list of it, so that nothing older can be added later.
+
+    revise: what becomes of a commit, given the new attempt's number: itself, one that stands in its place (written
+    before the attempt exists, so that both change over in one step), or None.
+    """
     last = last_attempt(output)
     ledger = Ledger(output, last + 1)
     for commit in valid_commits(output, last):
-        ledger.accept(commit)
+        revised = revise(commit, ledger.attempt) if revise else commit
+        if revised:
+            ledger.accept(revised, ledger.earlier)
     record = {"attempt": ledger.attempt, "began": _now(), "host": socket.gethostname(), "accepts": sorted(ledger.names)}
     try:
         storage.create(_attempt_uri(output, ledger.attempt), json.dumps(record).encode())

@@ -1,8 +1,10 @@
 """An output directory as a run finds it and leaves it: `_run.json`, the plan, `_SUCCESS`."""
 
+import itertools
 import json
 import platform
 import tempfile
+from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +17,7 @@ from pipeline.errors import OutputRefused
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.sources.discover import Archive
+from pipeline.update import Change
 
 RUN, SUCCESS = "_run.json", "_SUCCESS"
 PACKAGES = ("nightshift", "ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
@@ -26,8 +29,8 @@ def settings(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found)))  # as it reads back from a file
 
 
-def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> Plan:
-    """Make the output ready for the next attempt, and return its plan: the one it has, or a new one."""
+def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[Plan, Change | None]:
+    """Make the output ready for the next attempt: the plan it has or a new one, and what an update found."""
     wanted = settings(config, predictor)
     if config.overwrite:
         _remove_all(config.output)
@@ -44,7 +47,21 @@ def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> Plan:
         storage.write(_run_uri(config.output), json.dumps(record, indent=1).encode())
     elif found["settings"] != wanted:
         raise OutputRefused(_difference(config.output, found["settings"], wanted))
-    return plans.load(config.output) or plans.make(config.output, archive.shards(), archive.keep_types)
+    plan = plans.load(config.output)
+    if plan is None:
+        return plans.make(config.output, archive.shards(), archive.keep_types), None
+    return _update(plan, archive) if config.update else (plan, None)
+
+
+def _update(plan: Plan, archive: Archive) -> tuple[Plan, Change]:
+    """Add to the plan what is new; the output is unfinished from then on until that is done."""
+    change = Change(plan)
+    shards = archive.new_shards(change)
+    first = next(shards, None)
+    if first is None:
+        return plan, change
+    storage.delete(storage.join(plan.output, SUCCESS))
+    return plans.extend(plan, itertools.chain([first], shards), archive.keep_types, change.retired), change
 
 
 def footer(config: RunConfig, predictor: Predictor) -> str:
@@ -70,10 +87,7 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     archive = Archive(config)
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         plan = plans.make(folder, archive.shards(), archive.keep_types)
-        kinds: dict[str, int] = {}
-        for index in range(plan.shards):
-            kind = plan.load(index).kind
-            kinds[kind] = kinds.get(kind, 0) + 1
+        kinds = dict(Counter(shard.kind for shard in plans.read_shards(plan)))
     return {
         "shards": plan.shards,
         "shards_by_kind": kinds,

@@ -1,21 +1,25 @@
 """The plan: which shards a run reads, written once before any work and read again by every later attempt.
 
 `_plan/shards-00000.parquet`, `_plan/shards-00001.parquet` … hold one row a shard, in order; `_plan/plan.json`, written
-last, holds the totals. A virtual shard (a run of loose images) carries the keys of its images in its own row.
+last, holds the totals. A virtual shard (a run of loose images) carries the keys of its images in its own row. An update
+adds files and takes rows back whose images were replaced; it changes nothing else.
 """
 
 import base64
 import io
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.coverage import END, Coverage, Ranges, count, intersect, normalize, subtract, union
 
 OBJECTS_PER_SHARD = 512
 SHARDS_PER_FILE = 512
@@ -63,58 +67,109 @@ class Shard:
     kept: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What the driver keeps of a plan: totals and, by shard, the number of rows where it is known.
+    """What the driver keeps of a plan: totals, and a number a shard.
 
-    shards: how many. rows: images known so far. uncounted_shards: shards whose images only reading can count.
-    keep: the `--keep` columns by their names in the shards, with their types.
+    shards: how many. size_bytes: of all. keep: the `--keep` columns by their names in the shards, with their types.
+    shard_rows: int64, by shard index: planned images, -1 where only reading tells, 0 for an index that is not in use.
+    retired: rows that an update took back, since their image was replaced; by shard.
     """
 
     output: str
     shards: int
-    rows: int
-    uncounted_shards: int
     size_bytes: int
     keep: pa.Schema
+    shard_rows: NDArray[np.int64]
+    retired: Mapping[int, Ranges]
 
-    def rows_by_shard(self) -> Iterator[int | None]:
-        """The planned number of rows of every shard, in order; None where only reading tells."""
-        for number in range(-(-self.shards // SHARDS_PER_FILE)):
-            yield from _read_file(_file(self.output, number), ["rows"])["rows"].to_pylist()
+    @property
+    def rows(self) -> int:
+        """Images that were counted before reading."""
+        return int(self.shard_rows[self.shard_rows > 0].sum())
+
+    @property
+    def uncounted_shards(self) -> int:
+        """Shards whose images only reading can count."""
+        return int((self.shard_rows < 0).sum())
 
     def load(self, index: int) -> Shard:
         return load_shard(self.output, index)
 
+    def planned(self, shard: int) -> Ranges:
+        """The rows of a shard that must end up somewhere; an unknown end is `END`."""
+        rows = int(self.shard_rows[shard]) if shard < len(self.shard_rows) else 0
+        return subtract(normalize([(0, END if rows < 0 else rows)]), self.retired.get(shard, ()))
+
+    def remaining(self, coverage: Coverage) -> Iterator[tuple[int, Ranges]]:
+        """Plan − coverage: what is left of each shard that is not done."""
+        for shard in range(len(self.shard_rows)):
+            total = coverage.totals.get(shard, END)
+            todo = subtract(intersect(self.planned(shard), ((0, total),)), coverage.of(shard))
+            if todo:
+                yield shard, todo
+
+    def images(self, totals: Mapping[int, int]) -> int | None:
+        """All images of the plan, given the number of rows of the shards read so far; None while some are uncounted."""
+        images = self.rows
+        for shard in np.flatnonzero(self.shard_rows < 0).tolist():
+            if shard not in totals and self.planned(shard):
+                return None
+            images += totals.get(shard, 0)
+        retired = (
+            (shard, intersect(ranges, ((0, self._rows(shard, totals)),))) for shard, ranges in self.retired.items()
+        )
+        return images - sum(count(ranges) for _, ranges in retired)
+
+    def _rows(self, shard: int, totals: Mapping[int, int]) -> int:
+        rows = int(self.shard_rows[shard])
+        return totals.get(shard, 0) if rows < 0 else rows
+
 
 def make(output: str, shards: Iterable[Shard], keep_types: Mapping[str, pa.DataType]) -> Plan:
-    """Write the plan of these shards, as a stream, and return its totals. Their `index` is given here.
+    """Write the plan of these shards, as a stream, and return it. Their `index` is given here.
 
     keep_types may be filled while `shards` is being read.
     """
-    rows = uncounted = size_bytes = count = 0
-    batch: list[Shard] = []
+    return extend(Plan(output, 0, 0, pa.schema([]), np.empty(0, np.int64), {}), shards, keep_types, {})
+
+
+def extend(
+    plan: Plan, shards: Iterable[Shard], keep_types: Mapping[str, pa.DataType], retired: Mapping[int, Ranges]
+) -> Plan:
+    """Add shards to a plan and take rows back; both mappings may be filled while `shards` is being read.
+
+    The plan on disk is the old one until `plan.json` is replaced, at the end.
+    """
+    first = -(-len(plan.shard_rows) // SHARDS_PER_FILE) * SHARDS_PER_FILE  # written files are never written again
+    rows = array("q", plan.shard_rows.tolist() + [0] * (first - len(plan.shard_rows)))
+    size_bytes, batch = plan.size_bytes, list[Shard]()
     for shard in shards:
-        batch.append(replace(shard, index=count))
-        count += 1
+        batch.append(replace(shard, index=len(rows)))
+        rows.append(-1 if shard.rows is None else shard.rows)
         size_bytes += shard.size_bytes
-        rows += shard.rows or 0
-        uncounted += shard.rows is None
         if len(batch) == SHARDS_PER_FILE:
-            _write_file(output, batch)
+            _write_file(plan.output, batch)
             batch = []
     if batch:
-        _write_file(output, batch)
-    plan = Plan(output, count, rows, uncounted, size_bytes, pa.schema(list(keep_types.items())))
-    record = {
-        "shards": count,
-        "rows": rows,
-        "uncounted_shards": uncounted,
-        "size_bytes": size_bytes,
-        "keep": base64.b64encode(plan.keep.serialize()).decode(),
+        _write_file(plan.output, batch)
+    keep = pa.schema(list(keep_types.items())) if keep_types else plan.keep
+    merged = {
+        shard: union(plan.retired.get(shard, ()), retired.get(shard, ())) for shard in sorted({*plan.retired, *retired})
     }
-    storage.write(storage.join(output, NAME), json.dumps(record, indent=1).encode())
-    return plan
+    shards_in_all = plan.shards + len(rows) - first
+    made = Plan(plan.output, shards_in_all, size_bytes, keep, np.array(rows, np.int64), merged)
+    record = {
+        "shards": made.shards,
+        "images": made.rows,
+        "uncounted_shards": made.uncounted_shards,
+        "size_bytes": size_bytes,
+        "indices": len(rows),
+        "keep": base64.b64encode(keep.serialize()).decode(),
+        "retired": merged,
+    }
+    storage.write(storage.join(plan.output, NAME), json.dumps(record, indent=1).encode())
+    return made
 
 
 def load(output: str) -> Plan | None:
@@ -123,11 +178,24 @@ def load(output: str) -> Plan | None:
         record = json.loads(storage.read(storage.join(output, NAME)))
     except FileNotFoundError:
         return None
-    keep = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record.pop("keep"))))
-    return Plan(output=output, keep=keep, **record)
+    keep = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["keep"])))
+    rows = np.zeros(record["indices"], np.int64)
+    for number in range(-(-len(rows) // SHARDS_PER_FILE)):
+        table = _read_file(_file(output, number), ["index", "rows"])
+        rows[table["index"].to_numpy()] = table["rows"].fill_null(-1).to_numpy()
+    retired = {int(shard): tuple((a, b) for a, b in ranges) for shard, ranges in record["retired"].items()}
+    return Plan(output, record["shards"], record["size_bytes"], keep, rows, retired)
 
 
-@lru_cache(maxsize=64)
+def read_shards(plan: Plan) -> Iterator[Shard]:
+    """Every shard, whole, in order, a file of the plan at a time."""
+    for number in range(-(-len(plan.shard_rows) // SHARDS_PER_FILE)):
+        for batch in _read_file(_file(plan.output, number), SCHEMA.names).to_batches(
+            max_chunksize=SHARDS_PER_ROW_GROUP
+        ):
+            yield from map(_to_shard, batch.to_pylist())
+
+
 def load_shard(output: str, index: int) -> Shard:
     """Read one shard's row, and no more of the plan than its row group."""
     number, place = divmod(index, SHARDS_PER_FILE)

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline import storage
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
+from pipeline.update import Change
 
 NAME = "_report.json"
 PLAIN_LINE_SECONDS = 10.0
@@ -25,6 +26,7 @@ class Report:
 
     status: done, or why it is not. planned: images, None while shards are left that nobody has counted.
     wall_seconds, images_per_second: of this attempt. stage_seconds: summed over images and workers, whole run.
+    unchanged, removed: images (or whole shards) that the last --update skipped, and that it no longer found.
     """
 
     output: str
@@ -41,9 +43,13 @@ class Report:
     bytes_read: int
     errors_by_type: dict[str, int] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    unchanged: int = 0
+    removed: int = 0
 
     @staticmethod
-    def of(plan: Plan, ledger: Ledger, model: str, status: str, wall_seconds: float) -> "Report":
+    def of(
+        plan: Plan, ledger: Ledger, model: str, status: str, wall_seconds: float, change: Change | None = None
+    ) -> "Report":
         earlier, current = ledger.earlier, ledger.current
         seconds = earlier.seconds + current.seconds
         images = current.rows + current.errors
@@ -51,7 +57,7 @@ class Report:
             output=plan.output,
             status=status,
             model=model,
-            planned=planned(plan, ledger),
+            planned=plan.images(ledger.coverage.totals),
             rows=ledger.rows,
             errors=ledger.errors,
             parts=earlier.parts + current.parts,
@@ -62,6 +68,8 @@ class Report:
             bytes_read=earlier.bytes_read + current.bytes_read,
             errors_by_type=dict((earlier.errors_by_type + current.errors_by_type).most_common()),
             stage_seconds={name: round(seconds[name], 3) for name in ("read", "decode", "predict", "write")},
+            unchanged=change.unchanged if change else 0,
+            removed=change.removed if change else 0,
         )
 
     def save(self) -> None:
@@ -70,6 +78,10 @@ class Report:
     @staticmethod
     def load(output: str) -> "Report":
         return Report(**json.loads(storage.read(storage.join(output, NAME))))
+
+    def with_change(self, change: Change | None) -> "Report":
+        """The report of a finished run, after an update found this."""
+        return replace(self, unchanged=change.unchanged, removed=change.removed) if change else self
 
     def show(self) -> None:
         """The summary that ends a run, on standard output."""
@@ -82,24 +94,15 @@ class Report:
         yield "images", f"{self.rows + self.errors:,}{planned_text}: {self.rows:,} rows, {self.errors:,} errors"
         for kind, count in self.errors_by_type.items():
             yield "", f"{count:,} × {kind}"
+        if self.unchanged or self.removed:
+            gone = f"; {self.removed:,} are gone from the archive, see _plan/removed.parquet" if self.removed else ""
+            yield "update", f"{self.unchanged:,} were done before and are unchanged{gone}"
         if self.resumed_images:
             yield "resumed", f"{self.resumed_images:,} images were done before, by {self.attempt - 1} earlier attempts"
         yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
         yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
         yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"
         yield "open it", f'pandas.read_parquet("{self.output}")'
-
-
-def planned(plan: Plan, ledger: Ledger) -> int | None:
-    """Images of the plan, once every shard has been counted or read to its end."""
-    uncounted = 0
-    counted = 0
-    if plan.uncounted_shards:
-        for index, rows in enumerate(plan.rows_by_shard()):
-            if rows is None:
-                uncounted += index not in ledger.coverage.totals
-                counted += ledger.coverage.totals.get(index, 0)
-    return None if uncounted else plan.rows + counted
 
 
 class Meter:

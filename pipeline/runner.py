@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from pipeline import engine, output, report
 from pipeline import ledger as ledgers
@@ -16,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.report import Meter, Report
 from pipeline.sources.discover import Archive
+from pipeline.update import Change
 
 
 def run(config: RunConfig, predictor: Predictor) -> Report:
@@ -26,26 +28,20 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
     predictor.prepare()
     archive = Archive(config)
     with _interruptible() as catch_signals, Lock(config.output) as lock:
-        plan = output.prepare(config, predictor, archive)
+        plan, change = output.prepare(config, predictor, archive)
         if output.is_finished(config.output):
-            return Report.load(config.output)
-        ledger = ledgers.begin(config.output)
+            return Report.load(config.output).with_change(change)
+        ledger = ledgers.begin(config.output, partial(sinks.retire, config.output, plan.retired))
         ledgers.sweep(ledger)
-        with _reported(config, predictor, plan, ledger), report.meter(plan, ledger) as meter:
-            if remaining(plan, ledger):
+        with _reported(config, predictor, plan, ledger, change), report.meter(plan, ledger) as meter:
+            if any(plan.remaining(ledger.coverage)):
                 engine.connect()
                 catch_signals()  # Ray has put its own handlers in place
-            while units := remaining(plan, ledger):
+            while units := list(plan.remaining(ledger.coverage)):
                 _work(config, predictor, archive, plan, ledger, lock, meter, units)
             ledgers.sweep(ledger)
         output.finish(config.output)
         return Report.load(config.output)
-
-
-def remaining(plan: Plan, ledger: Ledger) -> list[Unit]:
-    """What is left of each shard: plan − coverage."""
-    left = ((index, ledger.coverage.remaining(index, rows)) for index, rows in enumerate(plan.rows_by_shard()))
-    return [(index, todo) for index, todo in left if todo]
 
 
 def _work(
@@ -66,13 +62,14 @@ def _work(
         if not ledger.accept(commit):
             sinks.remove(config.output, commit)
         meter.update()
-        _check_errors(config, plan, ledger)
+        if not plan.uncounted_shards:
+            _check_errors(config, plan, ledger)
     if len(ledger.names) == commits_before:
         raise NightshiftError(f"no image was committed in a whole pass over {len(units)} shards of {config.output}")
 
 
 def _check_errors(config: RunConfig, plan: Plan, ledger: Ledger) -> None:
-    planned = report.planned(plan, ledger)
+    planned = plan.images(ledger.coverage.totals)
     if planned is not None and ledger.errors > config.max_error_rate * planned:
         kinds = (ledger.earlier.errors_by_type + ledger.current.errors_by_type).most_common(3)
         raise TooManyErrors(
@@ -82,7 +79,9 @@ def _check_errors(config: RunConfig, plan: Plan, ledger: Ledger) -> None:
 
 
 @contextmanager
-def _reported(config: RunConfig, predictor: Predictor, plan: Plan, ledger: Ledger) -> Iterator[None]:
+def _reported(
+    config: RunConfig, predictor: Predictor, plan: Plan, ledger: Ledger, change: Change | None
+) -> Iterator[None]:
     """However the work ends, `_report.json` and the attempt's record say so; unless another driver has the output."""
     started = time.monotonic()
     status = "failed"
@@ -96,7 +95,7 @@ def _reported(config: RunConfig, predictor: Predictor, plan: Plan, ledger: Ledge
     finally:
         if status != OutputLocked.__name__:
             model = str(predictor.settings().get("model", ""))
-            Report.of(plan, ledger, model, status, time.monotonic() - started).save()
+            Report.of(plan, ledger, model, status, time.monotonic() - started, change).save()
             ledgers.end(ledger, status)
 
 

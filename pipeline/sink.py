@@ -4,7 +4,8 @@ import io
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,8 @@ class Sink:
         return standing
 
     def _part(self, rows: pa.Table) -> bytes:
-        plain = [f.name for f in self.result_schema if not _is_vector(f.type)]
-        return _parquet(
-            rows.select(self.result_schema.names).cast(self.result_schema),
-            self.footer,
-            use_dictionary=[name for name in plain if pa.types.is_string(self.result_schema.field(name).type)],
-            write_statistics=plain,
-        )
+        table = rows.select(self.result_schema.names).cast(self.result_schema)
+        return _parquet(table, self.footer, **_options(self.result_schema))
 
     def _errors(self, errors: pa.Table) -> bytes:
         return _parquet(errors.select(schema.ERRORS.names).cast(schema.ERRORS), self.footer)
@@ -97,6 +93,51 @@ def write(table: pa.Table, sink: Sink) -> pa.Table:
     return sink(table)
 
 
+def retire(output: str, retired: Mapping[int, coverage.Ranges], commit: Commit, attempt: int) -> Commit | None:
+    """A commit without the rows that were taken back: itself, a new one of this attempt, or None if nothing is left."""
+    left = {shard: coverage.subtract(ranges, retired.get(shard, ())) for shard, ranges in commit.ranges.items()}
+    left = {shard: ranges for shard, ranges in left.items() if ranges}
+    if left == commit.ranges:
+        return commit
+    totals = {shard: rows for shard, rows in commit.totals.items() if shard in left}
+    if not left:
+        return None
+    shard = min(left)
+    name = f"part-{attempt:04d}-{shard:06d}-{left[shard][0][0]:08d}"
+    file_name = f"{name}-{uuid.uuid4().hex[:8]}.parquet"
+    part = _without(output, commit.part, file_name, left)
+    errors = _without(output, commit.errors_part and f"_errors/{commit.errors_part}", f"_errors/{file_name}", left)
+    made = replace(
+        commit,
+        name=name,
+        attempt=attempt,
+        part=file_name if part is not None else None,
+        errors_part=file_name if errors is not None else None,
+        ranges=left,
+        totals=totals,
+        rows=0 if part is None else len(part),
+        errors=0 if errors is None else len(errors),
+        errors_by_type={} if errors is None else _errors_by_type(errors),
+    )
+    # Of an attempt that never began there may be one of this name; nobody has counted it.
+    storage.write(commit_uri(output, name), made.to_json().encode())
+    return made
+
+
+def _without(output: str, old: str | None, new: str, left: Mapping[int, coverage.Ranges]) -> pa.Table | None:
+    """Copy the rows that are left of a file into a new one; None, and no file, if there are none."""
+    if old is None:
+        return None
+    table = pq.read_table(io.BytesIO(storage.read(storage.join(output, old))), use_threads=False)
+    keys = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+    kept = table.filter(pa.array([coverage.contains(left.get(shard, ()), row) for shard, row in keys], pa.bool_()))
+    if not len(kept):
+        return None
+    footer = table.schema.metadata[b"nightshift"].decode()
+    storage.write(storage.join(output, new), _parquet(kept, footer, **_options(kept.schema)))
+    return kept
+
+
 def remove(output: str, commit: Commit) -> None:
     """Take a commit back: first the record, then its files."""
     storage.delete(commit_uri(output, commit.name))
@@ -104,6 +145,13 @@ def remove(output: str, commit: Commit) -> None:
         storage.delete(storage.join(output, commit.part))
     if commit.errors_part:
         storage.delete(storage.join(output, f"_errors/{commit.errors_part}"))
+
+
+def _options(result: pa.Schema) -> dict[str, Any]:
+    """No dictionary and no statistics on vectors: they would cost much and tell nothing."""
+    plain = [f.name for f in result if not _is_vector(f.type)]
+    words = [name for name in plain if pa.types.is_string(result.field(name).type)]
+    return {"use_dictionary": words, "write_statistics": plain}
 
 
 def _parquet(table: pa.Table, footer: str, **options: Any) -> bytes:

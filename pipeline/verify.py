@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline import coverage, report, storage
+from pipeline import coverage, storage
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
+from pipeline import sink as sinks
 from pipeline.errors import InputRefused
-from pipeline.ledger import Commit, Ledger
+from pipeline.ledger import Commit, Ledger, Lock
 from pipeline.output import RUN, SUCCESS, is_finished
 from pipeline.plan import Plan
 from pipeline.prefetch import ordered_map
@@ -25,7 +27,11 @@ SHOWN = 20
 
 @dataclass
 class Verification:
-    """What was found. planned: images, None while shards are left that nobody has counted."""
+    """What was found.
+
+    planned: images, None while shards are left that nobody has counted. bad_commits: whose files are not what they
+    say, or that cover what another covers. orphans: URIs of parts that no commit names.
+    """
 
     output: str
     planned: int | None = None
@@ -34,6 +40,8 @@ class Verification:
     parts: int = 0
     commits: int = 0
     problems: list[str] = field(default_factory=list)
+    bad_commits: list[Commit] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -64,27 +72,44 @@ def verify(output: str) -> Verification:
         return found
     ledger = _check_ledger(found, plan)
     _check_parts(found, run["fingerprint"])
-    found.planned = report.planned(plan, ledger)
+    found.planned = plan.images(ledger.coverage.totals)
     if not found.problems and not is_finished(output):
         found.problems.append(f"{SUCCESS} is missing; run the same command again")
     return found
+
+
+def repair(found: Verification) -> list[str]:
+    """Take back what is wrong, so that the same job goes on and computes just that anew; return what was done.
+
+    Only files of the run itself are removed. Raises OutputLocked while a driver works on the output.
+    """
+    with Lock(found.output):
+        if found.problems:
+            storage.delete(storage.join(found.output, SUCCESS))
+        for commit in found.bad_commits:
+            sinks.remove(found.output, commit)
+        for uri in found.orphans:
+            storage.delete(uri)
+    done = [f"took back commit {commit.name}" for commit in found.bad_commits]
+    return done + [f"removed {uri}" for uri in found.orphans]
 
 
 def _check_ledger(found: Verification, plan: Plan) -> Ledger:
     """Coverage is the whole plan, without overlap."""
     last = ledgers.last_attempt(found.output)
     ledger = Ledger(found.output, last)
-    for commit in ledgers.valid_commits(found.output, last):
+    commits = list(ledgers.valid_commits(found.output, last))
+    for commit in commits:
         if not ledger.accept(commit):
             found.problems.append(f"commit {commit.name} covers rows that another commit covers")
-    for index, rows in enumerate(plan.rows_by_shard()):
-        left = ledger.coverage.remaining(index, rows)
-        beyond = () if rows is None else coverage.subtract(ledger.coverage.of(index), coverage.normalize([(0, rows)]))
-        if left:
-            ranges = ", ".join(f"{a}–{'?' if b == coverage.END else b}" for a, b in left[:3])
-            found.problems.append(f"shard {index} ({plan.load(index).uri}): rows {ranges} are missing")
-        if beyond:
-            found.problems.append(f"shard {index}: rows {beyond} are not in the plan")
+            found.bad_commits.append(commit)
+    for shard, left in plan.remaining(ledger.coverage):
+        ranges = ", ".join(f"{a}–{'?' if b == coverage.END else b}" for a, b in left[:3])
+        found.problems.append(f"shard {shard} ({plan.load(shard).uri}): rows {ranges} are missing")
+    for shard, covered in ledger.coverage:
+        if beyond := coverage.subtract(covered, plan.planned(shard)):
+            found.problems.append(f"shard {shard}: rows {beyond} are not in the plan")
+            found.bad_commits += [c for c in commits if coverage.intersect(c.ranges.get(shard, ()), beyond)]
     return ledger
 
 
@@ -94,7 +119,7 @@ def _check_parts(found: Verification, fingerprint: str) -> None:
     commits = [commit for commit in ledgers.valid_commits(found.output, ledger.attempt) if commit.name in ledger.names]
     found.commits = len(commits)
     schemas: dict[str, pa.Schema] = {}
-    hashes = [np.empty(0, np.uint64)]
+    hashes: list[NDArray[np.uint64]] = []
     for commit, checked in zip(
         commits,
         ordered_map(lambda c: _check_commit(found.output, c, fingerprint), commits, THREADS, 2 * THREADS),
@@ -104,18 +129,34 @@ def _check_parts(found: Verification, fingerprint: str) -> None:
         found.errors += checked.errors
         found.parts += commit.part is not None
         found.problems += checked.problems
+        if checked.problems:
+            found.bad_commits.append(commit)
         hashes.append(checked.id_hashes)
         for kind, file_schema in checked.schemas.items():
             if not schemas.setdefault(kind, file_schema).equals(file_schema):
                 found.problems.append(f"{kind} {commit.name}: its schema differs from the first one's")
+                found.bad_commits.append(commit)
     named = {commit.part for commit in commits} | {f"_errors/{commit.errors_part}" for commit in commits}
     for info in ledgers.parts(found.output):
         if info.uri[len(found.output) + 1 :] not in named:
             found.problems.append(f"{info.uri} belongs to no commit")
-    ids = np.concatenate(hashes)
-    twice = len(ids) - len(np.unique(ids))
-    if twice:
-        found.problems.append(f"{twice} image_ids stand in more than one row")
+            found.orphans.append(info.uri)
+    for info in storage.list_objects(found.output):
+        name = info.uri[len(found.output) + 1 :]
+        if not name.startswith(("_", "part-")):
+            found.problems.append(
+                f"{info.uri} is no file of this run, and readers of the directory would take it for one"
+            )
+    _check_ids(found, commits, hashes)
+
+
+def _check_ids(found: Verification, commits: list[Commit], hashes: list[NDArray[np.uint64]]) -> None:
+    """No image_id twice; hashes: of the image_ids of each commit."""
+    unique, counts = np.unique(np.concatenate([*hashes, np.empty(0, np.uint64)]), return_counts=True)
+    twice = unique[counts > 1]
+    if len(twice):
+        found.problems.append(f"{len(twice)} image_ids stand in more than one row")
+        found.bad_commits += [c for c, own in zip(commits, hashes, strict=True) if np.isin(own, twice).any()]
 
 
 @dataclass
@@ -124,7 +165,7 @@ class _Checked:
     errors: int = 0
     problems: list[str] = field(default_factory=list)
     schemas: dict[str, pa.Schema] = field(default_factory=dict)
-    id_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    id_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 def _check_commit(output: str, commit: Commit, fingerprint: str) -> _Checked:

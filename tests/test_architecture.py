@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors", "schema", "prefetch"},
     {"config", "storage", "coverage"},
-    {"plan", "ledger", "decode", "weights", "models"},
+    {"plan", "update", "ledger", "decode", "weights", "models"},
     {"sources", "predictors", "sink", "loader", "report"},
     {"datasource", "predict", "output", "verify"},
     {"engine"},

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.coverage import END, Coverage, Ranges, contains, count, from_rows, intersect, normalize, subtract, union
+from pipeline.coverage import Coverage, Ranges, contains, count, from_rows, intersect, normalize, subtract, union
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40))).map(normalize)
 
@@ -35,13 +35,3 @@ def test_coverage_refuses_rows_twice() -> None:
     with pytest.raises(ValueError, match="shard 3 are covered twice"):
         coverage.add(3, ((4, 6),))
     assert coverage.of(3) == ((0, 5), (9, 10))
-
-
-def test_remaining_of_a_shard_with_and_without_a_known_end() -> None:
-    coverage = Coverage()
-    coverage.add(0, ((2, 4),))
-    assert coverage.remaining(0, 6) == ((0, 2), (4, 6))
-    assert coverage.remaining(0, None) == ((0, 2), (4, END))
-    coverage.totals[0] = 4
-    assert coverage.remaining(0, None) == ((0, 2),)
-    assert coverage.remaining(1, 0) == ()

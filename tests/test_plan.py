@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import plan as plans
+from pipeline.coverage import END, Coverage
 from pipeline.plan import Shard
 
 
@@ -25,11 +26,12 @@ def test_a_plan_reads_back_as_it_was(tmp_path: Path) -> None:
     wanted = shards(1200)
     made = plans.make(str(tmp_path), iter(wanted), {"label": pa.int64(), "tags": pa.list_(pa.string())})
     loaded = plans.load(str(tmp_path))
-    assert loaded == made
+    assert loaded is not None
     assert (made.shards, made.rows, made.uncounted_shards) == (1200, 1600, 400)
     assert loaded.keep.field("tags").type == pa.list_(pa.string())
     assert [loaded.load(i) for i in range(1200)] == wanted
-    assert list(loaded.rows_by_shard()) == [shard.rows for shard in wanted]
+    assert list(plans.read_shards(loaded)) == wanted
+    assert loaded.shard_rows.tolist() == [-1 if shard.rows is None else shard.rows for shard in wanted]
 
 
 def test_a_plan_that_was_cut_off_does_not_exist(tmp_path: Path) -> None:
@@ -60,3 +62,29 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 400, "MiB"
+
+
+def test_what_remains_of_a_plan(tmp_path: Path) -> None:
+    plan = plans.make(str(tmp_path), [Shard(0, "tar", "a", 6), Shard(0, "tar", "b", None), Shard(0, "tar", "c", 0)], {})
+    coverage = Coverage()
+    assert list(plan.remaining(coverage)) == [(0, ((0, 6),)), (1, ((0, END),))]
+    assert plan.images(coverage.totals) is None
+    coverage.add(0, ((2, 4),))
+    coverage.add(1, ((0, 3),))
+    assert list(plan.remaining(coverage)) == [(0, ((0, 2), (4, 6))), (1, ((3, END),))]
+    coverage.totals[1] = 3
+    assert list(plan.remaining(coverage)) == [(0, ((0, 2), (4, 6)))]
+    assert plan.images(coverage.totals) == 9
+
+
+def test_an_extended_plan_keeps_its_shards_and_takes_rows_back(tmp_path: Path) -> None:
+    old = plans.make(str(tmp_path), shards(3), {})
+    plans.extend(old, [Shard(0, "tar", "new", 5)], {}, {1: ((0, 1),), 0: ((0, END),)})
+    plan = plans.load(str(tmp_path))
+    assert plan is not None
+    assert [shard.uri for shard in plans.read_shards(plan)] == [*(shard.uri for shard in shards(3)), "new"]
+    assert (plan.shards, plan.rows) == (4, 9)
+    new = plans.SHARDS_PER_FILE
+    assert list(plan.remaining(Coverage())) == [(1, ((1, 2),)), (2, ((0, 2),)), (new, ((0, 5),))]
+    assert plan.load(new).uri == "new"
+    assert plan.images({}) == 8

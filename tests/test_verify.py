@@ -15,7 +15,7 @@ from pipeline import schema, storage
 from pipeline.errors import InputRefused
 from pipeline.plan import Shard
 from pipeline.sink import Sink
-from pipeline.verify import verify
+from pipeline.verify import repair, verify
 
 COLUMNS = pa.schema([("embedding", pa.list_(pa.float32(), 2))])
 RESULT = schema.result(COLUMNS, {})
@@ -69,6 +69,12 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def copy_commit(output: Path, name: str) -> None:
+    path = output / f"_commits/{name}.json"
+    path.write_text(commit(output).read_text())
+    edit(path, name=name, part="none.parquet", errors_part=None)
+
+
 def test_a_whole_output(output: Path) -> None:
     found = verify(str(output))
     assert found.is_whole, found.problems
@@ -86,10 +92,11 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a part is empty": (lambda o: part(o).write_bytes(b""), "cannot be read"),
     "an errors part is missing": (lambda o: next(o.glob("_errors/*")).unlink(), "_errors/.* is missing"),
     "a part has no commit": (lambda o: commit(o).unlink(), "belongs to no commit"),
-    "a commit has no part": (
-        lambda o: (o / "_commits/part-0001-000001-00000009.json").write_text(commit(o).read_text()),
-        "covers rows that another commit covers",
+    "a commit covers what another covers": (
+        lambda o: copy_commit(o, "part-0001-000001-00000009"),
+        "another commit covers",
     ),
+    "a commit has no part": (lambda o: [part(o, n).unlink() for n in (1, 2)], "is missing"),
     "a row stands twice in a part": (
         lambda o: rewrite(part(o), lambda t: pa.concat_tables([t, t.slice(0, 1)])),
         "holds 6 rows, its commit says 5",
@@ -110,6 +117,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda o: (o / "part-9999-mine.parquet").write_bytes(part(o).read_bytes()),
         "part-9999-mine.parquet belongs to no commit",
     ),
+    "a foreign file": (lambda o: (o / "mine.parquet").write_bytes(b"x"), "mine.parquet is no file of this run"),
     "another model's part": (
         lambda o: rewrite(
             part(o), lambda t: t.replace_schema_metadata({b"nightshift": json.dumps({"fingerprint": "g"})})
@@ -141,3 +149,23 @@ def test_what_is_planted_is_found(output: Path, name: str) -> None:
     found = verify(str(output))
     assert not found.is_whole
     assert any(re.search(said, problem) for problem in found.problems), found.problems
+
+
+@pytest.mark.parametrize("name", [name for name in PLANTED if name not in ("a foreign file", "the plan is missing")])
+def test_what_is_repaired_goes_on_to_be_whole(output: Path, name: str) -> None:
+    """After repair the next attempt finds gaps and nothing wrong; filling them makes the output whole."""
+    text = str(output)
+    PLANTED[name][0](output)
+    repair(verify(text))
+    plan = plans.load(text)
+    assert plan is not None
+    ledger = ledgers.begin(text)
+    ledgers.sweep(ledger)
+    sink = Sink(text, ledger.attempt, RESULT, json.dumps({"fingerprint": "f"}))
+    for shard, todo in list(plan.remaining(ledger.coverage)):
+        for start, stop in todo:
+            sink(rows(shard, start, min(stop, ROWS), ends=stop >= ROWS))
+    storage.write(f"{text}/_SUCCESS", b"")
+    found = verify(text)
+    assert found.is_whole, found.problems
+    assert (found.rows, found.errors) == (18, 2)

@@ -17,6 +17,7 @@ from pipeline.prefetch import ordered_map
 from pipeline.sources import parquet, uris
 from pipeline.sources.base import ReadOptions, ShardEnd, is_image
 from pipeline.storage import ObjectInfo
+from pipeline.update import Change
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 FOOTER_THREADS = 16
@@ -31,6 +32,15 @@ class Archive:
 
     config: RunConfig
     keep_types: dict[str, pa.DataType] = field(default_factory=dict)
+
+    def new_shards(self, change: Change) -> Iterator[Shard]:
+        """The shards of what is not in an earlier plan, or is not there as it is now; may be none."""
+        lists = [name for name in self._names() if self._is_list(name)]
+        if lists:
+            raise InputRefused(
+                f"--update cannot tell what is new in a list of URIs: give {lists[0]} an output of its own"
+            )
+        yield from self._group(change.new(_merged([self._first_checked(name) for name in self._names()])))
 
     def shards(self) -> Iterator[Shard]:
         """Every shard, sorted by URI within each input kind, no object twice; raises InputRefused."""
@@ -48,12 +58,15 @@ class Archive:
         return ReadOptions(tuple(self.config.keep_names()), self.config.image_column)
 
     def _list_shards(self) -> Iterator[Shard]:
-        names = [name for given in self.config.input for name in _expand(given)]
+        names = self._names()
         lists = [name for name in names if self._is_list(name)]
         streams = [self._first_checked(name) for name in names if name not in lists]
         yield from self._group(_merged(streams))
         for name in dict.fromkeys(lists):
             yield from uris.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types)
+
+    def _names(self) -> list[str]:
+        return [name for given in self.config.input for name in _expand(given)]
 
     def _is_list(self, name: str) -> bool:
         if storage.is_glob(name):

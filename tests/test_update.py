@@ -1,0 +1,108 @@
+"""--update: only what is new or replaced is worked on, and the output stays one row an image."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from test_jobs import TINY, Jobs, embeddings, jobs, jpeg, same, write_folder, write_tar  # noqa: F401
+
+from pipeline import plan as plans
+from pipeline.config import RunConfig
+from pipeline.coverage import END
+from pipeline.plan import Plan, Shard
+from pipeline.sources.discover import Archive
+from pipeline.storage import ObjectInfo
+from pipeline.update import Change
+from pipeline.verify import verify
+
+
+def planned(folder: Path, output: Path, before: Plan | None = None) -> tuple[Plan, Change | None]:
+    archive = Archive(RunConfig(input=str(folder), output=str(output)))
+    if before is None:
+        return plans.make(str(output), archive.shards(), {}), None
+    change = Change(before)
+    shards = list(archive.new_shards(change))
+    return plans.extend(before, shards, {}, change.retired), change
+
+
+def names(shards: Iterator[Shard] | list[Shard]) -> list[str]:
+    return [key for shard in shards for key in shard.keys or (shard.uri.rpartition("/")[2],)]
+
+
+def test_new_replaced_and_removed_objects_are_told_apart(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 8)
+    write_tar(folder / "a.tar", {"x.jpg": b"1"})
+    write_tar(folder / "b.tar", {"x.jpg": b"1"})
+    plan, _ = planned(folder, tmp_path / "out")
+    (folder / "0003.jpg").write_bytes(b"replaced")
+    (folder / "0005.jpg").unlink()
+    (folder / "0001b.jpg").write_bytes(b"new")
+    write_tar(folder / "a.tar", {"x.jpg": b"1", "y.jpg": b"2"})
+    plan, change = planned(folder, tmp_path / "out", plan)
+    assert change is not None
+    assert names(list(plans.read_shards(plan))[3:]) == ["a.tar", "0001b.jpg", "0003.jpg"]
+    assert (change.unchanged, change.removed) == (7, 1)
+    removed = pq.read_table(tmp_path / "out/_plan/removed.parquet")["uri"].to_pylist()
+    assert removed == [f"{folder}/0005.jpg"]
+    assert sorted(change.retired.values()) == sorted([((3, 4),), ((0, END),)])
+    again, change = planned(folder, tmp_path / "out", plan)
+    assert change is not None
+    assert (again.shards, change.unchanged, change.retired) == (plan.shards, 10, {})
+
+
+def test_a_hundred_thousand_unchanged_images_cost_seconds(tmp_path: Path) -> None:
+    infos = [ObjectInfo(f"s3://bucket/image-{i:08d}.jpg", 1, f"etag-{i}") for i in range(100_000)]
+    step = plans.OBJECTS_PER_SHARD
+    cuts = [infos[i : i + step] for i in range(0, len(infos), step)]
+    shards = [
+        Shard(
+            0, "objects", "s3://bucket", len(c), keys=tuple(i.uri[12:] for i in c), key_etags=tuple(i.etag for i in c)
+        )
+        for c in cuts
+    ]
+    plan = plans.make(str(tmp_path), shards, {})
+    started = time.monotonic()
+    change = Change(plan)
+    assert list(change.new(iter([*infos, ObjectInfo("s3://bucket/z.jpg", 1, "e")]))) == [
+        ObjectInfo("s3://bucket/z.jpg", 1, "e")
+    ]
+    assert (change.unchanged, change.removed) == (100_000, 0)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_updates_night_after_night(jobs: Jobs, tmp_path: Path) -> None:  # noqa: F811
+    folder, out = write_folder(tmp_path / "in", 30), tmp_path / "out"
+    write_tar(folder / "a.tar", {f"{i}.jpg": jpeg(50 + i) for i in range(6)})
+    settings = ("--input", folder, *TINY, "--rows-per-part", 8, "--batch-size", 8, "--max-error-rate", 0.5)
+    jobs.run("embed", *settings, "--output", out)
+    first = embeddings(out)
+
+    done = jobs.run("embed", *settings, "--output", out, "--update")
+    assert "31 were done before and are unchanged" in done.stdout
+    assert len(os.listdir(out / "_attempts")) == 1
+
+    (folder / "0003.jpg").write_bytes(jpeg(90))
+    (folder / "0004.jpg").write_bytes(b"broken now")
+    (folder / "0010b.jpg").write_bytes(jpeg(91))
+    (folder / "0020.jpg").unlink()
+    write_tar(folder / "a.tar", {f"{i}.jpg": jpeg(60 + i) for i in range(4)})
+    done = jobs.run("embed", *settings, "--output", out, "--update")
+    assert "27 were done before and are unchanged; 1 are gone from the archive" in done.stdout
+    assert verify(str(out)).is_whole, verify(str(out)).problems
+    report = json.loads((out / "_report.json").read_text())
+    assert (report["planned"], report["rows"], report["errors"]) == (35, 34, 1)
+    assert report["resumed_images"] == 28
+
+    jobs.run("embed", *settings, "--output", tmp_path / "anew")
+    updated, anew = embeddings(out), embeddings(tmp_path / "anew")
+    gone = f"{folder}/0020.jpg"
+    assert np.array_equal(updated.pop(gone), first[gone])
+    assert same(updated, anew)
+    assert pd.read_parquet(out / "_errors")["image_id"].tolist() == [f"{folder}/0004.jpg"]
