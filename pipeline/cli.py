@@ -40,6 +40,9 @@ def guarded(work: Callable[[], int]) -> int:
         if error.exit_code > 128:
             _leave(error.exit_code)
         return error.exit_code
+    except OSError as error:  # a full disk, a store that is out of reach: no fault of the code
+        print(f"nightshift: {error}; run the same command again once that is mended", file=sys.stderr, flush=True)
+        return NightshiftError.exit_code
 
 
 def parse(

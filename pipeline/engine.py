@@ -172,11 +172,12 @@ class Flow:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        context.raise_original_map_exception = True  # else the cause of an error comes back as text only
         context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
         # A block is a batch: what waits between the stages is counted in batches, whatever the size of the images.
         context.target_max_block_size = max(1 << 20, self.batch_size * self.loader.transform.crop**2 * 3)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
 
 
 @contextmanager
@@ -185,13 +186,14 @@ def _told_plainly() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        causes = list(_causes(error))
+        causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)]
         for cause in causes:
             if isinstance(cause, NightshiftError):
                 raise cause from error
         for cause in causes:
             if isinstance(cause, OSError):
-                raise NightshiftError(f"{cause}; what was committed stays, run the same command again") from error
+                what = os.strerror(cause.errno) if cause.errno else str(cause).partition("\n")[0]
+                raise NightshiftError(f"{what}; what was committed stays, run the same command again") from error
         raise
 
 

@@ -1,5 +1,6 @@
 """The whole product on one screen: config → plan → read, decode, predict, write, commit → report."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -95,8 +96,11 @@ def _reported(
     finally:
         if status != OutputLocked.__name__:
             model = str(predictor.settings().get("model", ""))
-            Report.of(plan, ledger, model, status, time.monotonic() - started, change).save()
-            ledgers.end(ledger, status)
+            made = Report.of(plan, ledger, model, status, time.monotonic() - started, change)
+            # Where the work failed since nothing can be written, that is what the user must be told.
+            with contextlib.nullcontext() if status == "done" else contextlib.suppress(OSError):
+                made.save()
+                ledgers.end(ledger, status)
 
 
 @contextmanager

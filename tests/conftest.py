@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from whole import Jobs
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -137,3 +138,8 @@ def ray_cluster(s3_server: S3Server) -> Iterator[RayCluster]:
         yield RayCluster(cluster.address, cluster.dashboard, {**environment, "RAY_ADDRESS": cluster.address})
     finally:
         stop_ray_head(process)
+
+
+@pytest.fixture
+def jobs(ray_cluster: RayCluster) -> Jobs:
+    return Jobs(ray_cluster.environment)

@@ -35,7 +35,12 @@ def submit(cluster: RayCluster, *entrypoint: object, **environment: str) -> subp
         *map(str, entrypoint),
     ]
     merged = {**os.environ, **cluster.environment, **environment}
-    return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=240)
+    for _ in range(30):
+        done = subprocess.run(command, env=merged, capture_output=True, text=True, timeout=240)
+        if "No available agent" not in done.stderr:  # a head node that has only just started
+            break
+        time.sleep(1)
+    return done
 
 
 def test_a_submitted_job_runs_and_its_status_comes_back(token_cluster: RayCluster, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from test_jobs import TINY, Jobs, embeddings, jobs, jpeg, same, write_folder, write_tar  # noqa: F401
+from whole import TINY, Jobs, embeddings, jpeg, same, write_folder, write_tar
 
 from pipeline import plan as plans
 from pipeline.config import RunConfig
@@ -77,7 +77,7 @@ def test_a_hundred_thousand_unchanged_images_cost_seconds(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_updates_night_after_night(jobs: Jobs, tmp_path: Path) -> None:  # noqa: F811
+def test_updates_night_after_night(jobs: Jobs, tmp_path: Path) -> None:
     folder, out = write_folder(tmp_path / "in", 30), tmp_path / "out"
     write_tar(folder / "a.tar", {f"{i}.jpg": jpeg(50 + i) for i in range(6)})
     settings = ("--input", folder, *TINY, "--rows-per-part", 8, "--batch-size", 8, "--max-error-rate", 0.5)

@@ -1,0 +1,62 @@
+"""Imported by every Python process that has this folder on its path: kills a job at a chosen moment of its writing.
+
+SABOTAGE="<where>:<n>:<folder>": at the n-th write of that kind, counted over all processes by files in the folder, the
+driver (its number stands in <folder>/driver) and the writing process die by SIGKILL.
+where: part-half, before-commit, commit-half, after-commit.
+"""
+
+import os
+import signal
+
+WHERE, COUNT, FOLDER = os.environ.get("SABOTAGE", "::").split(":")
+
+
+def die() -> None:
+    with open(os.path.join(FOLDER, "driver")) as file:
+        os.kill(int(file.read()), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_the_one(path: str) -> bool:
+    """Count writes of the kind that is looked for; True for the n-th."""
+    is_commit = "/_commits/" in path
+    is_part = path.endswith(".parquet") and "/part-" in path and "/_errors/" not in path
+    if not (is_part if WHERE.startswith("part") else is_commit):
+        return False
+    for number in range(1, 10_000):
+        try:
+            os.close(os.open(os.path.join(FOLDER, f"{WHERE}-{number}"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        return number == int(COUNT)
+    return False
+
+
+def plant() -> None:
+    from pipeline import storage
+
+    write_whole = storage._LocalStore._temporary
+    create = storage._LocalStore.create
+
+    def write_half(path: str, data: bytes) -> str:
+        if WHERE.endswith("-half") and is_the_one(path):
+            folder, name = os.path.split(path)
+            with open(os.path.join(folder, f".{name}.half.tmp"), "wb") as file:
+                file.write(data[: len(data) // 2])
+            die()
+        return write_whole(path, data)
+
+    def create_or_die(self: storage._LocalStore, path: str, data: bytes) -> None:
+        chosen = WHERE in ("before-commit", "after-commit") and is_the_one(path)
+        if chosen and WHERE == "before-commit":
+            die()
+        create(self, path, data)
+        if chosen:
+            die()
+
+    storage._LocalStore._temporary = staticmethod(write_half)
+    storage._LocalStore.create = create_or_die
+
+
+if WHERE:
+    plant()

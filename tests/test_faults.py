@@ -1,0 +1,174 @@
+"""Faults of an overnight run, on whole jobs: afterwards verify holds, and each image equals an undisturbed run's."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import ROOT, RayCluster
+from whole import SLOW, Jobs, count_commits, embeddings, jpeg, same, wait_for, write_folder
+
+from pipeline.verify import verify
+
+IMAGES = 240
+SETTINGS = (*SLOW, "--batch-size", "8", "--rows-per-part", "16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("archive") / "loose", IMAGES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: RayCluster, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    Jobs(ray_cluster.environment).run("embed", "--input", folder, "--output", out, *SETTINGS)
+    return out
+
+
+def check(out: Path, undisturbed: Path) -> None:
+    found = verify(str(out))
+    assert found.is_whole, found.problems
+    assert (found.rows, found.errors) == (IMAGES, 0)
+    assert same(embeddings(out), embeddings(undisturbed))
+    assert not [path for path in out.rglob(".*") if path.is_file()], "temporary files were left behind"
+
+
+@pytest.mark.faults
+def test_twenty_kills_at_random_moments(jobs: Jobs, folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    moments = random.Random(20)
+    out = tmp_path / "out"
+    for _ in range(20):
+        process = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
+        time.sleep(moments.uniform(2, 14))
+        process.kill()
+        process.communicate()
+    jobs.run("embed", "--input", folder, "--output", out, *SETTINGS)
+    check(out, undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("where", ["part-half", "before-commit", "commit-half", "after-commit"])
+def test_a_kill_at_each_step_of_a_write(folder: Path, undisturbed: Path, tmp_path: Path, where: str) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "sabotage").mkdir()
+    tests = ROOT / "tests"
+    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": f"{tests / 'sabotage'}:{ROOT}:{tests}"}
+    command = [sys.executable, "jobs/embed.py", "--input", str(folder), "--output", str(out), *SETTINGS]
+    sabotaged = {**environment, "SABOTAGE": f"{where}:4:{tmp_path / 'sabotage'}"}
+    process = subprocess.Popen(command, cwd=ROOT, env=sabotaged, stderr=subprocess.DEVNULL)
+    (tmp_path / "sabotage" / "driver").write_text(str(process.pid))
+    assert process.wait(120) == -signal.SIGKILL
+    assert not verify(str(out)).is_whole
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=180)
+    check(out, undisturbed)
+
+
+def worker_processes(title: str, driver: int) -> list[psutil.Process]:
+    """Ray workers of this title that were started after the driver."""
+    began = psutil.Process(driver).create_time()
+    found = []
+    for process in psutil.process_iter(["cmdline", "create_time"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if line.startswith("ray::") and title in line and process.info["create_time"] >= began:
+            found.append(process)
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("title", ["Predict", "ReadDecode", "write"])
+def test_a_killed_worker_costs_nothing(
+    jobs: Jobs,
+    folder: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    title: str,
+) -> None:
+    out = tmp_path / "out"
+    process = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
+    wait_for(lambda: count_commits(out) >= 1)
+    killed = 0
+    while not killed and process.poll() is None:
+        for worker in worker_processes(title, process.pid):
+            worker.kill()
+            killed += 1
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert killed
+    check(out, undisturbed)
+
+
+@pytest.mark.faults
+def test_a_paused_driver_that_wakes_commits_nothing(
+    jobs: Jobs, folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    paused = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
+    wait_for(lambda: count_commits(out) >= 2)
+    paused.send_signal(signal.SIGSTOP)
+    jobs.run("embed", "--input", folder, "--output", out, *SETTINGS)
+    check(out, undisturbed)
+    paused.send_signal(signal.SIGCONT)
+    _, err = paused.communicate(timeout=60)
+    assert paused.returncode == 4, err
+    assert "took over" in err
+    late = verify(str(out))
+    assert [problem for problem in late.problems if "belongs to no commit" not in problem] == []
+    assert (late.rows, late.errors) == (IMAGES, 0)
+    assert {json.loads(path.read_text())["status"] for path in (out / "_attempts").glob("2.json")} == {"done"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("a small disk cannot be mounted here (that needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_a_sentence_and_goes_on(
+    jobs: Jobs,
+    folder: Path,
+    small_disk: Path,
+    undisturbed: Path,
+) -> None:
+    out = small_disk / "out"
+    done = jobs.run("embed", "--input", folder, "--output", out, *SETTINGS, code=1)
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("nightshift: ") == 1
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    jobs.run("embed", "--input", folder, "--output", out, *SETTINGS)
+    check(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_an_archive_that_changes_under_a_run(jobs: Jobs, folder: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "loose", tmp_path / "out"
+    shutil.copytree(folder, mine)
+    settings = ("--input", mine, "--output", out, *SETTINGS, "--limit", 100)
+    process = jobs.start("embed", *settings)
+    wait_for(lambda: count_commits(out) >= 2)
+    process.kill()
+    process.communicate()
+    (mine / "0097.jpg").unlink()
+    (mine / "0098.jpg").write_bytes(jpeg(7))
+    (mine / "0050b.jpg").write_bytes(jpeg(8))
+    jobs.run("embed", *settings)
+    assert verify(str(out)).is_whole
+    errors = pd.read_parquet(out / "_errors").set_index("image_id")["error_type"].to_dict()
+    assert errors == {f"{mine}/0097.jpg": "not_found", f"{mine}/0098.jpg": "changed"}
+    assert len(pd.read_parquet(out)) == 98
+    assert f"{mine}/0050b.jpg" not in embeddings(out)
