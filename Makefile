@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test test-faults check format clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,14 +24,17 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## make a small archive, embed and classify it, look at the result (2-3 minutes)
 	$(BIN)/python jobs/demo.py demo
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest
+test: $(READY) ## all tests but the long faults
+	$(BIN)/python -m pytest -m 'not faults'
+
+test-faults: $(READY) ## kills, lost workers, a store that fails, paused drivers (half an hour)
+	$(BIN)/python -m pytest -m faults
 
 check: $(READY) ## ruff, mypy strict, and the tests' fast part
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not faults'
 
 format: $(READY) ## put the code into the common format
 	$(BIN)/ruff check --fix .

@@ -7,10 +7,11 @@ of the short side, then `center_crop`), bit for bit. Imports neither Ray nor tor
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from pipeline.config import Transform
 from pipeline.errors import DecodeError
@@ -29,7 +30,13 @@ WHOLE_RESIZE_PIXELS = 1 << 22
 1 × 20,000 pixels would be 256 × 5,120,000. Pillow holds the region in float32 and picks the order of its two passes by
 sizes, so that a strip may differ from torchvision by rounding; whole images cannot."""
 
-ORIENTATION = 0x0112
+SCANS_OF_LARGEST = 16
+"""A JPEG may have this many scans if it is as large as `max_pixels` allows, more if it is smaller. Each passes over the
+whole image, and ten bytes make one: 100 KB could keep a core busy for an hour. Encoders write up to about 15."""
+
+RLE_COST = 8  # Pillow decodes these BMPs in Python, about as many times more slowly
+
+ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
 UPRIGHT: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,6 +50,8 @@ UPRIGHT: dict[int, Image.Transpose] = {
 BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
+
+START_OF_SCAN, SCAN_BYTES = b"\xff\xda", 10  # the least that a scan's header takes (T.81, B.2.3)
 
 END_MARKERS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 """First bytes of a format → what its last 16 bytes hold."""
@@ -79,6 +88,7 @@ def decode(data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, 
         tiff_orientation = _tiff_orientation(image)
         width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
         _check_size(width, height, max_pixels)
+        _check_work(image, data, max_pixels)
         rgb = _jpeg_rgb(image, data) or _to_rgb(image)
         turn = _turn(image, tiff_orientation, exif_rotate)
         pixels = np.asarray(_resize_crop(rgb if turn is None else rgb.transpose(turn), transform))
@@ -89,7 +99,7 @@ def decode(data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, 
     return Decoded(pixels, width, height)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile.ImageFile:
     """Read the header only."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -113,6 +123,23 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise DecodeError("too_large", f"the image has {sizes}; raise --max-pixels if it is meant to")
     if width < 1 or height < 1:
         raise DecodeError("corrupt", f"the image is {width} × {height} pixels")
+
+
+def _check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None:
+    """Refuse images of few pixels that cost as much as one of far more than `max_pixels`."""
+    pixels = image.width * image.height
+    most_scans = SCANS_OF_LARGEST * max_pixels // pixels
+    if image.format in ("JPEG", "MPO") and len(data) > most_scans * SCAN_BYTES:
+        scans = data.count(START_OF_SCAN)
+        if scans > most_scans:
+            raise DecodeError("too_large", f"a JPEG of {pixels} pixels has {scans} scans; the limit is {most_scans}")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tile = image.tag_v2.get(TILE_WIDTH, 1) * image.tag_v2.get(TILE_LENGTH, 1)
+        if tile > max_pixels:
+            raise DecodeError("too_large", f"a TIFF of {pixels} pixels has tiles of {tile}; the limit is {max_pixels}")
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile) and pixels > max_pixels // RLE_COST:
+        limit = max_pixels // RLE_COST
+        raise DecodeError("too_large", f"a run-length encoded BMP has {pixels} pixels; the limit is {limit}")
 
 
 def _tiff_orientation(image: Image.Image) -> int | None:
@@ -206,5 +233,12 @@ def _is_cut(data: bytes) -> bool:
         size, rest = (data[4:8], 8) if data.startswith(b"RIFF") else (data[2:6], 0)
         return int.from_bytes(size, "little") + rest > len(data)
     if data.startswith((b"II", b"MM")):
-        return int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big") >= len(data)
+        return _tiff_is_cut(data, "little" if data.startswith(b"II") else "big")
     return any(data.startswith(first) and last not in data[-16:] for first, last in END_MARKERS.items())
+
+
+def _tiff_is_cut(data: bytes, order: Literal["little", "big"]) -> bool:
+    """True where the first directory, 12 bytes an entry, does not lie inside the file (TIFF 6.0, section 2)."""
+    start = int.from_bytes(data[4:8], order)
+    entries = int.from_bytes(data[start : start + 2], order)
+    return start + 2 + 12 * entries > len(data)

@@ -4,6 +4,7 @@ NightshiftError                    ends a job with a sentence and an exit code, 
 ├── Refused                     2  a setting, an input or weights that cannot work; raised before any work
 │   ├── SettingRefused             a flag or a field of a config
 │   ├── InputRefused               an input that is not there, is empty or cannot be read
+│   ├── StorageRefused             a store that takes no credentials, lacks the bucket or does not answer, at any time
 │   ├── WeightsRefused             weights, labels or a network that do not fit together
 │   └── OutputRefused              an output directory that belongs to another run
 ├── TooManyErrors               3  more bad images than --max-error-rate allows
@@ -35,6 +36,10 @@ class SettingRefused(Refused):
 
 
 class InputRefused(Refused):
+    pass
+
+
+class StorageRefused(Refused):
     pass
 
 

@@ -98,7 +98,8 @@ class Report:
             gone = f"; {self.removed:,} are gone from the archive, see _plan/removed.parquet" if self.removed else ""
             yield "update", f"{self.unchanged:,} were done before and are unchanged{gone}"
         if self.resumed_images:
-            yield "resumed", f"{self.resumed_images:,} images were done before, by {self.attempt - 1} earlier attempts"
+            attempts = f"{self.attempt - 1} earlier attempt{'s' * (self.attempt > 2)}"
+            yield "resumed", f"{self.resumed_images:,} images were done before, by {attempts}"
         yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
         yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
         yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"

@@ -26,6 +26,7 @@ Kind = Literal[
     "invalid_key",  # 403
     "access_denied",  # 403, of one object
     "no_bucket",  # 404
+    "conflict",  # 409, of a conditional put beside another
     "reset",  # the connection breaks before a byte of the answer; the server has not seen the request
     "lost_answer",  # the server has done what was asked, and the connection breaks before its answer
     "reset_in_body",  # header and half the body, then the connection breaks
@@ -41,13 +42,14 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
     "invalid_key": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),
     "access_denied": (403, "AccessDenied", "Access Denied"),
     "no_bucket": (404, "NoSuchBucket", "The specified bucket does not exist"),
+    "conflict": (409, "ConditionalRequestConflict", "A conflicting operation occurred."),
 }
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date"}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`kind` happens to a share of the requests that fit, at most `count` times.
+    """`kind` happens to a share of the requests that fit, at most `count` times, and not to the first `after` of them.
 
     method, target: regular expressions, searched for. access_key: only requests signed with this key.
     """
@@ -57,6 +59,7 @@ class Rule:
     method: str = ""
     target: str = ""
     access_key: str = ""
+    after: int = 0
     count: int | None = None
     seconds: float = 30.0
 
@@ -83,6 +86,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.injected: Counter[Kind] = Counter()
         self.ending = threading.Event()
         self._rules: tuple[Rule, ...] = ()
+        self._fitted: Counter[Rule] = Counter()
         self._taken: Counter[Rule] = Counter()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -91,15 +95,19 @@ class FaultProxy(ThreadingHTTPServer):
         """From the next request on these rules hold, and no others; without any, nothing goes wrong."""
         with self._lock:
             self._rules = rules
+            self._fitted.clear()
             self._taken.clear()
 
     def choose(self, method: str, target: str, authorization: str) -> Rule | None:
         with self._lock:
             self.requests.append((method, target))
             for rule in self._rules:
-                if rule.count is not None and self._taken[rule] >= rule.count:
+                if not rule.fits(method, target, authorization):
                     continue
-                if rule.fits(method, target, authorization) and self._random.random() < rule.share:
+                self._fitted[rule] += 1
+                if self._fitted[rule] <= rule.after or self._taken[rule] == rule.count:
+                    continue
+                if self._random.random() < rule.share:
                     self._taken[rule] += 1
                     self.injected[rule.kind] += 1
                     return rule

@@ -12,7 +12,8 @@ from pipeline.predictors import Classifier, Embedder
 
 FLAGS = {
     "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate",
-    "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite", "--update", "--dry-run",
+    "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite", "--update",
+    "--dry-run",
 }  # fmt: skip
 NETWORK_FLAGS = {"--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype"}
 

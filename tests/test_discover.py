@@ -15,7 +15,7 @@ from pipeline import plan as plans
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.coverage import END
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, Refused
 from pipeline.plan import Shard
 from pipeline.sources import Record, read
 from pipeline.sources.discover import Archive
@@ -114,6 +114,25 @@ def test_lists_of_uris(folder: Path, suffix: str) -> None:
     assert found == [*full[:3], f"{full[3]}#row=3"]
 
 
+def test_an_image_named_twice_over_has_two_ids(folder: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (folder / name).write_text("loose/a/1.jpg\nhttps://host/i?n=1\nhttps://host/i?n=2\n")
+    found = ids(shards(folder / "loose", folder / "one.txt", folder / "two.txt"))
+    assert len(found) == 4 + 3 + 3
+    assert len(set(found)) == len(found)
+    assert f"{folder}/loose/a/1.jpg#row=0" in found
+
+
+def test_a_name_that_is_not_utf_8_is_an_error_row(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with open(bytes(tmp_path / "in") + b"/caf\xe9.jpg", "wb") as file:
+        file.write(IMAGE)
+    plan = plans.make(str(tmp_path / "out"), shards(tmp_path / "in"), {})
+    record, _ = read(plan.load(0), ((0, 1),), _options())
+    assert isinstance(record, Record)
+    assert (record.image_id, record.error.error_type) == (f"{tmp_path}/in/caf\\xe9.jpg", "not_found")
+
+
 def test_kept_columns_of_a_list(folder: Path) -> None:
     path = folder / "list.csv"
     path.write_text("where,n,place\nloose/a/1.jpg,7,north\nloose/a/2.JPEG,8,\n")
@@ -158,7 +177,7 @@ def test_what_cannot_work_is_refused_by_name(folder: Path, names: list[str], set
 
 
 def test_an_unreadable_folder_is_refused(s3: S3Server) -> None:
-    with pytest.raises(InputRefused, match="no-such-bucket"):
+    with pytest.raises(Refused, match="no-such-bucket"):
         shards("s3://no-such-bucket/images")
     with pytest.raises(InputRefused, match="nosuch"):
         shards("nosuch://host/images")

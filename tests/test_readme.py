@@ -69,7 +69,8 @@ def check(words: list[str], folder: Path) -> None:
 
 def check_job(job: str, arguments: list[str], folder: Path) -> None:
     if job == "verify":
-        assert verify.main([str(folder / argument) for argument in arguments]) == 2, "parsed, but nothing is there"
+        places = [word if word.startswith("--") else str(folder / word) for word in arguments]
+        assert verify.main(places) == 2, "parsed, but nothing is there"
         return
     run_values, predictor_values = cli.parse(PREDICTORS[job], "", arguments)
     RunConfig(**run_values)

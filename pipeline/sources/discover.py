@@ -61,9 +61,11 @@ class Archive:
         names = self._names()
         lists = [name for name in names if self._is_list(name)]
         streams = [self._first_checked(name) for name in names if name not in lists]
-        yield from self._group(_merged(streams))
+        seen: set[int] = set()
+        objects = _merged(streams)
+        yield from self._group(_noted(objects, seen) if lists else objects)
         for name in dict.fromkeys(lists):
-            yield from uris.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types)
+            yield from uris.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types, seen)
 
     def _names(self) -> list[str]:
         return [name for given in self.config.input for name in _expand(given)]
@@ -122,7 +124,7 @@ class Archive:
         for info in objects:
             kind = _kind(info.uri)
             if kind == "objects":
-                loose.append(info)
+                loose.append(_printable(info))
                 if len(loose) == OBJECTS_PER_SHARD:
                     yield _virtual_shard(loose)
                     loose = []
@@ -223,6 +225,21 @@ def _merged(streams: Iterable[Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
         if info.uri != last:
             yield info
         last = info.uri
+
+
+def _noted(objects: Iterator[ObjectInfo], seen: set[int]) -> Iterator[ObjectInfo]:
+    for info in objects:
+        seen.add(hash(info.uri))
+        yield info
+
+
+def _printable(info: ObjectInfo) -> ObjectInfo:
+    """A file name that is not UTF-8 gets its odd bytes escaped; nothing can be read by that name, so it is an error."""
+    try:
+        info.uri.encode()
+        return info
+    except UnicodeEncodeError:
+        return replace(info, uri=info.uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 
 def _virtual_shard(images: list[ObjectInfo]) -> Shard:

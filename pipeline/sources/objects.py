@@ -1,16 +1,19 @@
 """Loose images: a virtual shard is a run of consecutive objects, or of lines of a list of URIs."""
 
 import json
+import os
+import stat
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline import storage
 from pipeline.coverage import Ranges
-from pipeline.errors import ReadError
+from pipeline.errors import NightshiftError, ReadError
 from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
+from pipeline.sources.records import MAX_MEMBER_BYTES
 
 REMOTE_THREADS = 16
 LOCAL_THREADS = 2
@@ -33,18 +36,43 @@ def _fetch(shard: Shard, row: int) -> Record:
     started = time.perf_counter()
     data, error = None, None
     try:
+        _check(shard, row, uri)
         data = storage.read(uri, etag)
+    except NightshiftError:  # a fault of the run, such as StorageRefused
+        raise
+    except ReadError as fault:
+        error = fault
     except FileNotFoundError:
-        error = ReadError("not_found", f"there is no {storage.redact(uri)}")
+        error = ReadError("not_found", f"there is no {shown(uri)}")
     except storage.Changed as fault:
         error = ReadError("changed", str(fault))
-    except OSError as fault:
-        error = ReadError("unreadable", f"{storage.redact(uri)}: {fault}")
-    image_id, kept = storage.redact(uri), {}
+    except Exception as fault:  # beside OSError, what the stores raise for URIs that make no sense
+        error = ReadError("unreadable", f"{shown(uri)}: {fault}")
+    image_id, kept = shown(uri), {}
     if shard.kept:
         kept = json.loads(shard.kept[row])
         image_id = kept.pop(IMAGE_ID, image_id)
-    return Record(row, image_id, storage.redact(uri), None, data, error, kept, time.perf_counter() - started)
+    return Record(row, image_id, shown(uri), None, data, error, kept, time.perf_counter() - started)
+
+
+def shown(uri: str) -> str:
+    """The URI without secrets, also one that `storage.redact` cannot take apart (`https://[::1/a.png`)."""
+    try:
+        return storage.redact(uri)
+    except ValueError:
+        return uri.partition("?")[0]
+
+
+def _check(shard: Shard, row: int, uri: str) -> None:
+    """Nothing that would fill the memory, or that could be waited for without end."""
+    size_bytes = shard.key_sizes[row] if shard.key_sizes else 0
+    if storage.is_local(uri):
+        found = os.stat(uri)
+        if not stat.S_ISREG(found.st_mode):
+            raise ReadError("unreadable", f"{uri} is a folder, a pipe or a device, not a file")
+        size_bytes = found.st_size
+    if size_bytes > MAX_MEMBER_BYTES:
+        raise ReadError("too_large", f"{shown(uri)} has {size_bytes} bytes, the limit is {MAX_MEMBER_BYTES}")
 
 
 IMAGE_ID = "#image_id"  # in `Shard.kept`: the image_id of a URI that its list names more than once

@@ -1,5 +1,6 @@
 """Parquet: a row of the file is an image, in a column of bytes or in a Hugging Face struct {bytes, path}."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -12,7 +13,7 @@ from pipeline.coverage import Ranges
 from pipeline.errors import InputRefused, ReadError
 from pipeline.plan import Shard
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
-from pipeline.sources.records import Rows, storage_fault
+from pipeline.sources.records import Rows, rows_of, storage_fault, values_of
 
 IMAGE_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "data", "content")
 BATCH_ROWS = 64
@@ -49,7 +50,18 @@ def shard_rows(uri: str) -> tuple[int, pa.Schema]:
     """Number of rows and the schema, from the footer alone. Raises OSError and pa.ArrowException."""
     with storage.open_read(uri) as file:
         parquet = pq.ParquetFile(file)
+        check_counts(parquet.metadata)
         return parquet.metadata.num_rows, parquet.schema_arrow
+
+
+def check_counts(metadata: pq.FileMetaData) -> None:
+    """Raise pa.ArrowInvalid where a footer contradicts itself: its number of rows becomes as many rows of output.
+
+    The row groups' columns say more, but pyarrow's `column()` ends the whole process on some broken footers.
+    """
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(counts, default=0) < 0 or metadata.num_rows != sum(counts):
+        raise pa.ArrowInvalid(f"the footer says {metadata.num_rows} rows, its row groups {sum(counts)}")
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
@@ -95,8 +107,11 @@ class _Reader:
         self.file = _WatchedFile(file)
         self.rows = rows
         try:
-            self.parquet = pq.ParquetFile(self.file, buffer_size=BUFFER_BYTES)
+            if not file.seek(0, os.SEEK_END):
+                raise ReadError("empty", f"{rows.uri} has no bytes")
+            self.parquet = pq.ParquetFile(self.file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
             schema = self.parquet.schema_arrow
+            check_counts(self.parquet.metadata)
         except BAD_BYTES as error:
             self.file.check()
             raise ReadError("corrupt", f"{rows.uri} cannot be read as Parquet: {_first_line(error)}") from error
@@ -119,7 +134,9 @@ class _Reader:
         try:
             if self.rows.wants(stop):
                 for batch in self._batches(group, [self.column, *self.keep]):
-                    yield from self._batch(batch)
+                    yield from self._batch(batch.slice(0, stop - self.rows.row))
+                if self.rows.row < stop:
+                    raise pa.ArrowInvalid(f"it ends {stop - self.rows.row} rows early")
             else:
                 self._skip(group, stop)
         except BAD_BYTES as error:
@@ -132,10 +149,10 @@ class _Reader:
     def _batch(self, batch: pa.RecordBatch) -> Iterator[Record]:
         images, paths = batch.column(self.column), [None] * len(batch)
         if self.has_paths:
-            paths = pc.struct_field(images, "path").to_pylist()
+            paths = values_of(pc.struct_field(images, "path"))
             images = pc.struct_field(images, "bytes")
         wanted = self.rows.wants(self.rows.row + len(batch))
-        kept = batch.select(self.keep).to_pylist() if self.keep and wanted else [{}] * len(batch)
+        kept = rows_of(batch, self.keep) if self.keep and wanted else [{}] * len(batch)
         for image, path, values in zip(images, paths, kept, strict=True):
             if self._begin(path):
                 data = image.as_py()
@@ -153,7 +170,7 @@ class _Reader:
         """Pass over a row group; its paths are read all the same, for image_ids depend on the paths before."""
         if self.has_paths:
             for batch in self._batches(group, [f"{self.column}.path"]):
-                for path in pc.struct_field(batch.column(0), "path").to_pylist():
+                for path in values_of(pc.struct_field(batch.column(0), "path").slice(0, stop - self.rows.row)):
                     self._begin(path)
                     self.rows.advance()
         self.rows.advance(stop - self.rows.row)

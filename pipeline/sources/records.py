@@ -1,8 +1,10 @@
 """What the readers of physical shards (tar, zip, Parquet) share: row numbers, image_ids, and lost rows."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import pyarrow as pa
 
 from pipeline import storage
 from pipeline.coverage import END, Ranges, intersect
@@ -124,6 +126,20 @@ def storage_fault(uri: str, fault: OSError) -> ReadError:
 def too_large(uri: str, member: str, size_bytes: int) -> ReadError:
     limit = f"the limit is {MAX_MEMBER_BYTES} bytes"
     return ReadError("too_large", f"{uri}: {member} has {size_bytes} bytes, {limit}")
+
+
+def values_of(array: pa.Array) -> list[Any]:
+    """As Python values; text that is not UTF-8, which Arrow takes unread from a file, with U+FFFD for what is wrong."""
+    try:
+        return cast(list[Any], array.to_pylist())
+    except UnicodeDecodeError:
+        return [data and data.decode("utf-8", "replace") for data in array.cast(pa.large_binary()).to_pylist()]
+
+
+def rows_of(batch: pa.RecordBatch, names: Iterable[str]) -> list[dict[str, Any]]:
+    """These columns of a batch, a dictionary a row."""
+    columns = {name: values_of(batch.column(name)) for name in names}
+    return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
 
 
 def is_image_member(name: str) -> bool:

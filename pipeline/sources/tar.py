@@ -24,7 +24,10 @@ from pipeline.sources.records import (
 )
 
 COMPRESSED = {".gz": new_gzip, ".tgz": new_gzip, ".zst": new_zstd}
-MAX_EXTENSION_BYTES = 1 << 20  # of a long name or PAX header, which tarfile reads at once
+MAX_EXTENSION_BYTES = 1 << 16
+"""Of a long name or PAX header. tarfile holds several hundred of them at once, and Python before 3.11.10, 3.12.6 and
+3.13.0 searches them in quadratic time (CVE-2024-6232)."""
+MAX_SPARSE_PIECES = 10_000  # tarfile joins them in quadratic time
 EXTENSION_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -88,16 +91,47 @@ class _Archive:
     def read(self, member: tarfile.TarInfo) -> bytes | ReadError:
         if not member.isreg():
             return ReadError("unsupported", f"{self.uri}: {member.name} is a link or a device, not a file")
+        if member.issparse() and self._sparse_end(member) is None:
+            return ReadError("corrupt", f"{self.uri}: {member.name} is a sparse file whose map makes no sense")
         if member.size > MAX_MEMBER_BYTES:
             self.skip(member)
             return too_large(self.uri, member.name, member.size)
-        return b"".join(self._chunks(member, member.size))
+        return b"".join(self._chunks(member, CHUNK_BYTES if member.issparse() else member.size))
 
     def skip(self, member: tarfile.TarInfo) -> None:
         """Pass over an image; one that is cut must be noticed here as in `read`, for rows to have the same numbers."""
-        if member.isreg():
+        if member.issparse():
+            self._skip_sparse(member)
+        elif member.isreg():
             for _ in () if self._is_plain(member) else self._chunks(member, CHUNK_BYTES):
                 pass
+
+    def _skip_sparse(self, member: tarfile.TarInfo) -> None:
+        """Pass over what is stored: the holes between may be any number of bytes."""
+        assert self.tar is not None
+        end = self._sparse_end(member)
+        if end is None:
+            return
+        if self.size is None:
+            assert self.tar.fileobj is not None
+            self.tar.fileobj.seek(end)
+            held = self.tar.fileobj.tell()
+        else:
+            held = self.size
+        if held < end:
+            raise self._broken(tarfile.ReadError())
+
+    def _sparse_end(self, member: tarfile.TarInfo) -> int | None:
+        """Where a sparse member's stored bytes end; None if its map does not run forward inside them and its size."""
+        assert self.tar is not None
+        pieces = [(offset, size) for offset, size in cast(Any, member).sparse if size]
+        place, stored_end = 0, member.offset_data
+        for offset, size in pieces:
+            if offset < place or size < 0:
+                return None
+            place, stored_end = offset + size, stored_end + size
+        is_sound = place <= member.size and stored_end <= self.tar.offset and len(pieces) <= MAX_SPARSE_PIECES
+        return stored_end if is_sound else None
 
     def holds(self, member: tarfile.TarInfo) -> bool:
         """True if a member of a seekable file is all there."""
@@ -134,8 +168,9 @@ class _Archive:
         assert tar.fileobj is not None
         rest = b""
         with contextlib.suppress(ReadError):  # a compressed stream that is cut behind the end has lost nothing
-            rest = tar.fileobj.read(CHUNK_BYTES)
-        if rest.strip(b"\0"):
+            while (data := tar.fileobj.read(CHUNK_BYTES)) and not rest:
+                rest = data.strip(b"\0")
+        if rest:
             what = "has a hole, or is several tars joined end to end"
             raise ReadError("corrupt", f"{self.uri} goes on after its end mark at byte {tar.offset}: it {what}")
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import InputRefused
 from pipeline.plan import OBJECTS_PER_SHARD, Shard
-from pipeline.sources.objects import IMAGE_ID, keep_json
+from pipeline.sources.objects import IMAGE_ID, keep_json, shown
+from pipeline.sources.records import rows_of, values_of
 
 LIST_SUFFIXES = (".txt", ".csv")
 URI_NAMES = (
@@ -35,8 +36,11 @@ def find_uri_column(schema: pa.Schema, uri_column: str | None, uri: str) -> str:
     """The column of image URIs: the one named, one with a usual name, or the only one of strings."""
     names = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     if uri_column:
-        if uri_column in schema.names:
+        if uri_column in names:
             return uri_column
+        if uri_column in schema.names:
+            type_ = schema.field(uri_column).type
+            raise InputRefused(f"--uri-column {uri_column}: it is {type_} in {uri}, URIs are text in UTF-8")
         raise InputRefused(f"{uri} has no column {uri_column!r} (--uri-column); it has {', '.join(schema.names)}")
     for name in URI_NAMES:
         if name in names:
@@ -49,20 +53,24 @@ def find_uri_column(schema: pa.Schema, uri_column: str | None, uri: str) -> str:
 
 
 def list_shards(
-    uri: str, uri_column: str | None, keep: Iterable[str], keep_types: dict[str, pa.DataType]
+    uri: str, uri_column: str | None, keep: Iterable[str], keep_types: dict[str, pa.DataType], seen: set[int]
 ) -> Iterator[Shard]:
     """Cut a list of URIs into virtual shards, in its own order; adds the kept columns' types to `keep_types`.
 
-    A URI named a second time is an image of its own: its image_id is `<uri>#row=<its place in the list>`.
+    seen: hashes of the image_ids given so far, added to here. A URI named a second time is an image of its own: its
+    image_id is `<uri>#row=<its place in the list>`, with the list's URI before it if even that was given already.
     """
-    seen: set[int] = set()
     keys: list[str] = []
     kept: list[str] = []
     for place, (name, values) in enumerate(_rows(uri, uri_column, list(keep), keep_types)):
         key = _absolute(name, uri)
-        if hash(key) in seen:
-            values = {**values, IMAGE_ID: f"{storage.redact(key)}#row={place}"}
-        seen.add(hash(key))
+        image_id = shown(key)
+        if hash(image_id) in seen:
+            image_id = f"{image_id}#row={place}"
+            if hash(image_id) in seen:
+                image_id = f"{shown(uri)}#{image_id}"
+            values = {**values, IMAGE_ID: image_id}
+        seen.add(hash(image_id))
         keys.append(key)
         kept.append(keep_json(values) if values else "{}")
         if len(keys) == OBJECTS_PER_SHARD:
@@ -89,7 +97,7 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
         if keep:
             raise InputRefused(f"--keep {','.join(keep)}: {uri} is plain text and has no columns; use CSV or Parquet")
         with storage.open_read(uri) as file:
-            lines = (line.decode("utf-8", "replace").strip() for line in file)
+            lines = (line.decode("utf-8", "replace").strip("\ufeff \t\r\n") for line in file)
             yield from ((line, {}) for line in lines if line)
         return
     with storage.open_read(uri) as file:
@@ -99,9 +107,9 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
             if name not in schema.names:
                 raise InputRefused(f"--keep {name}: {uri} has the columns {', '.join(schema.names)}")
             add_keep_type(keep_types, name, _plain(schema.field(name).type), uri)
-        for batch in batches:
-            kept = batch.select(keep).to_pylist() if keep else [{}] * len(batch)
-            names = batch.column(column).to_pylist()
+        for batch in _checked(uri, batches):
+            kept = rows_of(batch, keep)
+            names = values_of(batch.column(column))
             yield from ((str(name).strip(), values) for name, values in zip(names, kept, strict=True) if name)
 
 
@@ -112,8 +120,19 @@ def _open_table(uri: str, file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch
             return reader.schema, iter(reader)
         parquet = pq.ParquetFile(file)
         return parquet.schema_arrow, parquet.iter_batches(batch_size=4096, use_threads=False)
-    except pa.ArrowInvalid as error:
-        raise InputRefused(f"{uri} cannot be read as a list of images: {str(error).splitlines()[0]}") from error
+    except pa.ArrowException as error:
+        raise _unreadable(uri, error) from error
+
+
+def _checked(uri: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(uri, error) from error
+
+
+def _unreadable(uri: str, error: Exception) -> InputRefused:
+    return InputRefused(f"{uri} cannot be read as a list of images: {str(error).splitlines()[0]}")
 
 
 def add_keep_type(keep_types: dict[str, pa.DataType], name: str, type_: pa.DataType, uri: str) -> None:

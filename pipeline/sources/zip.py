@@ -1,6 +1,7 @@
 """zip: the image members, in the order of the central directory."""
 
 import lzma
+import os
 import stat
 import struct
 import zipfile
@@ -53,6 +54,8 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
 
 
 def _directory(file: BinaryIO, uri: str) -> zipfile.ZipFile:
+    if not file.seek(0, os.SEEK_END):
+        raise ReadError("empty", f"{uri} has no bytes")
     try:
         return zipfile.ZipFile(file)
     except BAD_BYTES as error:
