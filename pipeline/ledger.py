@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.coverage import Coverage, Ranges
-from pipeline.errors import OutputLocked
+from pipeline.errors import OutputLocked, StorageRefused
 from pipeline.prefetch import ordered_map
 
 COMMITS, ATTEMPTS, LOCK = "_commits", "_attempts", "_lock.json"
@@ -129,7 +129,13 @@ def begin(output: str, revise: Callable[[Commit, int], Commit | None] | None = N
         revised = revise(commit, ledger.attempt) if revise else commit
         if revised:
             ledger.accept(revised, ledger.earlier)
-    record = {"attempt": ledger.attempt, "began": _now(), "host": socket.gethostname(), "accepts": sorted(ledger.names)}
+    record = {
+        "attempt": ledger.attempt,
+        "id": uuid.uuid4().hex,  # no two drivers ever write the same record: a store tells them apart by the bytes
+        "began": _now(),
+        "host": socket.gethostname(),
+        "accepts": sorted(ledger.names),
+    }
     try:
         storage.create(_attempt_uri(output, ledger.attempt), json.dumps(record).encode())
     except FileExistsError as error:
@@ -248,9 +254,9 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=1)  # a store that does not answer must not hold up the end
         if not self.lost.is_set():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StorageRefused):
                 storage.delete(self.uri)
 
     def check(self) -> None:
@@ -262,7 +268,7 @@ class Lock:
         for number in range(1, 1 << 62):
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
-            with contextlib.suppress(OSError):  # a beat missed is made up for by the next
+            with contextlib.suppress(OSError, StorageRefused):  # a beat missed is made up for by the next
                 if self._read().get("id") != self.owner["id"]:
                     self.lost.set()
                     return

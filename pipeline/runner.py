@@ -12,7 +12,7 @@ from pipeline import ledger as ledgers
 from pipeline import sink as sinks
 from pipeline.config import RunConfig
 from pipeline.datasource import Unit
-from pipeline.errors import Interrupted, NightshiftError, OutputLocked, TooManyErrors
+from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageRefused, TooManyErrors
 from pipeline.ledger import Ledger, Lock
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
@@ -98,7 +98,7 @@ def _reported(
             model = str(predictor.settings().get("model", ""))
             made = Report.of(plan, ledger, model, status, time.monotonic() - started, change)
             # Where the work failed since nothing can be written, that is what the user must be told.
-            with contextlib.nullcontext() if status == "done" else contextlib.suppress(OSError):
+            with contextlib.nullcontext() if status == "done" else contextlib.suppress(OSError, StorageRefused):
                 made.save()
                 ledgers.end(ledger, status)
 

@@ -95,7 +95,8 @@ def test_a_killed_worker_costs_nothing(
 ) -> None:
     out = tmp_path / "out"
     process = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
-    wait_for(lambda: count_commits(out) >= 1)
+    if title != "ReadDecode":  # which has soon read so few images, and is caught at its start
+        wait_for(lambda: count_commits(out) >= 1)
     killed = 0
     while not killed and process.poll() is None:
         for worker in worker_processes(title, process.pid):
@@ -108,10 +109,9 @@ def test_a_killed_worker_costs_nothing(
 
 
 @pytest.mark.faults
-def test_a_paused_driver_that_wakes_commits_nothing(
-    jobs: Jobs, folder: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_paused_driver_that_wakes_commits_nothing(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    jobs = Jobs({"RAY_ADDRESS": "local", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})  # the paused one keeps its CPUs
     paused = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
     wait_for(lambda: count_commits(out) >= 2)
     paused.send_signal(signal.SIGSTOP)

@@ -6,6 +6,7 @@ Real requests to a real S3 server, through a proxy that breaks them.
 import io
 import os
 import tarfile
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -305,8 +306,6 @@ class Run:
 
 
 def local_embeddings(output: str) -> dict[str, object]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         for info in storage.list_objects(output):
             name = info.uri[len(output) + 1 :]
