@@ -1,12 +1,11 @@
 """read → decode as tables."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import images
 import numpy as np
 import pyarrow as pa
+from whole import write_tar
 
 from pipeline import schema
 from pipeline.config import Transform
@@ -19,13 +18,8 @@ from pipeline.sources import ReadOptions
 TRANSFORM = Transform(resize=20, crop=16)
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Shard:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return Shard(7, "tar", str(path))
+def tar_shard(path: Path, members: dict[str, bytes]) -> Shard:
+    return Shard(7, "tar", str(write_tar(path, members)))
 
 
 def loader(**settings: object) -> Loader:
@@ -38,7 +32,7 @@ def test_tables_hold_every_row_and_the_end_of_the_shard(tmp_path: Path) -> None:
     data = {f"{i}.png": images.encode(images.tile("urban", i), "PNG") for i in range(9)}
     data["3.png"] = b""
     members = {**data, **{f"{i}.cls": str(i).encode() for i in range(9)}}
-    tables = list(loader().load(write_tar(tmp_path / "a.tar", members), ((0, END),)))
+    tables = list(loader().load(tar_shard(tmp_path / "a.tar", members), ((0, END),)))
     assert [len(table) for table in tables] == [4, 4, 2]
     assert all(table.schema == schema.loaded(16, {"truth": pa.string()}) for table in tables)
     rows = pa.concat_tables(tables).to_pylist()
@@ -57,7 +51,7 @@ def test_tables_hold_every_row_and_the_end_of_the_shard(tmp_path: Path) -> None:
 
 
 def test_settings_reach_the_decoder(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "a.tar", {"a.jpg": images.oriented(6, size=(80, 60))})
+    shard = tar_shard(tmp_path / "a.tar", {"a.jpg": images.oriented(6, size=(80, 60))})
     upright, as_stored = (
         pa.concat_tables(loader(exif_rotate=rotate).load(shard, ((0, END),)))[schema.PIXELS][0].as_py()
         for rotate in (True, False)
@@ -68,6 +62,6 @@ def test_settings_reach_the_decoder(tmp_path: Path) -> None:
 
 
 def test_an_empty_shard_is_its_end_alone(tmp_path: Path) -> None:
-    (table,) = loader().load(write_tar(tmp_path / "a.tar", {"note.txt": b"x"}), ((0, END),))
+    (table,) = loader().load(tar_shard(tmp_path / "a.tar", {"note.txt": b"x"}), ((0, END),))
     assert table[schema.SHARD_ROWS].to_pylist() == [0]
     assert table["image_id"].to_pylist() == [None]
