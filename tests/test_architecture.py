@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    {"errors", "schema", "prefetch"},
+    {"errors", "schema", "prefetch", "stores"},
     {"config", "storage", "coverage"},
     {"plan", "update", "ledger", "decode", "weights", "models"},
     {"sources", "predictors", "sink", "loader", "report"},

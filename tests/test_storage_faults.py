@@ -20,6 +20,7 @@ from test_jobs import SLOW, TINY, Jobs, embeddings, jpeg, same, wait_for
 from pipeline import storage
 from pipeline.errors import SettingRefused, StorageRefused
 from pipeline.prefetch import ordered_map
+from pipeline.stores import bucket, other, retry
 from pipeline.verify import verify
 
 BUCKET = "s3://faulty"
@@ -42,10 +43,11 @@ def server(s3_server: S3Server) -> Iterator[tuple[FaultProxy, S3Server]]:
         environment = {**s3_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
         for name, value in environment.items():
             patch.setenv(name, value)
-        patch.setattr(storage, "STALL_SECONDS", 0.5)
-        patch.setattr(storage, "UPLOAD_STALL_SECONDS", 1.0)
-        patch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.02)
-        patch.setattr(storage, "BUFFER_BYTES", 16 << 10)
+        for module in (bucket, other):
+            patch.setattr(module, "STALL_SECONDS", 0.5)
+            patch.setattr(module, "BUFFER_BYTES", 16 << 10)
+        patch.setattr(bucket, "UPLOAD_STALL_SECONDS", 1.0)
+        patch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.02)
         forget_stores()
         urllib.request.urlopen(urllib.request.Request(f"{proxy.endpoint}/faulty", method="PUT"), timeout=10).close()
         yield proxy, S3Server(proxy.endpoint, environment)
@@ -53,8 +55,8 @@ def server(s3_server: S3Server) -> Iterator[tuple[FaultProxy, S3Server]]:
 
 
 def forget_stores() -> None:
-    storage._object_store.cache_clear()
-    storage._fsspec_store.cache_clear()
+    bucket.bucket_store.cache_clear()
+    other.fsspec_store.cache_clear()
 
 
 @pytest.fixture

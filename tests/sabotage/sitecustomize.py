@@ -33,10 +33,10 @@ def is_the_one(path: str) -> bool:
 
 
 def plant() -> None:
-    from pipeline import storage
+    from pipeline.stores.local import LocalStore
 
-    write_whole = storage._LocalStore._temporary
-    create = storage._LocalStore.create
+    write_whole = LocalStore._temporary
+    create = LocalStore.create
 
     def write_half(path: str, data: bytes) -> str:
         if WHERE.endswith("-half") and is_the_one(path):
@@ -46,7 +46,7 @@ def plant() -> None:
             die()
         return write_whole(path, data)
 
-    def create_or_die(self: storage._LocalStore, path: str, data: bytes) -> None:
+    def create_or_die(self: LocalStore, path: str, data: bytes) -> None:
         chosen = WHERE in ("before-commit", "after-commit") and is_the_one(path)
         if chosen and WHERE == "before-commit":
             die()
@@ -54,8 +54,8 @@ def plant() -> None:
         if chosen:
             die()
 
-    storage._LocalStore._temporary = staticmethod(write_half)
-    storage._LocalStore.create = create_or_die
+    LocalStore._temporary = staticmethod(write_half)
+    LocalStore.create = create_or_die
 
 
 if WHERE:

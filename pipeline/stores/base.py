@@ -1,0 +1,95 @@
+"""What every kind of storage has in common."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+BUFFER_BYTES = 8 << 20
+CONNECT_SECONDS = 5
+STALL_SECONDS = 10.0
+REQUEST_SECONDS = 600
+
+
+class Changed(OSError):
+    """The object is no longer the one that was planned: its etag differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """etag: changes whenever the bytes do; "" where the store gives none."""
+
+    uri: str
+    size_bytes: int
+    etag: str
+
+
+def redact(uri: str) -> str:
+    """The URI without what may be secret: user, password, query string."""
+    if "://" not in uri:
+        return uri
+    parts = urlsplit(uri)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+class Store(Protocol):
+    def head(self, path: str) -> ObjectInfo: ...
+    def read(self, path: str, etag: str) -> bytes: ...
+    def open_read(self, path: str, etag: str) -> BinaryIO: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def create(self, path: str, data: bytes) -> None: ...
+    def delete(self, path: str) -> None: ...
+    def list_objects(self, path: str) -> Iterator[ObjectInfo]: ...
+
+
+def check(info: ObjectInfo, etag: str) -> ObjectInfo:
+    if etag and info.etag != etag:
+        raise Changed(f"{redact(info.uri)} was replaced after it was planned")
+    return info
+
+
+def whole(data: Any, size_bytes: int) -> Any:
+    if len(data) != size_bytes:
+        raise OSError(f"the answer was cut short: {len(data)} of {size_bytes} bytes came")
+    return data
+
+
+class RawReader(io.RawIOBase):
+    """An object of known size as a raw Python file, so that io.BufferedReader and tarfile take it.
+
+    read_range: (start, stop) → exactly these bytes; it keeps no place, so that it can be tried again.
+    """
+
+    def __init__(self, read_range: Callable[[int, int], Any], size_bytes: int) -> None:
+        self.read_range, self.size_bytes = read_range, size_bytes
+        self.place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.place + len(buffer), self.size_bytes)
+        if stop <= self.place:
+            return 0
+        data = memoryview(self.read_range(self.place, stop))
+        buffer[: len(data)] = data
+        self.place = stop
+        return len(data)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(BUFFER_BYTES) or b"", b""))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"a place before the beginning of the file: {base + offset}")
+        self.place = base + offset
+        return self.place
+
+    def tell(self) -> int:
+        return self.place

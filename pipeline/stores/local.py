@@ -1,0 +1,93 @@
+"""Files of this machine, or of a file system that it has mounted."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.stores.base import ObjectInfo, check
+
+
+class LocalStore:
+    def head(self, path: str) -> ObjectInfo:
+        return self._info(path, os.stat(path))
+
+    def read(self, path: str, etag: str) -> bytes:
+        with self.open_read(path, etag) as file:
+            return file.read()
+
+    def open_read(self, path: str, etag: str) -> BinaryIO:
+        file = open(path, "rb")  # noqa: SIM115  the caller closes it
+        try:
+            check(self._info(path, os.fstat(file.fileno())), etag)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def write(self, path: str, data: bytes) -> None:
+        temporary = self._temporary(path, data)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        self._sync_folder(path)
+
+    def create(self, path: str, data: bytes) -> None:
+        temporary = self._temporary(path, data)
+        try:
+            os.link(temporary, path)  # unlike rename, fails where the name is taken
+        finally:
+            os.unlink(temporary)
+        self._sync_folder(path)
+
+    def delete(self, path: str) -> None:
+        os.unlink(path)
+
+    def list_objects(self, path: str) -> Iterator[ObjectInfo]:
+        yield from self._walk(path, frozenset())
+
+    def _walk(self, folder: str, parents: frozenset[str]) -> Iterator[ObjectInfo]:
+        real = os.path.realpath(folder)
+        if real in parents:  # a link to a folder above
+            return
+        with os.scandir(folder) as entries:
+            # A folder sorts as its name with a slash, so that whole paths come out in order, as object stores list.
+            names = sorted(e.name + "/" * e.is_dir() for e in entries if not e.name.startswith("."))
+        for name in names:
+            path = f"{folder.rstrip('/')}/{name}"
+            if name.endswith("/"):
+                yield from self._walk(path[:-1], parents | {real})
+            else:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a dangling link
+                    yield self.head(path)
+
+    @staticmethod
+    def _info(path: str, stat: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(path, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
+
+    @staticmethod
+    def _temporary(path: str, data: bytes) -> str:
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return temporary
+
+    @staticmethod
+    def _sync_folder(path: str) -> None:
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
