@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check format clean
+.PHONY: help setup demo test test-faults bench-scale check format clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: $(READY) ## all tests but the long faults
 
 test-faults: $(READY) ## kills, lost workers, a store that fails, paused drivers (half an hour)
 	$(BIN)/python -m pytest -m faults
+
+bench-scale: $(READY) ## memory and speed at ten thousand, a hundred thousand and a million images (an hour)
+	$(BIN)/python jobs/bench_scale.py
 
 check: $(READY) ## ruff, mypy strict, and the tests' fast part
 	$(BIN)/ruff check .

@@ -172,3 +172,15 @@ def test_an_archive_that_changes_under_a_run(jobs: Jobs, folder: Path, tmp_path:
     assert errors == {f"{mine}/0097.jpg": "not_found", f"{mine}/0098.jpg": "changed"}
     assert len(pd.read_parquet(out)) == 98
     assert f"{mine}/0050b.jpg" not in embeddings(out)
+
+
+@pytest.mark.faults
+def test_a_node_is_lost_and_another_one_comes(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, str(ROOT / "tests/lose_node.py"), str(folder), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost a node" in done.stdout
+    assert "another one came" in done.stdout
+    check(out, undisturbed)

@@ -1,0 +1,139 @@
+"""How memory and speed behave as the archive grows: a network that does nothing, small images, real jobs.
+
+    python jobs/bench_scale.py --images 10000 --images 100000 --images 1000000
+
+Makes archives of 64×64 JPEGs, as tars and as loose files, in a temporary folder; prints for each images/s, the peak
+memory of the driver and of all workers together, the object store's peak use and the size of the ledger. MiB are 2**20
+bytes; a process's memory is its unique set (USS), so that shared pages count once.
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from jobs.make_demo_archive import KINDS, add_member, draw_tile
+
+IMAGES_PER_TAR = 10_000
+IMAGES_PER_FOLDER = 1_000
+DISTINCT = 500
+SAMPLE_SECONDS = 1.0
+
+JOB = """
+import sys
+import pyarrow as pa
+from pipeline import Predictor, RunConfig, Transform, run
+
+class Null(Predictor):
+    transform = Transform(resize=64, crop=64)
+    columns = pa.schema([("first", pa.uint8())])
+    def predict(self, pixels):
+        return {"first": pixels[:, 0, 0, 0].copy()}
+
+run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=256), Null())
+"""
+
+
+@dataclass
+class Peaks:
+    """MiB."""
+
+    driver: float = 0.0
+    workers: float = 0.0
+    store: float = 0.0
+
+    def sample(self, driver: psutil.Process) -> None:
+        workers = store = 0.0
+        for process in driver.children(recursive=True):
+            try:
+                memory = process.memory_full_info()
+                name = process.name()
+            except psutil.Error:
+                continue
+            if name == "raylet":  # holds the object store, as shared memory
+                store = memory.shared / 2**20
+            elif name.startswith("ray::"):
+                workers += memory.uss / 2**20
+        self.driver = max(self.driver, driver.memory_full_info().uss / 2**20)
+        self.workers = max(self.workers, workers)
+        self.store = max(self.store, store)
+
+
+def encoded_tiles() -> list[bytes]:
+    tiles = []
+    for seed in range(DISTINCT):
+        buffer = io.BytesIO()
+        draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (64, 64)).save(buffer, "JPEG", quality=90)
+        tiles.append(buffer.getvalue())
+    return tiles
+
+
+def write_tars(folder: Path, count: int, tiles: list[bytes]) -> None:
+    for first in range(0, count, IMAGES_PER_TAR):
+        with tarfile.open(folder / f"tiles-{first // IMAGES_PER_TAR:05d}.tar", "w") as tar:
+            for i in range(first, min(first + IMAGES_PER_TAR, count)):
+                add_member(tar, f"{i:08d}.jpg", tiles[i % DISTINCT])
+                tar.members = []
+
+
+def write_loose(folder: Path, count: int, tiles: list[bytes]) -> None:
+    for i in range(count):
+        path = folder / f"{i // IMAGES_PER_FOLDER:05d}" / f"{i:08d}.jpg"
+        if i % IMAGES_PER_FOLDER == 0:
+            path.parent.mkdir()
+        path.write_bytes(tiles[i % DISTINCT])
+
+
+def measure(archive: Path, output: Path) -> tuple[float, Peaks, float]:
+    """Run the job; return its images/s, its peaks and the MiB of commits and attempts that it leaves."""
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    process = psutil.Popen([sys.executable, "-c", JOB, str(archive), str(output)], env=environment)
+    peaks = Peaks()
+    while process.poll() is None:
+        try:
+            peaks.sample(psutil.Process(process.pid))
+        except psutil.Error:
+            break
+        time.sleep(SAMPLE_SECONDS)
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, ["the job over", str(archive)])
+    report = json.loads((output / "_report.json").read_text())
+    ledger = sum(path.stat().st_size for name in ("_commits", "_attempts") for path in (output / name).iterdir())
+    return report["images_per_second"], peaks, ledger / 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", metavar="N", type=int, action="append", help="size of an archive; give several")
+    counts = parser.parse_args().images or [10_000, 100_000, 1_000_000]
+    tiles = encoded_tiles()
+    print(
+        f"{'archive':>18} {'images/s':>9} {'driver MiB':>11} {'workers MiB':>12} {'store MiB':>10} {'ledger MiB':>11}"
+    )
+    for kind, write in (("tars", write_tars), ("loose", write_loose)):
+        for count in counts:
+            with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+                archive = Path(folder) / "archive"
+                archive.mkdir()
+                write(archive, count, tiles)
+                speed, peaks, ledger = measure(archive, Path(folder) / "output")
+            print(
+                f"{count:>12,} {kind:>5} {speed:>9,.0f} {peaks.driver:>11,.0f} {peaks.workers:>12,.0f} "
+                f"{peaks.store:>10,.0f} {ledger:>11,.2f}",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
