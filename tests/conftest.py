@@ -91,6 +91,7 @@ def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subproce
     """`ray start --head` in the foreground, ready to take work.
 
     In a folder of its own: in the default one it would leave its address to every later `ray.init()` of this machine.
+    On ports of its own: of two heads with the default ones the second takes no jobs.
     """
     port, dashboard_port = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
@@ -98,6 +99,7 @@ def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subproce
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"),
         *("--port", str(port), "--dashboard-port", str(dashboard_port), "--num-cpus", str(cpus)),
         *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
+        *("--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port())),
         *("--temp-dir", folder),
     ]
     process = subprocess.Popen(

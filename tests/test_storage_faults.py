@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RayCluster, S3Server
+from conftest import ROOT, S3Server
 from fault_proxy import FaultProxy, Kind, Rule, fault_proxy
-from test_jobs import SLOW, TINY, Jobs, embeddings, jpeg, same, wait_for
+from whole import SLOW, TINY, Jobs, embeddings, jpeg, same, wait_for
 
 from pipeline import storage
 from pipeline.errors import SettingRefused, StorageRefused
@@ -277,7 +277,7 @@ class Run:
         self.output = f"{BUCKET}/out/{name}"
         self.arguments = ("--input", f"{BUCKET}/in", "--output", self.output, *network)
         own = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        self.jobs = Jobs(RayCluster("", "", {**s3.environment, **own, **environment}))
+        self.jobs = Jobs({**s3.environment, **own, **environment})
 
     def embed(self, code: int = 0) -> str:
         done = self.jobs.run("embed", *self.arguments, "--batch-size", 8, "--rows-per-part", 16, code=code)
