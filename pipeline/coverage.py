@@ -92,8 +92,5 @@ class Coverage:
     def of(self, shard: int) -> Ranges:
         return self.ranges.get(shard, ())
 
-    def count(self) -> int:
-        return sum(count(ranges) for ranges in self.ranges.values())
-
     def __iter__(self) -> Iterator[tuple[int, Ranges]]:
         return iter(sorted(self.ranges.items()))

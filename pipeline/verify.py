@@ -70,8 +70,8 @@ def verify(output: str) -> Verification:
     if plan is None:
         found.problems.append("the plan was never finished; run the same command again")
         return found
-    ledger = _check_ledger(found, plan)
-    _check_parts(found, run["fingerprint"])
+    ledger, commits = _check_ledger(found, plan)
+    _check_parts(found, commits, run["fingerprint"])
     found.planned = plan.images(ledger.coverage.totals)
     if not found.problems and not is_finished(output):
         found.problems.append(f"{SUCCESS} is missing; run the same command again")
@@ -94,13 +94,15 @@ def repair(found: Verification) -> list[str]:
     return done + [f"removed {uri}" for uri in found.orphans]
 
 
-def _check_ledger(found: Verification, plan: Plan) -> Ledger:
-    """Coverage is the whole plan, without overlap."""
+def _check_ledger(found: Verification, plan: Plan) -> tuple[Ledger, list[Commit]]:
+    """Coverage is the whole plan, without overlap. Returns the ledger and the commits that it accepted."""
     last = ledgers.last_attempt(found.output)
     ledger = Ledger(found.output, last)
-    commits = list(ledgers.valid_commits(found.output, last))
-    for commit in commits:
-        if not ledger.accept(commit):
+    accepted: list[Commit] = []
+    for commit in ledgers.valid_commits(found.output, last):
+        if ledger.accept(commit):
+            accepted.append(commit)
+        else:
             found.problems.append(f"commit {commit.name} covers rows that another commit covers")
             found.bad_commits.append(commit)
     for shard, left in plan.remaining(ledger.coverage):
@@ -109,14 +111,12 @@ def _check_ledger(found: Verification, plan: Plan) -> Ledger:
     for shard, covered in ledger.coverage:
         if beyond := coverage.subtract(covered, plan.planned(shard)):
             found.problems.append(f"shard {shard}: rows {beyond} are not in the plan")
-            found.bad_commits += [c for c in commits if coverage.intersect(c.ranges.get(shard, ()), beyond)]
-    return ledger
+            found.bad_commits += [c for c in accepted if coverage.intersect(c.ranges.get(shard, ()), beyond)]
+    return ledger, accepted
 
 
-def _check_parts(found: Verification, fingerprint: str) -> None:
+def _check_parts(found: Verification, commits: list[Commit], fingerprint: str) -> None:
     """Every file is what its commit says, all of one schema; no file without a commit; no image_id twice."""
-    ledger = ledgers.read(found.output)
-    commits = [commit for commit in ledgers.valid_commits(found.output, ledger.attempt) if commit.name in ledger.names]
     found.commits = len(commits)
     schemas: dict[str, pa.Schema] = {}
     hashes: list[NDArray[np.uint64]] = []
