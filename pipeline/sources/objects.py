@@ -43,24 +43,16 @@ def _fetch(shard: Shard, row: int) -> Record:
     except ReadError as fault:
         error = fault
     except FileNotFoundError:
-        error = ReadError("not_found", f"there is no {shown(uri)}")
+        error = ReadError("not_found", f"there is no {storage.redact(uri)}")
     except storage.Changed as fault:
         error = ReadError("changed", str(fault))
     except Exception as fault:  # beside OSError, what the stores raise for URIs that make no sense
-        error = ReadError("unreadable", f"{shown(uri)}: {fault}")
-    image_id, kept = shown(uri), {}
+        error = ReadError("unreadable", f"{storage.redact(uri)}: {fault}")
+    image_id, kept = storage.redact(uri), {}
     if shard.kept:
         kept = json.loads(shard.kept[row])
         image_id = kept.pop(IMAGE_ID, image_id)
-    return Record(row, image_id, shown(uri), None, data, error, kept, time.perf_counter() - started)
-
-
-def shown(uri: str) -> str:
-    """The URI without secrets, also one that `storage.redact` cannot take apart (`https://[::1/a.png`)."""
-    try:
-        return storage.redact(uri)
-    except ValueError:
-        return uri.partition("?")[0]
+    return Record(row, image_id, storage.redact(uri), None, data, error, kept, time.perf_counter() - started)
 
 
 def _check(shard: Shard, row: int, uri: str) -> None:
@@ -72,7 +64,7 @@ def _check(shard: Shard, row: int, uri: str) -> None:
             raise ReadError("unreadable", f"{uri} is a folder, a pipe or a device, not a file")
         size_bytes = found.st_size
     if size_bytes > MAX_MEMBER_BYTES:
-        raise ReadError("too_large", f"{shown(uri)} has {size_bytes} bytes, the limit is {MAX_MEMBER_BYTES}")
+        raise ReadError("too_large", f"{storage.redact(uri)} has {size_bytes} bytes, the limit is {MAX_MEMBER_BYTES}")
 
 
 IMAGE_ID = "#image_id"  # in `Shard.kept`: the image_id of a URI that its list names more than once

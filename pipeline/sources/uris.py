@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import InputRefused
 from pipeline.plan import OBJECTS_PER_SHARD, Shard
-from pipeline.sources.objects import IMAGE_ID, keep_json, shown
+from pipeline.sources.objects import IMAGE_ID, keep_json
 from pipeline.sources.records import rows_of, values_of
 
 LIST_SUFFIXES = (".txt", ".csv")
@@ -64,11 +64,11 @@ def list_shards(
     kept: list[str] = []
     for place, (name, values) in enumerate(_rows(uri, uri_column, list(keep), keep_types)):
         key = _absolute(name, uri)
-        image_id = shown(key)
+        image_id = storage.redact(key)
         if hash(image_id) in seen:
             image_id = f"{image_id}#row={place}"
             if hash(image_id) in seen:
-                image_id = f"{shown(uri)}#{image_id}"
+                image_id = f"{storage.redact(uri)}#{image_id}"
             values = {**values, IMAGE_ID: image_id}
         seen.add(hash(image_id))
         keys.append(key)

@@ -30,7 +30,10 @@ def redact(uri: str) -> str:
     """The URI without what may be secret: user, password, query string."""
     if "://" not in uri:
         return uri
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # a URI that cannot be taken apart, as https://[::1/a.png
+        return uri.partition("?")[0]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
