@@ -9,9 +9,8 @@ Run the same command again after any stop: it goes on where it was.
 import sys
 from collections.abc import Sequence
 
-from pipeline.predictors import Classifier
-
 from pipeline import cli
+from pipeline.predictors import Classifier
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

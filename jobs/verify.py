@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import cli
-from pipeline.errors import NotWhole
+from pipeline.errors import NotWhole, printable
 from pipeline.verify import repair, verify
 
 
@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         found = verify(given.output)
-        print("\n".join(found.lines()))
+        print("\n".join(map(printable, found.lines())))
         if given.repair and not found.is_whole:
-            print("\n".join([*repair(found), "run the job's command again to compute what is missing"]))
+            print("\n".join([*map(printable, repair(found)), "run the job's command again to compute what is missing"]))
         return 0 if found.is_whole else NotWhole.exit_code
 
     return cli.guarded(work)

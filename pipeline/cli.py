@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.config import RunConfig
-from pipeline.errors import NightshiftError, SettingRefused
+from pipeline.errors import NightshiftError, SettingRefused, printable
 
 LIST_FLAGS = ("input",)
 
@@ -36,13 +36,18 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except NightshiftError as error:
-        print(f"nightshift: {error}", file=sys.stderr, flush=True)
+        tell(str(error))
         if error.exit_code > 128:
             _leave(error.exit_code)
         return error.exit_code
     except OSError as error:  # a full disk, a store that is out of reach: no fault of the code
-        print(f"nightshift: {error}; run the same command again once that is mended", file=sys.stderr, flush=True)
+        tell(f"{error}; run the same command again once that is mended")
         return NightshiftError.exit_code
+
+
+def tell(message: str) -> None:
+    """One line on standard error."""
+    print(f"nightshift: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def parse(

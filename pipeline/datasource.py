@@ -1,6 +1,7 @@
 """The plan as Ray reads it. Decode workers import this module: it must not import torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import pyarrow as pa
 from ray.data import DataContext, Datasource, ReadTask
@@ -13,13 +14,16 @@ from pipeline.loader import Loader
 Unit = tuple[int, Ranges]
 """A piece of work: a shard's index and what is left of it."""
 
+SignedKeys = Mapping[int, tuple[str, ...]]
+"""The keys of a shard with the credentials that the plan leaves out."""
+
 
 class ShardDatasource(Datasource):
     """Ray's view of the plan: one read task a group of units, each a stream of decoded tables."""
 
-    def __init__(self, output: str, tasks: list[list[Unit]], loader: Loader) -> None:
+    def __init__(self, output: str, tasks: list[list[Unit]], loader: Loader, signed_keys: SignedKeys) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.output, self.tasks, self.loader = output, tasks, loader
+        self.output, self.tasks, self.loader, self.signed_keys = output, tasks, loader, signed_keys
 
     def get_name(self) -> str:
         return "ReadDecode"
@@ -32,12 +36,18 @@ class ShardDatasource(Datasource):
     ) -> list[ReadTask]:
         output, loader = self.output, self.loader
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_read_task(output, units, loader), unknown) for units in self.tasks]
+        return [
+            ReadTask(_read_task(output, units, loader, [self.signed_keys.get(index) for index, _ in units]), unknown)
+            for units in self.tasks
+        ]
 
 
-def _read_task(output: str, units: list[Unit], loader: Loader) -> Callable[[], Iterator[pa.Table]]:
+def _read_task(
+    output: str, units: list[Unit], loader: Loader, signed: list[tuple[str, ...] | None]
+) -> Callable[[], Iterator[pa.Table]]:
     def read() -> Iterator[pa.Table]:
-        for index, todo in units:
-            yield from loader.load(plans.load_shard(output, index), todo)
+        for (index, todo), keys in zip(units, signed, strict=True):
+            shard = plans.load_shard(output, index)
+            yield from loader.load(replace(shard, keys=keys) if keys else shard, todo)
 
     return read

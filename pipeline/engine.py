@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import output, schema
 from pipeline.config import RunConfig
-from pipeline.datasource import ShardDatasource, Unit
+from pipeline.datasource import ShardDatasource, SignedKeys, Unit
 from pipeline.errors import NightshiftError, SettingRefused
 from pipeline.ledger import Commit
 from pipeline.loader import Loader
@@ -105,6 +105,7 @@ class Flow:
 
     output: str
     units: list[Unit]
+    signed_keys: SignedKeys
     loader: Loader
     predictor: Predictor
     sink: Sink
@@ -135,14 +136,15 @@ class Flow:
         )
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
-        return Flow(config.output, units, loader, predictor, sink, layout, batch_size, rows_per_part)
+        signed_keys = archive.signed_keys(plan)
+        return Flow(config.output, units, signed_keys, loader, predictor, sink, layout, batch_size, rows_per_part)
 
     def commits(self) -> Iterator[Commit]:
         """Run the flow; yield each commit as it is made."""
         self._set_context()
         tasks = self._tasks()
         dataset = ray.data.read_datasource(
-            ShardDatasource(self.output, tasks, self.loader),
+            ShardDatasource(self.output, tasks, self.loader, self.signed_keys),
             override_num_blocks=len(tasks),
             num_cpus=self.layout.read_cpus,
         )

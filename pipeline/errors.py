@@ -21,6 +21,14 @@ ImageError                         one bad image: becomes a row of _errors/, nev
 import signal
 
 
+def printable(text: str) -> str:
+    """Text with everything escaped that a terminal would obey or hide: control characters, line ends, bidi overrides.
+
+    Names of files and of archives' members stand in messages, and may hold anything.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class NightshiftError(Exception):
     """Ends a job. `str()` is a sentence for the user: what, which value, what to do."""
 
@@ -75,7 +83,7 @@ class ImageError(Exception):
     """One bad image.
 
     `error_type` is one word of a small stable vocabulary, to count and filter by: empty, truncated, corrupt,
-    not_an_image, unsupported, too_large, null, not_found, changed, unreadable, not_finite, failed.
+    not_an_image, unsupported, too_large, null, not_found, changed, unreadable, not_finite, out_of_memory, failed.
     """
 
     stage = ""

@@ -172,7 +172,11 @@ def valid_commits(output: str, last_attempt: int) -> Iterator[Commit]:
 
 
 def sweep(ledger: Ledger) -> int:
-    """Remove commits that do not count and parts that no commit names; return how many files went."""
+    """Remove commits that do not count, parts that no commit names, and half files; return how many of the first two.
+
+    A driver that was replaced may be writing still: it fails, as it must.
+    """
+    storage.remove_broken_writes(ledger.output)
     commits = {info.uri: _stem(info.uri) in ledger.names for info in _list(ledger.output, COMMITS)}
     kept = ordered_map(storage.read, [uri for uri, counts in commits.items() if counts], READ_THREADS, 8 * READ_THREADS)
     named: set[str | None] = set()

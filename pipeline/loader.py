@@ -37,7 +37,7 @@ class Loader:
         """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
         items = sources.read(shard, todo, self.options)
         batch: list[_Row] = []
-        for row in ordered_map(self._decode, items, self.threads, ahead=4 * self.threads):
+        for row in ordered_map(self._decode, items, self.threads, 4 * self.threads, _encoded_bytes):
             batch.append(row)
             if len(batch) == self.rows_per_table:
                 yield self._table(shard, batch)
@@ -95,6 +95,10 @@ class _Row:
             "predict_seconds": 0.0,
             "size_bytes": len(record.data) if record and record.data else 0,
         }
+
+
+def _encoded_bytes(item: Record | ShardEnd) -> int:
+    return len(item.data or b"") if isinstance(item, Record) else 0
 
 
 def _kept(item: Record | ShardEnd, name: str) -> Any:

@@ -2,7 +2,9 @@
 
 `_plan/shards-00000.parquet`, `_plan/shards-00001.parquet` … hold one row a shard, in order; `_plan/plan.json`, written
 last, holds the totals. A virtual shard (a run of loose images) carries the keys of its images in its own row. An update
-adds files and takes rows back whose images were replaced; it changes nothing else.
+adds files and takes rows back whose images were replaced; it changes nothing else. No URI in it bears a credential:
+`sources.uris` has
+those of lists, `storage.withhold` those of inputs.
 """
 
 import base64
@@ -38,6 +40,7 @@ SCHEMA = pa.schema(
         ("key_sizes", pa.list_(pa.int64())),
         ("key_etags", pa.list_(pa.string())),
         ("kept", pa.list_(pa.string())),
+        ("withheld", pa.bool_()),
     ]
 )
 
@@ -53,6 +56,7 @@ class Shard:
     size_bytes, etag: of the object when it was planned; of kind "objects" the sum, and "".
     keys, key_sizes, key_etags: the loose images, in row order; None for the other kinds.
     kept: a JSON object a row, the `--keep` columns of a list of URIs; None where there are none.
+    withheld: credentials were taken out of the keys.
     """
 
     index: int
@@ -65,6 +69,7 @@ class Shard:
     key_sizes: tuple[int, ...] | None = None
     key_etags: tuple[str, ...] | None = None
     kept: tuple[str, ...] | None = None
+    withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +79,7 @@ class Plan:
     shards: how many. size_bytes: of all. keep: the `--keep` columns by their names in the shards, with their types.
     shard_rows: int64, by shard index: planned images, -1 where only reading tells, 0 for an index that is not in use.
     retired: rows that an update took back, since their image was replaced; by shard.
+    withheld: the keys of some shard lack their credentials.
     """
 
     output: str
@@ -82,6 +88,7 @@ class Plan:
     keep: pa.Schema
     shard_rows: NDArray[np.int64]
     retired: Mapping[int, Ranges]
+    withheld: bool = False
 
     @property
     def rows(self) -> int:
@@ -143,11 +150,12 @@ def extend(
     """
     first = -(-len(plan.shard_rows) // SHARDS_PER_FILE) * SHARDS_PER_FILE  # written files are never written again
     rows = array("q", plan.shard_rows.tolist() + [0] * (first - len(plan.shard_rows)))
-    size_bytes, batch = plan.size_bytes, list[Shard]()
+    size_bytes, withheld, batch = plan.size_bytes, plan.withheld, list[Shard]()
     for shard in shards:
         batch.append(replace(shard, index=len(rows)))
         rows.append(-1 if shard.rows is None else shard.rows)
         size_bytes += shard.size_bytes
+        withheld |= shard.withheld
         if len(batch) == SHARDS_PER_FILE:
             _write_file(plan.output, batch)
             batch = []
@@ -158,7 +166,7 @@ def extend(
         shard: union(plan.retired.get(shard, ()), retired.get(shard, ())) for shard in sorted({*plan.retired, *retired})
     }
     shards_in_all = plan.shards + len(rows) - first
-    made = Plan(plan.output, shards_in_all, size_bytes, keep, np.array(rows, np.int64), merged)
+    made = Plan(plan.output, shards_in_all, size_bytes, keep, np.array(rows, np.int64), merged, withheld)
     record = {
         "shards": made.shards,
         "images": made.rows,
@@ -167,6 +175,7 @@ def extend(
         "indices": len(rows),
         "keep": base64.b64encode(keep.serialize()).decode(),
         "retired": merged,
+        "withheld": withheld,
     }
     storage.write(storage.join(plan.output, NAME), json.dumps(record, indent=1).encode())
     return made
@@ -184,7 +193,7 @@ def load(output: str) -> Plan | None:
         table = _read_file(_file(output, number), ["index", "rows"])
         rows[table["index"].to_numpy()] = table["rows"].fill_null(-1).to_numpy()
     retired = {int(shard): tuple((a, b) for a, b in ranges) for shard, ranges in record["retired"].items()}
-    return Plan(output, record["shards"], record["size_bytes"], keep, rows, retired)
+    return Plan(output, record["shards"], record["size_bytes"], keep, rows, retired, record["withheld"])
 
 
 def read_shards(plan: Plan) -> Iterator[Shard]:

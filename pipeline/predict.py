@@ -12,6 +12,8 @@ from pipeline import schema
 from pipeline.errors import NightshiftError, PredictError
 from pipeline.predictors import Predictor
 
+OUT_OF_MEMORY = "out_of_memory"
+
 
 class Predict:
     """One model actor: loads the predictor once, then turns tables of pixels into tables of results."""
@@ -19,6 +21,7 @@ class Predict:
     def __init__(self, predictor: Predictor, keep: Mapping[str, pa.DataType]) -> None:
         self.predictor = predictor
         self.schema = schema.predicted(predictor.columns, keep)
+        self.most: int | None = None  # images that fit the memory at once, where a batch did not
         self.refusal: NightshiftError | None = None
         try:
             predictor.load()
@@ -32,29 +35,50 @@ class Predict:
         started = time.perf_counter()
         is_image = pc.is_valid(table[schema.PIXELS])
         images = table.filter(is_image)
-        columns, errors = self._predict(_pixels(images, self.predictor.transform.crop), 0)
+        columns, errors = self._predict(_pixels(images, self.predictor.transform.crop))
         seconds = (time.perf_counter() - started) / max(len(images), 1)
         places = np.flatnonzero(is_image.to_numpy(zero_copy_only=False))
         return self._merge(table, columns, {int(places[i]): error for i, error in errors.items()}, places, seconds)
 
-    def _predict(self, pixels: np.ndarray, first: int) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
-        """Columns of as many rows as there are images, and the errors by image.
+    def _predict(self, pixels: np.ndarray) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+        """Columns of as many rows as there are images, and the errors by image."""
+        pieces: list[dict[str, pa.Array]] = []
+        errors: dict[int, PredictError] = {}
+        most, first = self.most, 0
+        while first < len(pixels):
+            piece = pixels[first : first + (self.most or len(pixels))]
+            columns, found = self._piece(piece)
+            pieces.append(columns)
+            errors |= {first + i: error for i, error in found.items()}
+            first += len(piece)
+        if any(error.error_type == OUT_OF_MEMORY for error in errors.values()):
+            self.most = most  # an image that does not fit alone says nothing of how many others do
+        names = self.predictor.columns.names if pieces else ()
+        columns = {field.name: pa.nulls(0, field.type) for field in self.predictor.columns}
+        return columns | {name: pa.concat_arrays([piece[name] for piece in pieces]) for name in names}, errors
 
-        A batch that fails is halved until the images that it fails for stand alone.
+    def _piece(self, pixels: np.ndarray) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+        """A batch that fails is halved until the images that it fails for stand alone.
+
+        One that did not fit the memory is halved until it does; the batches after it are cut to that size at once.
         """
-        if not len(pixels):
-            return {field.name: pa.nulls(0, field.type) for field in self.predictor.columns}, {}
         try:
             columns = self._columns(self.predictor.predict(pixels), len(pixels))
-            return columns, {first + i: _not_finite() for i in _find_not_finite(columns)}
+            return columns, {i: _not_finite() for i in _find_not_finite(columns)}
         except Exception as error:  # a predictor may be the user's own and raise anything
+            no_memory = _is_out_of_memory(error)
             if len(pixels) == 1:
                 columns = {field.name: pa.nulls(1, field.type) for field in self.predictor.columns}
-                return columns, {first: PredictError("failed", f"{type(error).__name__}: {error}")}
-        half = len(pixels) // 2
-        left, left_errors = self._predict(pixels[:half], first)
-        right, right_errors = self._predict(pixels[half:], first + half)
-        return {name: pa.concat_arrays([left[name], right[name]]) for name in left}, left_errors | right_errors
+                kind = OUT_OF_MEMORY if no_memory else "failed"
+                return columns, {0: PredictError(kind, f"{type(error).__name__}: {error}")}
+        half = -(-len(pixels) // 2)
+        if no_memory:
+            self.most = min(half, self.most or half)
+            self.predictor.shrink(self.most)  # outside of the handler: the error holds on to the batch's memory
+        left, left_errors = self._piece(pixels[:half])
+        right, right_errors = self._piece(pixels[half:])
+        errors = left_errors | {half + i: error for i, error in right_errors.items()}
+        return {name: pa.concat_arrays([left[name], right[name]]) for name in left}, errors
 
     def _columns(self, found: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
         columns = {}
@@ -86,6 +110,12 @@ class Predict:
                     values[place] = getattr(error, value)
                 merged[name] = pa.array(values, pa.string())
         return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As Python, torch on CUDA, torch on the CPU and cuDNN say it."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _pixels(images: pa.Table, crop: int) -> np.ndarray:

@@ -62,6 +62,9 @@ class Predictor:
     def load(self) -> None:
         """Once, in each actor, before the first batch."""
 
+    def shrink(self, batch_size: int) -> None:
+        """A batch did not fit the memory; those to come have at most this many images. Free what can be freed."""
+
     def predict(self, pixels: np.ndarray) -> Columns:
         """uint8 [N, crop, crop, 3] RGB → N values of each column."""
         raise NotImplementedError(f"{type(self).__qualname__} has no predict()")
@@ -174,6 +177,10 @@ class NetworkPredictor(Predictor):
         features, logits = self._runner(pixels)
         return self._results(features, logits)
 
+    def shrink(self, batch_size: int) -> None:
+        if self._runner is not None:
+            self._runner.shrink(batch_size)
+
     def _label_file(self) -> str | None:
         return None
 
@@ -276,6 +283,13 @@ class _Runner:
         batches = [self._batch(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
         logits = [found for _, found in batches if found is not None]
         return torch.cat([features for features, _ in batches]), torch.cat(logits) if logits else None
+
+    def shrink(self, size: int) -> None:
+        """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size."""
+        self.fixed_size = self.fixed_size and min(self.fixed_size, size)
+        self.staging = torch.empty(0, dtype=torch.uint8)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _batch(self, pixels: np.ndarray, size: int) -> tuple[Tensor, Tensor | None]:
         on_gpu = self.device.type == "cuda"

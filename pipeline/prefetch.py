@@ -5,24 +5,37 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+AHEAD_BYTES = 256 << 20
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[R]:
+def ordered_map(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    threads: int,
+    ahead: int,
+    size_bytes: Callable[[T], int] = lambda _: 0,
+) -> Iterator[R]:
     """Apply a function to items on `threads` threads; yield the results in the items' order.
 
-    At most `ahead` results are under way or waiting, which bounds memory. An exception of the function is raised at
-    its item's place. Closing the iterator early waits only for what runs already.
+    At most `ahead` results are under way or waiting, or AHEAD_BYTES of them, which bounds memory; a larger item goes
+    alone. An exception of the function is raised at its item's place. Closing the iterator early waits only for what
+    runs already.
     """
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[R]] = deque()
+    waiting: deque[tuple[Future[R], int]] = deque()
+    waiting_bytes = 0
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
+            waiting.append((pool.submit(function, item), size_bytes(item)))
+            waiting_bytes += waiting[-1][1]
+            while len(waiting) >= ahead or waiting_bytes > AHEAD_BYTES:
+                result, size = waiting.popleft()
+                waiting_bytes -= size
+                yield result.result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
         pool.shutdown(cancel_futures=True)

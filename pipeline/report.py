@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import storage
+from pipeline.errors import printable
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.update import Change
@@ -87,7 +88,7 @@ class Report:
         """The summary that ends a run, on standard output."""
         console = Console(soft_wrap=True)
         for name, value in self._lines():
-            console.print(f"[dim]{name:<8}[/dim] {escape(value)}", highlight=False)
+            console.print(f"[dim]{name:<8}[/dim] {escape(printable(value))}", highlight=False)
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         planned_text = f" of {self.planned:,} planned" if self.planned is not None else ""

@@ -15,7 +15,8 @@ or within it, is broken off after STALL_SECONDS and tried again.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 import fsspec
@@ -43,8 +44,13 @@ __all__ = [
     "open_read",
     "read",
     "redact",
+    "remove_broken_writes",
+    "signed",
+    "withhold",
     "write",
 ]
+
+_SIGNED: dict[str, str] = {}
 
 
 def normalize(uri: str) -> str:
@@ -65,9 +71,22 @@ def is_local(uri: str) -> bool:
     return "://" not in uri
 
 
+def withhold(uri: str) -> str:
+    """The URI without its credentials. In this process it can be read by that, as if it still had them."""
+    plain = redact(uri)
+    if plain != uri:
+        _SIGNED[plain] = uri
+    return plain
+
+
+def signed(uris: Iterable[str]) -> list[str]:
+    """Those of the URIs that have credentials, with them: for `withhold` in another process."""
+    return [_SIGNED[uri] for uri in uris if uri in _SIGNED]
+
+
 def head(uri: str) -> ObjectInfo:
     store, path = _locate(uri)
-    return store.head(path)
+    return replace(store.head(path), uri=uri)
 
 
 def read(uri: str, etag: str = "") -> bytes:
@@ -101,10 +120,16 @@ def delete(uri: str) -> None:
         store.delete(path)
 
 
+def remove_broken_writes(uri: str) -> None:
+    """Remove what killed writers left below a folder. Only a local disk shows any of it: a put is whole or nothing."""
+    if is_local(uri):
+        _LOCAL.remove_broken_writes(uri)
+
+
 def list_objects(uri: str) -> Iterator[ObjectInfo]:
     """Every object below a folder or prefix, sorted by URI, as a stream. Hidden names (`.x`) are left out."""
     store, path = _locate(uri)
-    return store.list_objects(path)
+    return (replace(info, uri=redact(info.uri)) if uri in _SIGNED else info for info in store.list_objects(path))
 
 
 def list_glob(pattern: str) -> Iterator[ObjectInfo]:
@@ -119,6 +144,7 @@ def is_glob(uri: str) -> bool:
 
 
 def _locate(uri: str) -> tuple[Store, str]:
+    uri = _SIGNED.get(uri, uri)
     scheme, _, rest = uri.partition("://")
     if not rest:
         return _LOCAL, uri

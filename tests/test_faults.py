@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from conftest import ROOT, RayCluster
+from conftest import ROOT, RayCluster, start_ray_head, stop_ray_head
 from whole import SLOW, Jobs, count_commits, embeddings, jpeg, same, wait_for, write_folder
 
 from pipeline.verify import verify
@@ -175,12 +175,32 @@ def test_an_archive_that_changes_under_a_run(jobs: Jobs, folder: Path, tmp_path:
 
 
 @pytest.mark.faults
+def test_an_object_store_that_is_full_spills_to_disk(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    spilling = {"RAY_object_spilling_threshold": "0.0001", "RAY_min_spilling_size": "0"}
+    environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **spilling}
+    head, cluster = start_ray_head(environment)
+    ray_folder = Path(str(head.args[-1]))  # type: ignore[index]
+    out, spilled = tmp_path / "out", set()
+    try:
+        jobs = Jobs({**environment, "RAY_ADDRESS": cluster.address})
+        process = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
+        while process.poll() is None:
+            spilled |= {path.name for path in ray_folder.glob("session_*/ray_spilled_objects*/*")}
+            time.sleep(0.05)
+        assert process.returncode == 0, process.communicate()[1]
+    finally:
+        stop_ray_head(head)
+    assert len(spilled) > 3
+    check(out, undisturbed)
+
+
+@pytest.mark.faults
 def test_a_node_is_lost_and_another_one_comes(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, str(ROOT / "tests/lose_node.py"), str(folder), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "lost a node" in done.stdout
-    assert "another one came" in done.stdout
+    assert "lost a node, the job goes on" in done.stdout
+    assert "another one came, the job goes on" in done.stdout
     check(out, undisturbed)

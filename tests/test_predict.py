@@ -25,7 +25,7 @@ class Mean(Predictor):
         self.batches.append(len(pixels))
         first = pixels[:, 0, 0, 0]
         if (first == 255).any():
-            raise MemoryError("out of memory")
+            raise ValueError("it is white")
         mean = first.astype(np.float32)
         vector = np.stack([mean, np.where(first == 254, np.nan, mean)], axis=1)
         return {"mean": mean, "vector": vector}
@@ -71,8 +71,46 @@ def test_a_batch_that_fails_is_halved_down_to_the_image_that_it_fails_for() -> N
     rows, predictor = predicted([1, 2, 255, 4, None, 6])
     assert [row["mean"] for row in rows] == [1, 2, None, 4, None, 6]
     assert (rows[2]["stage"], rows[2]["error_type"]) == ("predict", "failed")
-    assert rows[2]["message"] == "MemoryError: out of memory"
+    assert rows[2]["message"] == "ValueError: it is white"
     assert max(predictor.batches[1:]) < 5
+
+
+class Small(Mean):
+    """Holds three images at once, and never the one of 253."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shrunk: list[int] = []
+
+    def shrink(self, batch_size: int) -> None:
+        self.shrunk.append(batch_size)
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        if len(pixels) > 3 or (pixels == 253).any():
+            self.batches.append(len(pixels))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return super().predict(pixels)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_does_is_kept() -> None:
+    stage = Predict(predictor := Small(), {})
+    first = stage(table(list(range(12)))).to_pylist()
+    assert [row["mean"] for row in first] == list(range(12))
+    assert predictor.batches == [12, 6, 3, 3, 6, 3, 3]
+    assert predictor.shrunk == [6, 3, 3]
+    predictor.batches.clear()
+    second = stage(table([*range(7)])).to_pylist()
+    assert [row["mean"] for row in second] == list(range(7))
+    assert predictor.batches == [3, 3, 1]
+
+
+def test_one_image_that_never_fits_does_not_make_all_batches_small() -> None:
+    stage = Predict(predictor := Small(), {})
+    rows = stage(table([1, 253])).to_pylist()
+    assert [row["error_type"] for row in rows] == [None, "out_of_memory"]
+    predictor.batches.clear()
+    stage(table([1, 2, 3]))
+    assert predictor.batches == [3]
 
 
 def test_not_a_number_is_an_error_row() -> None:

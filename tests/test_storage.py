@@ -1,7 +1,9 @@
 """One contract for every store: local disk, a real S3 server, and fsspec's memory."""
 
-import json
+import contextlib
+import http.server
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from conftest import S3Server
 
 from pipeline import storage
+from pipeline.prefetch import ordered_map
 
 
 class StorageContract:
@@ -122,12 +125,42 @@ def test_normalize_gives_one_spelling(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert storage.normalize("s3a://b/p/") == "s3://b/p"
 
 
-def test_redact_strips_secrets() -> None:
-    assert storage.redact("https://user:secret@host/a.jpg?X-Amz-Signature=secret") == "https://host/a.jpg"
-    assert storage.redact("/data/a?b.jpg") == "/data/a?b.jpg"
-    assert "secret" not in json.dumps(storage.redact("s3://key:secret@bucket/a.jpg"))
-
-
 def test_an_unknown_scheme_is_an_os_error() -> None:
     with pytest.raises(OSError, match="nosuch"):
         storage.read("nosuch://a/b")
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(1 << 16))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_that_never_stops_sending_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stores.other.MAX_BODY_BYTES", 1 << 20)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="the server sends more than 1048576 bytes"):
+            storage.read(f"http://127.0.0.1:{server.server_port}/a.jpg")
+        server.shutdown()
+
+
+def test_work_ahead_is_bounded_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.prefetch.AHEAD_BYTES", 100)
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for size in [10, 20, 500, 30, 90, 10]:
+            taken.append(size)
+            yield size
+
+    results = ordered_map(lambda size: size, items(), threads=2, ahead=100, size_bytes=lambda size: size)
+    assert next(results) == 10
+    assert taken == [10, 20, 500]
+    assert list(results) == [20, 500, 30, 90, 10]

@@ -1,15 +1,17 @@
 """`ray job submit` against a real head node, with its exit status, with and without tokens."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import images
 import pytest
 from conftest import ROOT, RayCluster, start_ray_head, stop_ray_head
+from whole import SLOW, count_commits, wait_for, write_folder
 
 from pipeline.verify import verify
 
@@ -28,10 +30,12 @@ def token_cluster() -> Iterator[RayCluster]:
     stop_ray_head(process)
 
 
-def submit(cluster: RayCluster, *entrypoint: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    cluster: RayCluster, *entrypoint: object, options: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [
         *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster.dashboard),
-        *("--working-dir", str(ROOT), "--runtime-env-json", '{"excludes": [".git", ".venv", "demo"]}', "--"),
+        *("--working-dir", str(ROOT), "--runtime-env-json", '{"excludes": [".git", ".venv", "demo"]}', *options, "--"),
         *map(str, entrypoint),
     ]
     merged = {**os.environ, **cluster.environment, **environment}
@@ -57,6 +61,23 @@ def test_a_submitted_job_runs_and_its_status_comes_back(token_cluster: RayCluste
     assert bad.returncode == 1
     assert "--batch-size is 0: it must be at least 1" in bad.stdout
     assert "exit code 2" in bad.stdout + bad.stderr
+
+
+def test_a_job_that_is_stopped_reports_and_goes_on(token_cluster: RayCluster, tmp_path: Path) -> None:
+    folder, out = write_folder(tmp_path / "images", 200), tmp_path / "out"
+    job = (sys.executable, "jobs/embed.py", "--input", folder, "--output", out, *SLOW, "--rows-per-part", "16")
+    started = submit(token_cluster, *job, options=("--no-wait", "--submission-id", "to-be-stopped"))
+    assert started.returncode == 0, started.stderr
+    wait_for(lambda: count_commits(out) >= 2)
+    stop = [Path(sys.executable).with_name("ray"), "job", "stop", "--address", token_cluster.dashboard, "to-be-stopped"]
+    subprocess.run(stop, env={**os.environ, **token_cluster.environment}, check=True, capture_output=True, timeout=60)
+    report = json.loads((out / "_report.json").read_text())
+    assert report["status"] == "Interrupted"
+    assert 32 <= report["rows"] < 200
+    again = submit(token_cluster, *job)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "images were done before, by 1 earlier attempt" in again.stdout
+    assert verify(str(out)).is_whole
 
 
 def test_without_the_token_the_cluster_refuses(token_cluster: RayCluster) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from pipeline import storage
 from pipeline.coverage import Ranges
 from pipeline.plan import Shard
 from pipeline.sources import objects, parquet, tar, zip
@@ -19,4 +20,6 @@ READERS: dict[str, Callable[[Shard, Ranges, ReadOptions], Iterator[Record | Shar
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
     """Read the rows of `todo` from a shard of any kind. The contract is in `pipeline.sources.base`."""
+    for uri in options.signed:
+        storage.withhold(uri)
     return READERS[shard.kind](shard, todo, options)

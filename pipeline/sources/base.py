@@ -26,10 +26,12 @@ class ReadOptions:
 
     keep: names of the columns (or of the sidecars of a tar or zip: json, cls, txt) that go along with each image.
     image_column: the Parquet column of image bytes, None to find it.
+    signed: inputs with the credentials that the plan leaves out.
     """
 
     keep: tuple[str, ...] = ()
     image_column: str | None = None
+    signed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 from braceexpand import braceexpand
 
+from pipeline import plan as plans
 from pipeline import sources, storage
 from pipeline.config import RunConfig
 from pipeline.errors import InputRefused
-from pipeline.plan import OBJECTS_PER_SHARD, Shard
+from pipeline.plan import OBJECTS_PER_SHARD, Plan, Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import parquet, uris
 from pipeline.sources.base import ReadOptions, ShardEnd, is_image
@@ -35,8 +36,7 @@ class Archive:
 
     def new_shards(self, change: Change) -> Iterator[Shard]:
         """The shards of what is not in an earlier plan, or is not there as it is now; may be none."""
-        lists = [name for name in self._names() if self._is_list(name)]
-        if lists:
+        if lists := self._lists():
             raise InputRefused(
                 f"--update cannot tell what is new in a list of URIs: give {lists[0]} an output of its own"
             )
@@ -55,20 +55,31 @@ class Archive:
             raise InputRefused(f"--keep {','.join(self.config.keep)}: loose images carry no columns")
 
     def options(self) -> ReadOptions:
-        return ReadOptions(tuple(self.config.keep_names()), self.config.image_column)
+        return ReadOptions(
+            tuple(self.config.keep_names()), self.config.image_column, tuple(storage.signed(self._names()))
+        )
+
+    def signed_keys(self, plan: Plan) -> dict[int, tuple[str, ...]]:
+        """By shard, the keys whose credentials are not in the plan; raises InputRefused."""
+        if not plan.withheld:
+            return {}
+        planned = (each for each in plans.read_shards(plan) if each.kind == "objects" and each.key_etags is None)
+        return uris.signed_keys(planned, self._lists(), self.config.uri_column)
 
     def _list_shards(self) -> Iterator[Shard]:
-        names = self._names()
-        lists = [name for name in names if self._is_list(name)]
-        streams = [self._first_checked(name) for name in names if name not in lists]
+        lists = self._lists()
+        streams = [self._first_checked(name) for name in self._names() if name not in lists]
         seen: set[int] = set()
         objects = _merged(streams)
         yield from self._group(_noted(objects, seen) if lists else objects)
-        for name in dict.fromkeys(lists):
+        for name in lists:
             yield from uris.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types, seen)
 
     def _names(self) -> list[str]:
-        return [name for given in self.config.input for name in _expand(given)]
+        return [storage.withhold(name) for given in self.config.input for name in _expand(given)]
+
+    def _lists(self) -> list[str]:
+        return list(dict.fromkeys(name for name in self._names() if self._is_list(name)))
 
     def _is_list(self, name: str) -> bool:
         if storage.is_glob(name):

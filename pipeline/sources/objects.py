@@ -25,7 +25,9 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     count = len(shard.keys)
     rows = (row for start, stop in todo for row in range(start, min(stop, count)))
     threads = LOCAL_THREADS if storage.is_local(shard.uri or shard.keys[0]) else REMOTE_THREADS
-    yield from ordered_map(lambda row: _fetch(shard, row), rows, threads, ahead=2 * threads)
+    sizes = shard.key_sizes
+    size_bytes = sizes.__getitem__ if sizes else (lambda _: 0)
+    yield from ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes)
     yield ShardEnd(count)
 
 

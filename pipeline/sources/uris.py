@@ -1,5 +1,6 @@
 """Lists of image URIs (text, CSV, Parquet) → virtual shards of kind "objects". Streamed, once, on the driver."""
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -62,27 +63,56 @@ def list_shards(
     """
     keys: list[str] = []
     kept: list[str] = []
+    withheld = False
     for place, (name, values) in enumerate(_rows(uri, uri_column, list(keep), keep_types)):
-        key = _absolute(name, uri)
-        image_id = storage.redact(key)
+        full = _absolute(name, uri)
+        key = image_id = storage.redact(full)
+        withheld |= key != full
         if hash(image_id) in seen:
             image_id = f"{image_id}#row={place}"
             if hash(image_id) in seen:
-                image_id = f"{storage.redact(uri)}#{image_id}"
+                image_id = f"{uri}#{image_id}"
             values = {**values, IMAGE_ID: image_id}
         seen.add(hash(image_id))
         keys.append(key)
         kept.append(keep_json(values) if values else "{}")
         if len(keys) == OBJECTS_PER_SHARD:
-            yield _shard(keys, kept)
-            keys, kept = [], []
+            yield _shard(keys, kept, withheld)
+            keys, kept, withheld = [], [], False
     if keys:
-        yield _shard(keys, kept)
+        yield _shard(keys, kept, withheld)
 
 
-def _shard(keys: list[str], kept: list[str]) -> Shard:
+def signed_keys(planned: Iterable[Shard], lists: Iterable[str], uri_column: str | None) -> dict[int, tuple[str, ...]]:
+    """The keys as they are read, by shard, of those whose credentials the plan leaves out.
+
+    planned: the shards of these lists, in order. The lists are read again, so what was signed anew since is taken as it
+    is now; raises InputRefused where they do not name the same images any more.
+    """
+    names = itertools.chain.from_iterable(_signed(uri, uri_column) for uri in lists)
+    found = {}
+    for shard in planned:
+        assert shard.keys is not None
+        keys = tuple(itertools.islice(names, OBJECTS_PER_SHARD))
+        for was, now in itertools.zip_longest(shard.keys, keys[: len(shard.keys)], fillvalue="its end"):
+            if was != storage.redact(now):
+                raise InputRefused(
+                    f"the list of URIs has changed since it was planned: {was} was where {storage.redact(now)} is now; "
+                    "restore its lines (their signatures may be new), or name another --output"
+                )
+        if shard.withheld:
+            found[shard.index] = keys[: len(shard.keys)]
+    return found
+
+
+def _signed(uri: str, uri_column: str | None) -> Iterator[str]:
+    return (_absolute(name, uri) for name, _ in _rows(uri, uri_column, [], {}))
+
+
+def _shard(keys: list[str], kept: list[str], withheld: bool) -> Shard:
     has_kept = any(text != "{}" for text in kept)
-    return Shard(0, "objects", "", len(keys), keys=tuple(keys), kept=tuple(kept) if has_kept else None)
+    kept_of = tuple(kept) if has_kept else None
+    return Shard(0, "objects", "", len(keys), keys=tuple(keys), kept=kept_of, withheld=withheld)
 
 
 def _absolute(name: str, list_uri: str) -> str:

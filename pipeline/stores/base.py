@@ -2,10 +2,10 @@
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 BUFFER_BYTES = 8 << 20
 CONNECT_SECONDS = 5
@@ -26,15 +26,29 @@ class ObjectInfo:
     etag: str
 
 
+_SECRET_QUERY = re.compile(
+    r"\?(?:[^?]*&)?(?:x-amz-|x-goog-|sig=|signature=|token=|key=|secret=|password=)", re.IGNORECASE
+)
+
+
 def redact(uri: str) -> str:
-    """The URI without what may be secret: user, password, query string."""
-    if "://" not in uri:
+    """The URI without what may be secret: user, password, query string.
+
+    Of a bucket's object only what looks like a credential goes: there "?" and "#" are letters as any other, and
+    `container@account` is an address.
+    """
+    scheme, _, rest = uri.partition("://")
+    if not rest:
         return uri
-    try:
-        parts = urlsplit(uri)
-    except ValueError:  # a URI that cannot be taken apart, as https://[::1/a.png
-        return uri.partition("?")[0]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    if scheme in ("http", "https"):
+        authority, path = host.partition("?")[0], re.split(r"[?#]", path, maxsplit=1)[0]
+    else:
+        authority = host if ":" in user else user + at + host
+        if secret := _SECRET_QUERY.search(path):
+            path = path[: secret.start()]
+    return f"{scheme}://{authority}{slash}{path}"
 
 
 class Store(Protocol):

@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 from pipeline.stores.base import ObjectInfo, check
 
+TEMPORARY = ".nightshift.tmp"
+
 
 class LocalStore:
     def head(self, path: str) -> ObjectInfo:
@@ -50,6 +52,13 @@ class LocalStore:
     def list_objects(self, path: str) -> Iterator[ObjectInfo]:
         yield from self._walk(path, frozenset())
 
+    def remove_broken_writes(self, path: str) -> None:
+        """Remove the temporary files below a folder, of writers that were killed: no writer may be at work there."""
+        for folder, _, names in os.walk(path):
+            for name in names:
+                if name.startswith(".") and name.endswith(TEMPORARY):
+                    Path(folder, name).unlink(missing_ok=True)
+
     def _walk(self, folder: str, parents: frozenset[str]) -> Iterator[ObjectInfo]:
         real = os.path.realpath(folder)
         if real in parents:  # a link to a folder above
@@ -73,7 +82,7 @@ class LocalStore:
     def _temporary(path: str, data: bytes) -> str:
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
             with open(temporary, "xb") as file:
                 file.write(data)

@@ -33,7 +33,7 @@ def is_the_one(path: str) -> bool:
 
 
 def plant() -> None:
-    from pipeline.stores.local import LocalStore
+    from pipeline.stores.local import TEMPORARY, LocalStore
 
     write_whole = LocalStore._temporary
     create = LocalStore.create
@@ -41,7 +41,7 @@ def plant() -> None:
     def write_half(path: str, data: bytes) -> str:
         if WHERE.endswith("-half") and is_the_one(path):
             folder, name = os.path.split(path)
-            with open(os.path.join(folder, f".{name}.half.tmp"), "wb") as file:
+            with open(os.path.join(folder, f".{name}.half{TEMPORARY}"), "wb") as file:
                 file.write(data[: len(data) // 2])
             die()
         return write_whole(path, data)
