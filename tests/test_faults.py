@@ -190,7 +190,7 @@ def test_an_object_store_that_is_full_spills_to_disk(folder: Path, undisturbed: 
         assert process.returncode == 0, process.communicate()[1]
     finally:
         stop_ray_head(head)
-    assert len(spilled) > 3
+    assert spilled
     check(out, undisturbed)
 
 
