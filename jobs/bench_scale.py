@@ -2,9 +2,9 @@
 
     python jobs/bench_scale.py --images 10000 --images 100000 --images 1000000
 
-Makes archives of 64×64 JPEGs, as tars and as loose files, in a temporary folder; prints for each images/s (after the first commit), the peak
-memory of the driver and of all workers together, the object store's peak use and the size of the ledger. MiB are 2**20
-bytes; a process's memory is its unique set (USS), so that shared pages count once.
+Makes archives of 64×64 JPEGs, as tars and as loose files, in a temporary folder; prints for each images/s after the
+first commit, the peak memory of the driver and of all workers together, the object store's peak use and the size of the
+ledger. MiB are 2**20 bytes; a process's memory is its unique set (USS), so that shared pages count once.
 """
 
 import argparse

@@ -22,11 +22,12 @@ from pipeline.loader import Loader
 from pipeline.plan import Plan
 from pipeline.predict import Predict
 from pipeline.predictors import Predictor
-from pipeline.sink import Sink, write
+from pipeline.sink import Sink
 from pipeline.sources.discover import Archive
 
 MAX_READ_TASKS = 10_000
 MAX_DECODE_THREADS = 8
+MIN_BLOCK_BYTES = 1 << 20
 PART_BYTES = 128 << 20
 ASSUMED_IMAGE_BYTES = 50_000
 CONNECT_TIMEOUT_SECONDS = 10
@@ -47,7 +48,7 @@ class Layout:
     actor_cpus: float
     actor_gpus: float
     actor_threads: int | None
-    write_cpus: float = 0.05
+    writers: int
 
     @staticmethod
     def of(config: RunConfig, cpus: float, gpus: float) -> "Layout":
@@ -56,18 +57,19 @@ class Layout:
             share = 1.0 if gpus >= 1 else 0.0
         if share > gpus:
             raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs")
+        writers = max(2, int(cpus) // 8)
         if share:
             most = max(1, int(gpus / share))
             actors = config.actor_range() or (most, most)
-            return Layout(1.0, actors, 0.0, share, None)
+            return Layout(1.0, actors, 0.0, share, None, writers)
         actors = config.actor_range() or (max(1, int(cpus) // 4),) * 2
         read_cpus = min(1.0, cpus / 2)
-        actor_cpus = min(1.0, (cpus - read_cpus - 0.1) / actors[1])
+        actor_cpus = min(1.0, (cpus - read_cpus) / actors[1])
         if actor_cpus < 0.01:
             raise SettingRefused(f"--actors {config.actors} does not fit: the cluster has {cpus:g} CPUs; ask for fewer")
         # Equal resources would make Ray fuse reading into the actors and run the two in turn.
         actor_cpus = math.floor(actor_cpus * 0.95 * 100) / 100
-        return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]))
+        return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
 
 
 def connect() -> None:
@@ -157,13 +159,20 @@ class Flow:
             num_cpus=self.layout.actor_cpus,
             num_gpus=self.layout.actor_gpus,
         )
-        dataset = dataset.repartition(target_num_rows_per_block=self.rows_per_part, strict=True)
-        dataset = dataset.map_batches(
-            write, fn_args=(self.sink,), batch_size=None, batch_format="pyarrow", num_cpus=self.layout.write_cpus
-        )
         with _told_plainly():
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield from (Commit.from_json(text) for text in batch["commit"].to_pylist())
+            yield from self._written(_cut(dataset.iter_internal_ref_bundles(), self.rows_per_part))
+
+    def _written(self, parts: "Iterator[list[ray.ObjectRef[pa.Table]]]") -> Iterator[Commit]:
+        """Write each part in a task of its own; yield the commits as they are done."""
+        sink = ray.put(self.sink)
+        writing: list[ray.ObjectRef[str | None]] = []
+        for blocks in parts:
+            writing.append(write.remote(sink, *blocks))
+            done, writing = ray.wait(writing, timeout=None if len(writing) > self.layout.writers else 0)
+            yield from _commits(done)
+        while writing:
+            done, writing = ray.wait(writing)
+            yield from _commits(done)
 
     def _tasks(self) -> list[list[Unit]]:
         """Neighbouring units in at most MAX_READ_TASKS tasks, to bound the driver's work."""
@@ -177,9 +186,38 @@ class Flow:
         context.raise_original_map_exception = True  # else the cause of an error comes back as text only
         context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
-        # A block is a batch: what waits between the stages is counted in batches, whatever the size of the images.
-        context.target_max_block_size = max(1 << 20, self.batch_size * self.loader.transform.crop**2 * 3)
+        # A block is a batch: what waits between the stages is counted in batches, whatever the size of the images. Of
+        # tiny images it is more than one, but never more than a part.
+        image_bytes = self.loader.transform.crop**2 * 3
+        context.target_max_block_size = image_bytes * max(
+            self.batch_size, min(self.rows_per_part, MIN_BLOCK_BYTES // image_bytes)
+        )
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
+
+
+@ray.remote(num_cpus=0, max_retries=-1)  # it must never wait for a CPU that readers hold: it is what frees memory
+def write(sink: Sink, *tables: pa.Table) -> str | None:
+    """Write and commit one part; its commit as JSON, None where there was no row."""
+    return sink(pa.concat_tables(tables))
+
+
+def _cut(bundles: Iterator[Any], rows: int) -> "Iterator[list[ray.ObjectRef[pa.Table]]]":
+    """References to blocks of at least so many rows together. The blocks themselves never come to the driver."""
+    blocks: list[ray.ObjectRef[pa.Table]] = []
+    waiting = 0
+    for bundle in bundles:
+        for block in bundle.blocks:
+            blocks.append(block.ref)
+            waiting += block.metadata.num_rows
+            if waiting >= rows:
+                yield blocks
+                blocks, waiting = [], 0
+    if blocks:
+        yield blocks
+
+
+def _commits(done: "list[ray.ObjectRef[str | None]]") -> Iterator[Commit]:
+    return (Commit.from_json(text) for text in ray.get(done) if text)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -23,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pipeline import storage
 from pipeline.config import Transform
 from pipeline.errors import SettingRefused, WeightsRefused
+from pipeline.vision import torchvision
 from pipeline.weights import SUFFIXES, align, fetch_weights, fit, named_hash, official_uri, read_labels, read_state
 
 RGB = 3

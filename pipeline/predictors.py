@@ -1,29 +1,29 @@
-"""Pixels → result columns: Embedder and Classifier, and the base class of anyone's own predictor."""
+"""Pixels → result columns: Embedder and Classifier, and the base class of anyone's own predictor.
+
+Importing this costs nothing: torch comes in when a predictor is prepared or loaded.
+"""
 
 import dataclasses
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from pipeline import storage
 from pipeline.config import Transform
 from pipeline.errors import SettingRefused
-from pipeline.models import ModelSpec, Network, build, resolve
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models import ModelSpec
+    from pipeline.network import Runner
 
 FIXED_BATCH_SIZE = 64
-LUMA = (0.299, 0.587, 0.114)
-"""ITU-R BT.601, as Pillow's convert("L")."""
 
 _NOT_IN_RESULTS = {"threads", "batch_size", "compile", "compile_auto"}
 _RESOLVED = {"weights", "seed", "labels"}
@@ -108,8 +108,8 @@ class NetworkPredictor(Predictor):
     seed: int = _flag("seed of random weights", 0, metavar="N")
     threads: int | None = None
     compile_auto: bool = False
-    _spec: ModelSpec | None = field(default=None, init=False, repr=False, compare=False)
-    _runner: "_Runner | None" = field(default=None, init=False, repr=False, compare=False)
+    _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
+    _runner: "Runner | None" = field(default=None, init=False, repr=False, compare=False)
 
     needs_head: ClassVar[bool] = False
 
@@ -125,7 +125,7 @@ class NetworkPredictor(Predictor):
         return {**self.__dict__, "_runner": None}
 
     @property
-    def spec(self) -> ModelSpec:
+    def spec(self) -> "ModelSpec":
         """The network as `prepare` found it."""
         if self._spec is None:
             self.prepare()
@@ -134,6 +134,8 @@ class NetworkPredictor(Predictor):
 
     def prepare(self) -> None:
         """Resolve the network and fetch its weights. Raises SettingRefused and WeightsRefused."""
+        from pipeline.models import resolve
+
         self._spec = resolve(
             self.model, self.weights, labels=self._label_file(), seed=self.seed, need_head=self.needs_head
         )
@@ -163,11 +165,11 @@ class NetworkPredictor(Predictor):
 
     def load(self) -> None:
         """Build the network on this process's GPU, or on the CPU. Raises WeightsRefused."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        from pipeline.network import Runner
+
         fixed_size = self.batch_size or FIXED_BATCH_SIZE
         wants_compile = self.compile == "on" or (self.compile == "auto" and self.compile_auto)
-        self._runner = _Runner(self.spec, self.precision, fixed_size if wants_compile else None)
+        self._runner = Runner(self.spec, self.precision, fixed_size if wants_compile else None, self.threads)
 
     def predict(self, pixels: np.ndarray) -> Columns:
         """uint8 [N, crop, crop, 3] RGB → the columns, N values each; an overflow or NaN is handed on as it is."""
@@ -184,30 +186,30 @@ class NetworkPredictor(Predictor):
     def _label_file(self) -> str | None:
         return None
 
-    def _columns(self, spec: ModelSpec) -> pa.Schema:
+    def _columns(self, spec: "ModelSpec") -> pa.Schema:
         raise NotImplementedError
 
-    def _results(self, features: Tensor, logits: Tensor | None) -> Columns:
+    def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
         """float32 [N, embedding_dim] and [N, num_classes], on the network's device → the columns."""
         raise NotImplementedError
 
-    def _embedding_field(self, spec: ModelSpec) -> pa.Field:
+    def _embedding_field(self, spec: "ModelSpec") -> pa.Field:
         value = pa.float16() if self.embedding_dtype == "float16" else pa.float32()
         return pa.field("embedding", pa.list_(value, spec.embedding_dim))
 
-    def _embedding(self, features: Tensor) -> np.ndarray:
+    def _embedding(self, features: "Tensor") -> np.ndarray:
         """[N, embedding_dim] in embedding_dtype."""
-        return features.to(getattr(torch, self.embedding_dtype)).cpu().numpy()
+        return (features.half() if self.embedding_dtype == "float16" else features).cpu().numpy()
 
 
 @dataclass
 class Embedder(NetworkPredictor):
     """Column `embedding`: the input of the network's last classifier."""
 
-    def _columns(self, spec: ModelSpec) -> pa.Schema:
+    def _columns(self, spec: "ModelSpec") -> pa.Schema:
         return pa.schema([self._embedding_field(spec)])
 
-    def _results(self, features: Tensor, logits: Tensor | None) -> Columns:
+    def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
         return {"embedding": self._embedding(features)}
 
 
@@ -236,7 +238,7 @@ class Classifier(NetworkPredictor):
     def _label_file(self) -> str | None:
         return self.labels
 
-    def _columns(self, spec: ModelSpec) -> pa.Schema:
+    def _columns(self, spec: "ModelSpec") -> pa.Schema:
         best = [("label", pa.string()), ("label_id", pa.int32()), ("score", pa.float32())]
         top = [
             ("top_labels", pa.list_(pa.string())),
@@ -245,7 +247,7 @@ class Classifier(NetworkPredictor):
         ]
         return pa.schema([*best, *top, *([self._embedding_field(spec)] if self.embeddings else [])])
 
-    def _results(self, features: Tensor, logits: Tensor | None) -> Columns:
+    def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
         assert logits is not None
         top = logits.softmax(1).topk(min(self.top_k, self.spec.num_classes))
         scores, ids = top.values.cpu().numpy(), top.indices.int().cpu().numpy()
@@ -260,108 +262,3 @@ class Classifier(NetworkPredictor):
             "top_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.reshape(-1))),
         }
         return {**columns, "embedding": self._embedding(features)} if self.embeddings else columns
-
-
-class _Runner:
-    """A network on its device. fixed_size: images a batch, to which short ones are padded; None: any, uncompiled."""
-
-    def __init__(self, spec: ModelSpec, precision: str, fixed_size: int | None) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.fixed_size = fixed_size
-        dtype = _dtype(precision, self.device)
-        if dtype is torch.float32:
-            torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of a float32's 23
-        network = _FromPixels(_folded(build(spec), spec), spec, dtype)
-        self.forward: Callable[[Tensor], tuple[Tensor, Tensor | None]] = network.to(self.device)
-        self.staging = torch.empty(0, dtype=torch.uint8)
-        if fixed_size:
-            self._compile(fixed_size, spec.transform.crop)
-
-    def __call__(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """uint8 [N, H, W, 3], N ≥ 1 → float32 [N, embedding_dim], [N, num_classes] or None, on the device."""
-        size = self.fixed_size or len(pixels)
-        batches = [self._batch(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
-        logits = [found for _, found in batches if found is not None]
-        return torch.cat([features for features, _ in batches]), torch.cat(logits) if logits else None
-
-    def shrink(self, size: int) -> None:
-        """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size."""
-        self.fixed_size = self.fixed_size and min(self.fixed_size, size)
-        self.staging = torch.empty(0, dtype=torch.uint8)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _batch(self, pixels: np.ndarray, size: int) -> tuple[Tensor, Tensor | None]:
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()  # the last copy out of the staging memory is over
-        if self.staging.shape[1:] != pixels.shape[1:] or len(self.staging) < size:
-            self.staging = torch.zeros((size, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
-        np.copyto(self.staging[: len(pixels)].numpy(), pixels)
-        with torch.no_grad():
-            features, logits = self.forward(self.staging[:size].to(self.device, non_blocking=True))
-        return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
-
-    def _compile(self, size: int, crop: int) -> None:
-        eager = self.forward
-        options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
-        try:
-            self.forward = torch.compile(eager, dynamic=False, options=options)
-            self._batch(np.zeros((size, crop, crop, 3), np.uint8), size)
-        except Exception as error:  # no C++ compiler, or a network that the compiler cannot take
-            log.warning("torch.compile failed, so the network runs uncompiled: %s", str(error).partition("\n")[0])
-            self.forward, self.fixed_size = eager, None
-
-
-class _FromPixels(nn.Module):
-    """uint8 [N, H, W, 3] on the device → float32 embedding and logits. The scale in float32, the network in `dtype`."""
-
-    mean: Tensor
-    std: Tensor
-    luma: Tensor
-
-    def __init__(self, network: Network, spec: ModelSpec, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.network = network.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dtype, self.one_channel = dtype, spec.in_channels == 1
-        for name, values in {"mean": spec.transform.mean, "std": spec.transform.std, "luma": LUMA}.items():
-            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1))
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = pixels.permute(0, 3, 1, 2).float()
-        if self.one_channel:
-            x = (x * self.luma).sum(1, keepdim=True)
-        x = x.div_(255).sub_(self.mean).div_(self.std)
-        features, logits = self.network(x.to(self.dtype))
-        return features.float(), None if logits is None else logits.float()
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bfloat16 on a CPU pays only where it computes in it: AVX512-BF16 or AMX."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def _folded(network: Network, spec: ModelSpec) -> Network:
-    """Each batch normalisation folded into the convolution before it, where the network can be traced.
-
-    A trace is one way through the network's Python and may be another network, so one image is put through both.
-    """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-        return network
-    size = spec.transform.crop
-    image = torch.randn(1, spec.in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        try:
-            folded = fuse(network.body)
-            before, after = network.body(image), folded(image)
-        except Exception as error:  # tracing runs the network's own Python
-            log.debug("%s stays unfolded: %s", spec.model, error)
-            return network
-        if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-            network.body = folded
-    return network

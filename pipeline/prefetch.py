@@ -1,5 +1,6 @@
 """Work ahead on threads, results in order."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,23 @@ AHEAD_BYTES = 256 << 20
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def beside(function: Callable[[], R]) -> Callable[[], R]:
+    """Start a function on a thread of its own, which never holds up the end of the process.
+
+    What is returned waits for it, and gives its result or raises its exception.
+    """
+    future: Future[R] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result
 
 
 def ordered_map(

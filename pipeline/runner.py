@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from pipeline import engine, output, report
 from pipeline import ledger as ledgers
+from pipeline import output, report
 from pipeline import sink as sinks
 from pipeline.config import RunConfig
 from pipeline.datasource import Unit
@@ -16,6 +16,7 @@ from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageR
 from pipeline.ledger import Ledger, Lock
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
+from pipeline.prefetch import beside
 from pipeline.report import Meter, Report
 from pipeline.sources.discover import Archive
 from pipeline.update import Change
@@ -26,18 +27,23 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
 
     Raises the errors of `pipeline.errors`; what was committed before stays, and the same call goes on from there.
     """
-    predictor.prepare()
+    prepared = beside(predictor.prepare)
+    from pipeline import engine  # Ray; like torch, which the predictor imports meanwhile, it takes its time
+
     archive = Archive(config)
     with _interruptible() as catch_signals, Lock(config.output) as lock:
+        if not output.is_finished(config.output):
+            engine.connect()
+            catch_signals()  # Ray has put its own handlers in place
+        prepared()
         plan, change = output.prepare(config, predictor, archive)
         if output.is_finished(config.output):
             return Report.load(config.output).with_change(change)
         ledger = ledgers.begin(config.output, partial(sinks.retire, config.output, plan.retired))
         ledgers.sweep(ledger)
         with _reported(config, predictor, plan, ledger, change), report.meter(plan, ledger) as meter:
-            if any(plan.remaining(ledger.coverage)):
-                engine.connect()
-                catch_signals()  # Ray has put its own handlers in place
+            engine.connect()
+            catch_signals()
             while units := list(plan.remaining(ledger.coverage)):
                 _work(config, predictor, archive, plan, ledger, lock, meter, units)
             ledgers.sweep(ledger)
@@ -56,6 +62,8 @@ def _work(
     units: list[Unit],
 ) -> None:
     """One pass over what remains. Whatever a pass leaves uncovered, the next one does."""
+    from pipeline import engine
+
     commits_before = len(ledger.names)
     flow = engine.Flow.of(config, predictor, archive, plan, ledger.attempt, units)
     for commit in flow.commits():

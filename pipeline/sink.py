@@ -17,7 +17,6 @@ from pipeline import coverage, schema, storage
 from pipeline.ledger import Commit, commit_uri
 
 ROW_GROUP_ROWS = 20_000
-COMMIT_SCHEMA = pa.schema([("commit", pa.string())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +31,10 @@ class Sink:
     result_schema: pa.Schema
     footer: str
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Write the rows, commit them, and return the commit as one row of JSON."""
+    def __call__(self, table: pa.Table) -> str | None:
+        """Write the rows, commit them, and return the commit as JSON; None where there are no rows."""
         started = time.perf_counter()
-        commit = self._write(_sorted_once(table), started) if len(table) else None
-        return pa.table({"commit": [commit.to_json()] if commit else []}, schema=COMMIT_SCHEMA)
+        return self._write(_sorted_once(table), started).to_json() if len(table) else None
 
     def _write(self, table: pa.Table, started: float) -> Commit:
         name = f"part-{self.attempt:04d}-{table['shard'][0].as_py():06d}-{table['row'][0].as_py():08d}"
@@ -86,11 +84,6 @@ class Sink:
 
     def _errors(self, errors: pa.Table) -> bytes:
         return _parquet(errors.select(schema.ERRORS.names).cast(schema.ERRORS), self.footer)
-
-
-def write(table: pa.Table, sink: Sink) -> pa.Table:
-    """The stage as Ray calls and shows it."""
-    return sink(table)
 
 
 def retire(output: str, retired: Mapping[int, coverage.Ranges], commit: Commit, attempt: int) -> Commit | None:

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    {"errors", "schema", "prefetch", "stores"},
+    {"errors", "schema", "prefetch", "stores", "vision"},
     {"config", "storage", "coverage"},
-    {"plan", "update", "ledger", "decode", "weights", "models"},
+    {"plan", "update", "ledger", "decode", "weights", "models", "network"},
     {"sources", "predictors", "sink", "loader", "report"},
     {"datasource", "predict", "output", "verify"},
     {"engine"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
 ]
 MAY_IMPORT_RAY = {"engine", "datasource"}
-MAY_IMPORT_TORCH = {"models", "weights", "predictors"}
+MAY_IMPORT_TORCH = {"models", "network", "weights", "predictors", "vision"}
 
 
 def modules() -> list[Path]:
@@ -76,7 +76,15 @@ def test_modules_of_a_layer_do_not_import_in_circles() -> None:
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("pipeline.datasource", "torch"), ("pipeline.loader", "ray"), ("pipeline.sink", "torch"), ("pipeline.cli", "ray")],
+    [
+        ("pipeline.datasource", "torch"),
+        ("pipeline.loader", "ray"),
+        ("pipeline.sink", "torch"),
+        ("pipeline.cli", "ray"),
+        ("pipeline.predictors", "torch"),
+        ("pipeline.models", "torch._dynamo"),
+        ("pipeline.network", "torch._dynamo"),
+    ],
 )
 def test_what_a_worker_need_not_import(module: str, absent: str) -> None:
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"

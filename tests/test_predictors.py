@@ -215,9 +215,9 @@ def test_without_a_compiler_it_goes_on_uncompiled(
 ) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
     torch._dynamo.reset()
-    with fresh_cache(), caplog.at_level(logging.WARNING, "pipeline.predictors"):
+    with fresh_cache(), caplog.at_level(logging.WARNING, "pipeline.network"):
         predictor = compiled(4)
-    assert [record.message[:20] for record in caplog.records if record.name == "pipeline.predictors"] == [
+    assert [record.message[:20] for record in caplog.records if record.name == "pipeline.network"] == [
         "torch.compile failed"
     ]
     assert predictor.predict(draw_pixels(5, 32))["embedding"].shape == (5, 8)
