@@ -10,6 +10,7 @@ command. Weights are random, networks and images the same for all. Without --ima
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from jobs.bench.record import Outcome
 from pipeline import cli
 from pipeline.errors import SettingRefused
 
-QUICK = {"photos": (32, 96), "tiles": (256, 1024), "large": (4, 12)}
+QUICK = {"photos": (32, 96), "tiles": (64, 192), "large": (4, 12)}
 FIDELITY_IMAGES = 100
 
 
@@ -181,4 +182,6 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    for stop in (signal.SIGINT, signal.SIGTERM):  # leave as a failure leaves: no process and no archive stays behind
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

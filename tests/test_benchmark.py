@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
-from whole import write_folder
+from whole import wait_for, write_folder
 
 from jobs import benchmark
 from jobs.bench import archives, chart, contest, measure
@@ -86,7 +87,8 @@ def test_drawn_archives_are_what_they_say(tmp_path: Path) -> None:
     assert len(sizes) == 4
     assert 90_000 < sum(sizes) / 4 < 130_000
     tiles, more = archives.make(CASES["tiles"], tmp_path / "tiles", 3, archives.TILES_PER_TAR + 1)
-    assert tiles.in_tars and not photos.in_tars
+    assert tiles.in_tars
+    assert not photos.in_tars
     assert len(list(more.folder.iterdir())) == 2
     with tarfile.open(next(tiles.folder.iterdir())) as tar:
         members = tar.getmembers()
@@ -159,10 +161,16 @@ def test_a_peer_that_drops_images_is_found_out(tmp_path: Path) -> None:
         contest._run("dataloader", "resnet18", Archive(small.folder, 5), 4)
 
 
-def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+def start_benchmark(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    found = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
     command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
+    return subprocess.Popen(command, env=found, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
+    process = start_benchmark(*arguments)
+    out, err = process.communicate(timeout=290)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.slow
@@ -203,3 +211,19 @@ def test_a_command_that_fails_ends_the_benchmark_in_a_sentence(tmp_path: Path) -
     assert "embed.py" in done.stderr
     assert "ended with 2; its last words:\nnightshift: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "mine", 4)
+    settings = ("--images", folder, "--model", "tiny:network", "--small", 2, "--large", 4)
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # a short path: Ray puts sockets below it
+        process = start_benchmark(*settings, TMPDIR=temporary)
+        watched = psutil.Process(process.pid)
+        wait_for(lambda: len(watched.children(recursive=True)) >= 3)  # the job has started Ray
+        children = watched.children(recursive=True)
+        process.terminate()
+        process.communicate(timeout=100)
+        assert process.returncode == 143
+        assert not list(Path(temporary).glob("nightshift-*"))
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
