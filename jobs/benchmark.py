@@ -23,9 +23,10 @@ from rich.console import Console
 from jobs.bench import archives, machine, roofline, show
 from jobs.bench.archives import CASES, Archive, Case
 from jobs.bench.contest import OURS, PEERS, contest, left_out
+from jobs.bench.measure import CommandFailed
 from jobs.bench.record import Outcome
 from pipeline import cli
-from pipeline.errors import SettingRefused
+from pipeline.errors import SettingRefused, printable
 
 QUICK = {"photos": (32, 96), "tiles": (64, 192), "large": (4, 12)}
 FIDELITY_IMAGES = 100
@@ -53,7 +54,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-    return cli.guarded(lambda: Benchmark.of(given).run())
+
+    def work() -> int:
+        try:
+            return Benchmark.of(given).run()
+        except CommandFailed as error:
+            for line in error.output.splitlines():
+                _say(f"  {printable(line)}")
+            raise
+
+    return cli.guarded(work)
 
 
 @dataclass
@@ -88,6 +98,8 @@ class Benchmark:
         for path in (given.json, given.chart):
             if path and not path.absolute().parent.is_dir():
                 raise SettingRefused(f"{path} cannot be written: there is no folder {path.parent}")
+        if given.quick:
+            _say("--quick: the numbers show that it runs here, not how fast anything is")
         sizes = {name: _sizes(given, name, case) for name, case in cases.items()}
         peers = _chosen("--peers", given.peers, PEERS) if given.peers else []
         return Benchmark(cases, sizes, given.model, peers, rounds, given.batch_size, given.json, given.chart)

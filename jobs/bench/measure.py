@@ -22,7 +22,11 @@ LEAVE_SECONDS = 20.0
 
 
 class CommandFailed(NightshiftError):
-    """A measured command ended badly, or did not do all of its work."""
+    """A measured command ended badly, or did not do all of its work. output: the end of what it printed, in lines."""
+
+    def __init__(self, sentence: str, output: str = "") -> None:
+        super().__init__(sentence)
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def spend(command: Sequence[str], environment: Mapping[str, str] | None = None) 
                 process.wait()
             watch.end()
         if process.returncode:
-            raise CommandFailed(f"{_shown(command)} ended with {process.returncode}; its last words:\n{_tail(output)}")
+            raise CommandFailed(f"{_shown(command)} ended with {process.returncode}", _tail(output))
     # The kernel counts to the last tick, but only what was waited for; the samples see every process, but not its end.
     core_seconds = max(usage.ru_utime + usage.ru_stime, sum(watch.core_seconds.values()))
     return Spent(seconds, watch.peak_memory_bytes, core_seconds, sampling[0])
@@ -153,4 +157,4 @@ def _shown(command: Sequence[str]) -> str:
 def _tail(output: IO[bytes]) -> str:
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - TAIL_CHARACTERS))
-    return output.read().decode(errors="replace").strip() or "(it printed nothing)"
+    return output.read().decode(errors="replace").strip()

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.bench.measure import CommandFailed
+from jobs.bench.measure import TAIL_CHARACTERS, CommandFailed
 
 STAGES = ("read", "decode", "predict", "write")
 ROOF = STAGES[:3]
@@ -43,7 +43,7 @@ def measure(archive: Path, model: str, rows_per_part: int, cores: int) -> Roofli
     command = [sys.executable, "-m", "jobs.bench.stages", str(archive), "--model", model]
     done = subprocess.run([*command, "--rows-per-part", str(rows_per_part)], capture_output=True, text=True)
     if done.returncode:
-        raise CommandFailed(f"the stages of {archive} could not be measured alone:\n{done.stderr.strip()}")
+        raise CommandFailed(f"the stages of {archive} could not be measured alone", done.stderr[-TAIL_CHARACTERS:])
     found = json.loads(done.stdout.splitlines()[-1])
     gpus = found.pop("gpus")
     return Roofline(found, cores, gpus)
