@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults bench-scale check format clean
+.PHONY: help setup demo test test-faults benchmark bench-scale check format clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ test: $(READY) ## all tests but the long faults
 test-faults: $(READY) ## kills, lost workers, a store that fails, paused drivers (half an hour)
 	$(BIN)/python -m pytest -m faults
 
+benchmark: $(READY) ## our job and its peers side by side, on drawn photos or on IMAGES=folder (15 minutes)
+	$(BIN)/python jobs/benchmark.py --cases photos --small 200 --large 1000 --json benchmark.json --chart benchmark.png \
+		$(if $(IMAGES),--images '$(IMAGES)')
+
 bench-scale: $(READY) ## memory and speed at ten thousand, a hundred thousand and a million images (an hour)
 	$(BIN)/python jobs/bench_scale.py
 
@@ -43,5 +47,5 @@ format: $(READY) ## put the code into the common format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the demo's output and all caches; keeps .venv
-	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the outputs of demo and benchmark and all caches; keeps .venv
+	rm -rf demo benchmark.json benchmark.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

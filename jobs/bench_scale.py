@@ -8,25 +8,22 @@ ledger. MiB are 2**20 bytes; a process's memory is its unique set (USS), so that
 """
 
 import argparse
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
 
-from jobs.make_demo_archive import KINDS, add_member, draw_tile
+from jobs.bench.archives import encoded_tiles, write_tars
 
 IMAGES_PER_TAR = 10_000
 IMAGES_PER_FOLDER = 1_000
-DISTINCT = 500
 SAMPLE_SECONDS = 1.0
 
 JOB = """
@@ -69,29 +66,12 @@ class Peaks:
         self.store = max(self.store, store)
 
 
-def encoded_tiles() -> list[bytes]:
-    tiles = []
-    for seed in range(DISTINCT):
-        buffer = io.BytesIO()
-        draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (64, 64)).save(buffer, "JPEG", quality=90)
-        tiles.append(buffer.getvalue())
-    return tiles
-
-
-def write_tars(folder: Path, count: int, tiles: list[bytes]) -> None:
-    for first in range(0, count, IMAGES_PER_TAR):
-        with tarfile.open(folder / f"tiles-{first // IMAGES_PER_TAR:05d}.tar", "w") as tar:
-            for i in range(first, min(first + IMAGES_PER_TAR, count)):
-                add_member(tar, f"{i:08d}.jpg", tiles[i % DISTINCT])
-                tar.members = []
-
-
 def write_loose(folder: Path, count: int, tiles: list[bytes]) -> None:
     for i in range(count):
         path = folder / f"{i // IMAGES_PER_FOLDER:05d}" / f"{i:08d}.jpg"
         if i % IMAGES_PER_FOLDER == 0:
             path.parent.mkdir()
-        path.write_bytes(tiles[i % DISTINCT])
+        path.write_bytes(tiles[i % len(tiles)])
 
 
 def measure(archive: Path, output: Path) -> tuple[float, Peaks, float]:
@@ -125,7 +105,7 @@ def main() -> int:
     print(
         f"{'archive':>18} {'images/s':>9} {'driver MiB':>11} {'workers MiB':>12} {'store MiB':>10} {'ledger MiB':>11}"
     )
-    for kind, write in (("tars", write_tars), ("loose", write_loose)):
+    for kind, write in (("tars", partial(write_tars, per_tar=IMAGES_PER_TAR)), ("loose", write_loose)):
         for count in counts:
             with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
                 archive = Path(folder) / "archive"

@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 from small_run import SmallRun, run_python, small_run
 
-from jobs import verify
+from jobs import benchmark, verify
 from pipeline import Classifier, Embedder, NightshiftError, RunConfig, cli, errors, schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +48,13 @@ def check(words: list[str], folder: Path) -> None:
     """Fail unless the program that a command names would accept its arguments."""
     match words:
         case ["make", *targets]:
+            makefile = (ROOT / "Makefile").read_text()
             for target in targets:
-                assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
+                variable, is_variable, _ = target.partition("=")
+                if is_variable:
+                    assert f"$({variable})" in makefile
+                    continue
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
         case ["source", path]:
             assert path == ".venv/bin/activate"
         case ["ray", "job", "submit", *arguments]:
@@ -71,6 +76,9 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
     if job == "verify":
         places = [word if word.startswith("--") else str(folder / word) for word in arguments]
         assert verify.main(places) == 2, "parsed, but nothing is there"
+        return
+    if job == "benchmark":
+        benchmark.parser().parse_args(arguments)
         return
     run_values, predictor_values = cli.parse(PREDICTORS[job], "", arguments)
     RunConfig(**run_values)

@@ -1,0 +1,160 @@
+"""Run a whole command and say what it took: seconds, the memory and the CPU time of all its processes."""
+
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from pipeline.errors import NightshiftError
+
+SAMPLE_SECONDS = 0.5
+SAMPLES_A_MEMORY = 4  # for proportional sets the kernel walks over every page table
+TAIL_CHARACTERS = 2_000
+LEAVE_SECONDS = 20.0
+
+
+class CommandFailed(NightshiftError):
+    """A measured command ended badly, or did not do all of its work. output: the end of what it printed, in lines."""
+
+    def __init__(self, sentence: str, output: str = "") -> None:
+        super().__init__(sentence)
+        self.output = output
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one run of a command took.
+
+    peak_memory_bytes: largest sum over its processes of their proportional sets (PSS: a shared page is split among
+        those that share it), or of their unique sets where the system tells no PSS.
+    core_seconds: CPU time of all its processes. sampling_core_seconds: what watching them took, not part of it.
+    """
+
+    seconds: float
+    peak_memory_bytes: int
+    core_seconds: float
+    sampling_core_seconds: float
+
+
+@dataclass
+class Watch:
+    """A process and everything that it starts, whoever inherits them when their parent ends.
+
+    core_seconds: CPU time by process, as last seen; so a process that ended counts up to its last sample.
+    """
+
+    core_seconds: dict[psutil.Process, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    samples: int = 0
+
+    def sample(self) -> None:
+        self._find()
+        memory = 0
+        with_memory = self.samples % SAMPLES_A_MEMORY == 0
+        for process in self.core_seconds:
+            try:
+                times = process.cpu_times()
+                self.core_seconds[process] = times.user + times.system
+                memory += _own_bytes(process) if with_memory else 0
+            except psutil.Error:
+                continue
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
+        self.samples += 1
+
+    def end(self) -> None:
+        """Leave nothing behind: wait for what is ending already, then kill what this command left running."""
+        for process in self._alive_after(LEAVE_SECONDS):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._alive_after(LEAVE_SECONDS)
+
+    def _alive_after(self, seconds: float) -> list[psutil.Process]:
+        """The processes that have not ended within this time."""
+        deadline = time.monotonic() + seconds
+        while alive := [process for process in self.core_seconds if _is_alive(process)]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return alive
+
+    def _find(self) -> None:
+        """Add the processes that those already known have started."""
+        started: dict[int, list[psutil.Process]] = {}
+        for process in psutil.process_iter():
+            try:
+                started.setdefault(process.ppid(), []).append(process)
+            except psutil.Error:
+                continue
+        parents = [process.pid for process in self.core_seconds if process.is_running()]
+        while parents:
+            for child in started.get(parents.pop(), []):
+                if child not in self.core_seconds:
+                    self.core_seconds[child] = 0.0
+                    parents.append(child.pid)
+
+
+def spend(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Spent:
+    """Run a command to its end. Raises CommandFailed, with the end of its output, where that is not 0."""
+    with tempfile.TemporaryFile("w+b") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+        watch = Watch({psutil.Process(process.pid): 0.0})
+        stop, sampling = threading.Event(), [0.0]
+        sampler = threading.Thread(target=_watch, args=(watch, stop, sampling))
+        sampler.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - started
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            stop.set()
+            sampler.join()
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+            watch.end()
+        if process.returncode:
+            raise CommandFailed(f"{_shown(command)} ended with {process.returncode}", _tail(output))
+    # The kernel counts to the last tick, but only what was waited for; the samples see every process, but not its end.
+    core_seconds = max(usage.ru_utime + usage.ru_stime, sum(watch.core_seconds.values()))
+    return Spent(seconds, watch.peak_memory_bytes, core_seconds, sampling[0])
+
+
+def _watch(watch: Watch, stop: threading.Event, sampling: list[float]) -> None:
+    while True:
+        watch.sample()
+        sampling[0] = time.thread_time()
+        if stop.wait(SAMPLE_SECONDS):
+            return
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    memory = process.memory_full_info()
+    return int(getattr(memory, "pss", memory.uss))
+
+
+def _shown(command: Sequence[str]) -> str:
+    return " ".join([Path(command[0]).name, *command[1:]])
+
+
+def _tail(output: IO[bytes]) -> str:
+    output.seek(0, os.SEEK_END)
+    output.seek(max(0, output.tell() - TAIL_CHARACTERS))
+    return output.read().decode(errors="replace").strip()

@@ -1,0 +1,68 @@
+"""What a benchmark found, as JSON: every raw run, what follows from them, and the machine."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.bench.contest import OURS, PEERS, Result
+from jobs.bench.roofline import Roofline
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case with one network. results: by contestant, ours first."""
+
+    case: str
+    what: str
+    model: str
+    results: dict[str, Result]
+    roofline: Roofline
+
+    @property
+    def ours(self) -> Result:
+        return self.results[OURS]
+
+    def times_faster(self, name: str) -> float | None:
+        """Our marginal rate over a contestant's."""
+        ours, theirs = self.ours.rate, self.results[name].rate
+        return None if ours is None or theirs is None else ours / theirs
+
+    def as_json(self) -> dict[str, Any]:
+        roofline, rate = self.roofline, self.ours.rate
+        return {
+            "case": self.case,
+            "what": self.what,
+            "model": self.model,
+            "small_images": self.ours.small_images,
+            "large_images": self.ours.large_images,
+            "contestants": {name: self._contestant(name) for name in self.results},
+            "roofline": {
+                "core_seconds_per_image": {
+                    **roofline.stages,
+                    "everything_else": roofline.everything_else(self.ours.core_seconds_per_image),
+                },
+                "images_per_second": None if roofline.gpus else roofline.ceiling,
+                "share": roofline.share(rate),
+                "gpus": roofline.gpus,
+            },
+        }
+
+    def _contestant(self, name: str) -> dict[str, Any]:
+        result = self.results[name]
+        return {
+            "runs": {
+                "small": [asdict(spent) for spent in result.small],
+                "large": [asdict(spent) for spent in result.large],
+            },
+            "small_seconds": result.small_seconds,
+            "large_seconds": result.large_seconds,
+            "marginal_images_per_second": result.rate,
+            "startup_seconds": result.startup_seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "core_seconds_per_image": result.core_seconds_per_image,
+            "ours_times_faster": self.times_faster(name),
+        }
+
+
+def title(name: str) -> str:
+    """A contestant as people call it."""
+    return PEERS[name].title if name in PEERS else "Nightshift"

@@ -1,0 +1,76 @@
+"""Peer: Ray Data's recipe of batch inference: read_images or read_webdataset, map, map_batches, write_parquet.
+
+python jobs/peers/ray_data.py INPUT OUTPUT --model resnet18 --batch-size 64
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torchvision
+from torchvision import transforms
+
+transform = transforms.Compose(
+    [
+        transforms.ToTensor(),
+        transforms.Resize(256, antialias=True),
+        transforms.CenterCrop(224),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
+
+
+def preprocess_file(row: dict[str, Any]) -> dict[str, Any]:
+    return {"path": row["path"], "image": transform(row["image"]).numpy()}
+
+
+def preprocess_sample(row: dict[str, Any]) -> dict[str, Any]:
+    return {"path": row["__key__"], "image": transform(row["jpg"]).numpy()}
+
+
+class Embed:
+    def __init__(self, model: str) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor of one CPU one thread
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        network = torchvision.models.get_model(model)
+        network.fc = torch.nn.Identity()
+        self.network = network.eval().to(self.device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            embedding = self.network(torch.from_numpy(batch["image"]).to(self.device)).cpu().numpy()
+        return {"path": batch["path"], "embedding": embedding}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="INPUT", type=Path)
+    parser.add_argument("output", metavar="OUTPUT", type=Path)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--batch-size", type=int, default=64)
+    given = parser.parse_args()
+
+    ray.init(include_dashboard=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    tars = [str(path) for path in sorted(given.input.glob("*.tar"))]
+    if tars:
+        images = ray.data.read_webdataset(tars).map(preprocess_sample)
+    else:
+        images = ray.data.read_images(str(given.input), mode="RGB", include_paths=True).map(preprocess_file)
+    images.map_batches(
+        Embed,
+        fn_constructor_args=(given.model,),
+        batch_size=given.batch_size,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=1,
+        num_gpus=min(1, torch.cuda.device_count()),
+    ).write_parquet(str(given.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The benchmark: its arithmetic, what it takes for a command's own, and whole small ones. No speed is judged here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+from whole import wait_for, write_folder
+
+from jobs import benchmark
+from jobs.bench import archives, chart, contest, measure
+from jobs.bench.archives import CASES, Archive
+from jobs.bench.contest import OURS, PEERS, Result, left_out, marginal_rate, startup_seconds
+from jobs.bench.measure import CommandFailed, Spent, spend
+from jobs.bench.record import Outcome
+from jobs.bench.roofline import Roofline
+from pipeline.errors import InputRefused
+
+ROOT = Path(__file__).resolve().parents[1]
+BURN = "import time\nwhile time.process_time() < 1: pass\n"
+
+
+def outcome(model: str = "resnet18", case: str = "photos") -> Outcome:
+    """Ours: 100 images in 12, 10 and 14 s, 500 in 20 s; a peer at half the rate; one that was too quick to tell."""
+    ours = Result(100, 500, [Spent(s, 1, 4.0, 0.1) for s in (12, 10, 14)], [Spent(20, 3 << 20, 12.0, 0.1)] * 3, 8)
+    slower = Result(100, 500, [Spent(10, 1, 4.0, 0.1)], [Spent(26, 1, 20.0, 0.1)])
+    quick = Result(100, 500, [Spent(10, 1, 4.0, 0.1)], [Spent(9, 1, 4.0, 0.1)])
+    stages = {"read": 0.001, "decode": 0.003, "predict": 0.012, "write": 0.002}
+    return Outcome(case, "made up", model, {OURS: ours, "dataloader": slower, "ray": quick}, Roofline(stages, 2))
+
+
+def test_the_marginal_rate_and_the_start_up() -> None:
+    assert marginal_rate(100, 500, 12.0, 20.0) == 50.0
+    assert startup_seconds(100, 12.0, 50.0) == 10.0
+    assert marginal_rate(100, 500, 12.0, 12.0) is None
+    assert startup_seconds(100, 12.0, None) is None
+
+
+def test_what_follows_from_the_runs() -> None:
+    found = outcome()
+    assert found.ours.small_seconds == 12, "the median"
+    assert found.ours.rate == 50.0
+    assert found.ours.core_seconds_per_image == pytest.approx(0.02)
+    assert found.times_faster("dataloader") == pytest.approx(2.0)
+    assert found.times_faster("ray") is None
+    assert found.roofline.ceiling == pytest.approx(125.0)
+    assert found.roofline.share(found.ours.rate) == pytest.approx(0.4)
+    assert found.roofline.everything_else(0.02) == pytest.approx(0.002)
+    assert Roofline(found.roofline.stages, 2, gpus=1).share(50.0) is None
+
+
+def test_a_command_is_all_of_its_processes() -> None:
+    """One child is waited for, another left to itself; each burns a second, and the command itself none."""
+    child = f"[sys.executable, '-c', {BURN!r}]"
+    script = f"import subprocess, sys, time\nsubprocess.Popen({child})\nsubprocess.run({child})\ntime.sleep(3)\n"
+    spent = spend([sys.executable, "-c", script])
+    assert 1.7 < spent.core_seconds < 3.0
+    assert spent.peak_memory_bytes > 5 << 20
+    assert spent.seconds > 3
+
+
+def test_a_command_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "LEAVE_SECONDS", 0.5)
+    pid = tmp_path / "pid"
+    script = (
+        f"import subprocess, time\np = subprocess.Popen(['sleep', '600'])\nopen({str(pid)!r}, 'w').write(str(p.pid))\n"
+    )
+    spend([sys.executable, "-c", script + "time.sleep(2)"])
+    left = int(pid.read_text())
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_failing_command_shows_its_last_words() -> None:
+    with pytest.raises(CommandFailed, match=r"ended with 7$") as failed:
+        spend([sys.executable, "-c", "print('x' * 9000); print('the disk is made of cheese'); raise SystemExit(7)"])
+    assert failed.value.output.endswith("xxx\nthe disk is made of cheese")
+    assert len(failed.value.output) <= measure.TAIL_CHARACTERS
+
+
+def test_drawn_archives_are_what_they_say(tmp_path: Path) -> None:
+    photos, _ = archives.make(CASES["photos"], tmp_path / "photos", 4, 6)
+    sizes = [path.stat().st_size for path in photos.folder.iterdir()]
+    assert len(sizes) == 4
+    assert 90_000 < sum(sizes) / 4 < 130_000
+    tiles, more = archives.make(CASES["tiles"], tmp_path / "tiles", 3, archives.TILES_PER_TAR + 1)
+    assert tiles.in_tars
+    assert not photos.in_tars
+    assert len(list(more.folder.iterdir())) == 2
+    with tarfile.open(next(tiles.folder.iterdir())) as tar:
+        members = tar.getmembers()
+        assert len({member.name for member in members}) == 3
+        assert all(2_000 < member.size < 4_500 for member in members)
+        assert Image.open(tar.extractfile(members[0])).size == (64, 64)
+    data = archives.encoded_large(0)
+    assert 3_000_000 < len(data) < 4_500_000
+
+
+def test_images_of_ones_own_are_links_in_order_of_names(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "mine" / "deep", 5).parent
+    (source / "notes.txt").write_text("no image")
+    small, large = archives.make(archives.own_images(source), tmp_path / "made", 2, 5)
+    assert [path.name for path in sorted(small.folder.iterdir())] == ["0000000.jpg", "0000001.jpg"]
+    assert (large.folder / "0000004.jpg").samefile(source / "deep" / "0004.jpg")
+    with pytest.raises(InputRefused, match="holds 5 images"):
+        archives.make(archives.own_images(source), tmp_path / "more", 2, 6)
+
+
+def test_who_is_left_out_and_why() -> None:
+    assert left_out("dataloader", "resnet18", in_tars=True) is None
+    assert "ResNets" in str(left_out("ray", "tiny:network", in_tars=False))
+    assert left_out("daft", "resnet18", in_tars=True), "no tars, or not installed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--cases", "photos,films"), "--cases is 'photos,films'"),
+        (("--peers", "spark"), "--peers is 'spark'"),
+        (("--small", "20", "--large", "20"), "--small is 20 and --large is 20"),
+        (("--rounds", "0"), "--rounds is 0"),
+        (("--images", "none"), "--images none is no folder"),
+        (("--json", "none/figures.json"), "none/figures.json cannot be written"),
+    ],
+)
+def test_bad_settings_end_in_a_sentence(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_chart_is_a_png_for_any_number_of_panels(tmp_path: Path) -> None:
+    for count in (1, 4):
+        path = tmp_path / f"{count}.png"
+        chart.draw([outcome(f"resnet{number}") for number in range(count)], "a machine", path)
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.width > 900
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["photos", "tiles"])
+@pytest.mark.parametrize("peer", list(PEERS))
+def test_each_peer_writes_a_row_an_image(peer: str, kind: str, tmp_path: Path) -> None:
+    small, _ = archives.make(CASES[kind], tmp_path / "archive", 6, 7)
+    if why := left_out(peer, "resnet18", small.in_tars):
+        pytest.skip(why)
+    spent, files = contest._run(peer, "resnet18", small, 4)
+    assert files >= 1
+    assert spent.core_seconds > 0
+
+
+@pytest.mark.slow
+def test_a_peer_that_drops_images_is_found_out(tmp_path: Path) -> None:
+    small, _ = archives.make(CASES["photos"], tmp_path / "archive", 4, 5)
+    with pytest.raises(CommandFailed, match="4 rows for 5 images"):
+        contest._run("dataloader", "resnet18", Archive(small.folder, 5), 4)
+
+
+def start_benchmark(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    found = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
+    command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=found, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
+    process = start_benchmark(*arguments)
+    out, err = process.communicate(timeout=290)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.slow
+def test_a_whole_benchmark(tmp_path: Path) -> None:
+    figures, bars = tmp_path / "figures.json", tmp_path / "bars.png"
+    sizes = ("--small", 8, "--large", 24, "--rounds", 1)
+    done = run_benchmark(
+        "--cases", "photos,tiles", "--model", "tiny:network", *sizes, "--json", figures, "--chart", bars
+    )
+    assert done.returncode == 0, done.stderr
+    for said in ("marginal", "everything else", "roofline: ", "fidelity: ", "Daft is left out", "Ray Data is left out"):
+        assert said in done.stdout
+    record = json.loads(figures.read_text())
+    assert record["machine"]["cores"] >= 1
+    assert {"ray", "torch"} <= set(record["machine"]["versions"])
+    assert [(each["case"], each["model"]) for each in record["outcomes"]] == [
+        ("photos", "tiny:network"),
+        ("tiles", "tiny:network"),
+    ]
+    for each in record["outcomes"]:
+        assert (each["small_images"], each["large_images"]) == (8, 24)
+        assert list(each["contestants"]) == [OURS]
+        runs = each["contestants"][OURS]["runs"]
+        assert all(run["seconds"] > 0 and run["peak_memory_bytes"] > 0 for run in runs["small"] + runs["large"])
+        assert list(each["roofline"]["core_seconds_per_image"]) == [
+            *("read", "decode", "predict", "write", "everything_else")
+        ]
+    assert [each["case"] for each in record["fidelity"]] == ["photos"], "tars hold no loose photos to compare"
+    assert record["fidelity"][0]["images"] == 8
+    assert bars.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_ends_the_benchmark_in_a_sentence(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "mine", 4)
+    done = run_benchmark("--images", folder, "--model", "resnet19", "--small", 2, "--large", 4)
+    assert done.returncode == 1
+    *_, said, sentence = done.stderr.splitlines()
+    assert said.startswith("  nightshift: --model 'resnet19' is unknown")
+    assert re.fullmatch(r"nightshift: python\S* \S+embed.py --input .* ended with 2", sentence)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "mine", 4)
+    settings = ("--images", folder, "--model", "tiny:network", "--small", 2, "--large", 4)
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # a short path: Ray puts sockets below it
+        process = start_benchmark(*settings, TMPDIR=temporary)
+        watched = psutil.Process(process.pid)
+        wait_for(lambda: len(watched.children(recursive=True)) >= 3)  # the job has started Ray
+        children = watched.children(recursive=True)
+        process.terminate()
+        process.communicate(timeout=100)
+        assert process.returncode == 143
+        assert not list(Path(temporary).glob("nightshift-*"))
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
