@@ -9,7 +9,7 @@ import importlib
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from pipeline import storage
 from pipeline.config import Transform
@@ -26,6 +27,7 @@ from pipeline.vision import torchvision
 from pipeline.weights import SUFFIXES, align, fetch_weights, fit, named_hash, official_uri, read_labels, read_state
 
 RGB = 3
+KEEPS_SHAPE = {"normal_", "uniform_", "batch_norm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,9 +398,26 @@ def _weightless() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        with _ShapesOnly():
+            yield
     finally:
         handle.remove()
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Shapes of what torch knows on the meta device in Python alone, for which it would import its compiler, for 2 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func.__name__ in KEEPS_SHAPE:
+                return args[0]
+            if func.__name__ == "linear":
+                return torch.empty((*args[0].shape[:-1], args[1].shape[0]), device="meta")
+            if func.__name__ == "adaptive_avg_pool2d":
+                size = args[1] if isinstance(args[1], Sequence) else (args[1], args[1])
+                kept = [wanted or had for wanted, had in zip(size, args[0].shape[-2:], strict=True)]
+                return torch.empty((*args[0].shape[:-2], *kept), device="meta")
+        return func(*args, **(kwargs or {}))
 
 
 def _probe(network: nn.Module, model: str, crop: int) -> _Shape:
@@ -414,7 +433,7 @@ def _probe(network: nn.Module, model: str, crop: int) -> _Shape:
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _ShapesOnly():
             output = network(image)
     except Exception as error:
         raise SettingRefused(f"--model {model} cannot take a {crop} × {crop} image: {error}") from error

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pipeline import ledger as ledgers
 from pipeline import output, report
 from pipeline import sink as sinks
 from pipeline.config import RunConfig
-from pipeline.datasource import Unit
 from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageRefused, TooManyErrors
 from pipeline.ledger import Ledger, Lock
 from pipeline.plan import Plan
@@ -20,6 +20,9 @@ from pipeline.prefetch import beside
 from pipeline.report import Meter, Report
 from pipeline.sources.discover import Archive
 from pipeline.update import Change
+
+if TYPE_CHECKING:
+    from pipeline.datasource import Unit
 
 
 def run(config: RunConfig, predictor: Predictor) -> Report:
@@ -59,7 +62,7 @@ def _work(
     ledger: Ledger,
     lock: Lock,
     meter: Meter,
-    units: list[Unit],
+    units: "list[Unit]",
 ) -> None:
     """One pass over what remains. Whatever a pass leaves uncovered, the next one does."""
     from pipeline import engine
