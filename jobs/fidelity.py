@@ -66,14 +66,15 @@ def reference(paths: list[Path], model: str, weights: str) -> Tensor:
     return torch.cat(found)
 
 
-def embeddings(paths: list[Path], model: str, weights: str, precision: str) -> Tensor:
+def embeddings(paths: list[Path], model: str, weights: str, precision: str, exact: bool = False) -> Tensor:
     """float32 [images, embedding_dim], as a run computes them. EXIF is left alone, as torchvision leaves it."""
     predictor = Embedder(model=model, weights=weights, precision=precision, compile="off")
     predictor.prepare()
     predictor.load()
     found = []
     for names in batches(paths):
-        pixels = [decode(path.read_bytes(), predictor.transform, exif_rotate=False).pixels for path in names]
+        encoded = (path.read_bytes() for path in names)
+        pixels = [decode(data, predictor.transform, exif_rotate=False, exact=exact).pixels for data in encoded]
         found.append(torch.from_numpy(predictor.predict(np.stack(pixels))["embedding"]))
     return torch.cat(found)
 
@@ -90,6 +91,7 @@ def main() -> int:
     parser.add_argument("--model", metavar="NAME", action="append", help="may be given again (default: resnet18)")
     parser.add_argument("--weights", metavar="WEIGHTS", default="random")
     parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--decoder", default="fast", choices=("fast", "exact"))
     parser.add_argument("--max-median", metavar="F", type=float, default=0.001)
     parser.add_argument("--max-worst", metavar="F", type=float, default=0.003)
     given = parser.parse_args()
@@ -105,7 +107,7 @@ def report(given: argparse.Namespace) -> int:
     print(f"{'model':<20}{'precision':<12}{'median':>12}{'worst':>12}{'images':>8}")
     passed = True
     for model in given.model or ["resnet18"]:
-        found = embeddings(paths, model, given.weights, given.precision)
+        found = embeddings(paths, model, given.weights, given.precision, given.decoder == "exact")
         fidelity = compare(found, reference(paths, model, given.weights))
         numbers = f"{fidelity.median:>12.7f}{fidelity.worst:>12.7f}{len(paths):>8}"
         print(f"{model:<20}{given.precision:<12}{numbers}", flush=True)

@@ -49,6 +49,9 @@ class RunConfig:
     limit: int | None = _flag("only the first N images of the archive", None, metavar="N")
     max_pixels: int = _flag("largest image in pixels, against decompression bombs", 200_000_000, metavar="N")
     exif_rotate: bool = _flag("turn images upright by their EXIF orientation", True)
+    decoder: str = _flag(
+        "fast, or exact: Pillow's and torchvision's pixels to the bit", "fast", choices=("fast", "exact")
+    )
     batch_size: int | None = _flag("images a batch (default: by the hardware)", None, metavar="N")
     rows_per_part: int | None = _flag("rows a Parquet part (default: by the archive's size)", None, metavar="N")
     actors: str = _flag("model actors: auto, N or MIN:MAX", "auto", metavar="auto|N|MIN:MAX")
@@ -72,6 +75,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingRefused(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        if self.decoder not in ("fast", "exact"):
+            raise SettingRefused(f"--decoder is {self.decoder!r}: it is fast or exact")
         if not 0 <= self.max_error_rate <= 1:
             raise SettingRefused(f"--max-error-rate is {self.max_error_rate}: it is a share between 0 and 1")
         if self.update and (self.overwrite or self.limit is not None):
@@ -121,6 +126,7 @@ class RunConfig:
             "limit": self.limit,
             "max_pixels": self.max_pixels,
             "exif_rotate": self.exif_rotate,
+            "decoder": self.decoder,
         }
 
 

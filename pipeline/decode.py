@@ -1,7 +1,9 @@
 """decode: the bytes of an image → uint8 pixels of the network's size, or a DecodeError.
 
 The pixels are those of torchvision's evaluation transform over Pillow (torchvision/transforms/functional.py: `resize`
-of the short side, then `center_crop`), bit for bit. Imports neither Ray nor torch: decode workers start at once.
+of the short side, then `center_crop`), bit for bit where that is asked for. Else only what the crop shows is resized,
+and large images are made smaller on the way: a JPEG as it is decoded, others by averaging whole pixels.
+Imports neither Ray nor torch: decode workers start at once.
 """
 
 import io
@@ -30,6 +32,12 @@ WHOLE_RESIZE_PIXELS = 1 << 22
 1 × 20,000 pixels would be 256 × 5,120,000. Pillow holds the region in float32 and picks the order of its two passes by
 sizes, so that a strip may differ from torchvision by rounding; whole images cannot."""
 
+SCALED_LEAST = 2
+"""A JPEG decoded at a smaller scale keeps this many times the wanted size: less would cost more truth than bfloat16."""
+
+REDUCING_GAP = 3.0
+"""An image that is more than this much larger than wanted is first reduced by averaging blocks of whole pixels."""
+
 SCANS_OF_LARGEST = 16
 """A JPEG may have this many scans if it is as large as `max_pixels` allows, more if it is smaller. Each passes over the
 whole image, and ten bytes make one: 100 KB could keep a core busy for an hour. Encoders write up to about 15."""
@@ -47,6 +55,12 @@ UPRIGHT: dict[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF 2.32, tag 0x0112 → what turns the stored pixels upright."""
+SWAPS_SIDES = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
 BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
@@ -72,8 +86,12 @@ class Decoded:
     height: int
 
 
-def decode(data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True) -> Decoded:
+def decode(
+    data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True, exact: bool = True
+) -> Decoded:
     """The first frame or page of an image as RGB, upright, resized and cropped as `transform` says.
+
+    exact: bit for bit as Pillow and torchvision do it, which takes longer.
 
     Transparency is composited over white. 16-bit grey is scaled to 8 bits; float is taken as [0, 1] where all of it
     lies there, else as [0, 255]. The ICC profile is not applied, as in torchvision.
@@ -89,9 +107,17 @@ def decode(data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, 
         width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
         _check_size(width, height, max_pixels)
         _check_work(image, data, max_pixels)
-        rgb = _jpeg_rgb(image, data) or _to_rgb(image)
+        rgb = _jpeg_rgb(image, data, 0 if exact else SCALED_LEAST * transform.resize) or _to_rgb(image)
         turn = _turn(image, tiff_orientation, exif_rotate)
-        pixels = np.asarray(_resize_crop(rgb if turn is None else rgb.transpose(turn), transform))
+        upright = rgb if turn is None else rgb.transpose(turn)
+        full = (
+            upright.size
+            if rgb.size == image.size
+            else (image.height, image.width)
+            if turn in SWAPS_SIDES
+            else image.size
+        )
+        pixels = np.asarray(_resize_crop(upright, full, transform, exact))
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # Pillow lists nowhere what its readers raise on broken data
@@ -157,15 +183,22 @@ def _turn(image: Image.Image, tiff_orientation: int | None, exif_rotate: bool) -
         return None
 
 
-def _jpeg_rgb(image: Image.Image, data: bytes) -> Image.Image | None:
-    """A JPEG decoded with the libjpeg-turbo settings that Pillow uses, faster; None leaves it to Pillow."""
+def _jpeg_rgb(image: Image.Image, data: bytes, least: int) -> Image.Image | None:
+    """A JPEG decoded with the libjpeg-turbo settings that Pillow uses, faster; None leaves it to Pillow.
+
+    least: pixels of the short side that are enough, 0 for all. Whole blocks of 8 × 8 pixels then become n × n as they
+    are decoded (libjpeg's scaled DCT), if that makes each side half as long or shorter.
+    """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, fastupsample=False, min_height=least, min_width=least, min_factor=2
+        )
     except ValueError:  # it is strict; Pillow forgives what a viewer would
         return None
-    return Image.fromarray(pixels) if pixels.shape[:2] == image.size[::-1] else None
+    is_whole = pixels.shape[:2] == image.size[::-1]
+    return Image.fromarray(pixels) if is_whole or (least and min(pixels.shape[:2]) >= least) else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -198,17 +231,21 @@ def _grey_float(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
 
 
-def _resize_crop(image: Image.Image, transform: Transform) -> Image.Image:
-    width, height = image.size
+def _resize_crop(image: Image.Image, full: tuple[int, int], transform: Transform, exact: bool) -> Image.Image:
+    """full: width and height of the image, of which there may be fewer pixels."""
+    width, height = full
     short = min(width, height)
     scaled = int(transform.resize * width / short), int(transform.resize * height / short)
     left, top = _offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop)
     right, bottom = left + transform.crop, top + transform.crop
     x0, y0, x1, y1 = 0, 0, *scaled
-    if x1 * y1 > WHOLE_RESIZE_PIXELS:
+    if not exact or x1 * y1 > WHOLE_RESIZE_PIXELS:
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, x1), min(bottom, y1)
-    box = (x0 * width / scaled[0], y0 * height / scaled[1], x1 * width / scaled[0], y1 * height / scaled[1])
-    resized = image.resize((x1 - x0, y1 - y0), FILTERS[transform.interpolation], box)
+    x, y = image.width / scaled[0], image.height / scaled[1]
+    gap = None if exact or transform.interpolation == "nearest" else REDUCING_GAP
+    resized = image.resize(
+        (x1 - x0, y1 - y0), FILTERS[transform.interpolation], (x0 * x, y0 * y, x1 * x, y1 * y), reducing_gap=gap
+    )
     return resized.crop((left - x0, top - y0, right - x0, bottom - y0))  # Pillow pads with zeros
 
 

@@ -15,6 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import output, schema
 from pipeline.config import RunConfig
+from pipeline.coverage import END, count
 from pipeline.datasource import ShardDatasource, SignedKeys, Unit
 from pipeline.errors import NightshiftError, SettingRefused
 from pipeline.ledger import Commit
@@ -124,6 +125,7 @@ class Flow:
         layout = Layout.of(config, cpus, gpus)
         batch_size = config.batch_size or (256 if layout.actor_gpus else 64)
         predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
+        predictor.images = _expected(plan, units) // layout.actors[1]
         names = config.keep_names()
         keep = {name: (names[name], plan.keep.field(name).type) for name in plan.keep.names}
         result = schema.result(predictor.columns, dict(keep.values()))
@@ -133,6 +135,7 @@ class Flow:
             keep,
             config.max_pixels,
             config.exif_rotate,
+            config.decoder == "exact",
             batch_size,
             max(1, min(MAX_DECODE_THREADS, int(cpus) // len(units))),
         )
@@ -248,5 +251,16 @@ def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:
     row_bytes = 200 + sum(
         f.type.list_size * f.type.value_type.bit_width // 8 for f in result if pa.types.is_fixed_size_list(f.type)
     )
-    images = plan.rows + plan.size_bytes // ASSUMED_IMAGE_BYTES * (plan.uncounted_shards > 0)
+    images = plan.rows + _uncounted(plan)
     return int(max(batch_size, min(PART_BYTES // row_bytes, images // 50)))
+
+
+def _expected(plan: Plan, units: list[Unit]) -> int:
+    """About how many images there are in units of work."""
+    known = sum(count(ranges) for _, ranges in units if ranges[-1][1] < END)
+    return known + _uncounted(plan) * sum(ranges[-1][1] == END for _, ranges in units) // max(plan.uncounted_shards, 1)
+
+
+def _uncounted(plan: Plan) -> int:
+    """About how many images there are in the shards that only reading can count."""
+    return plan.size_bytes // ASSUMED_IMAGE_BYTES * (plan.uncounted_shards > 0)

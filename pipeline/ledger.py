@@ -36,6 +36,7 @@ class Commit:
     part, errors_part: file names in the output and in `_errors/`, None where there were no such rows.
     ranges: rows covered, by shard. totals: number of rows of the shards whose end was seen.
     seconds: wall time by stage, summed over images. errors_by_type: `<stage>/<error_type>` → images.
+    networks: how the network ran (device, number format) → images.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Commit:
     errors_by_type: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
+    networks: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -71,6 +73,7 @@ class Tally:
     bytes_read: int = 0
     errors_by_type: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
+    networks: Counter[str] = field(default_factory=Counter)
 
     def add(self, commit: Commit) -> None:
         self.rows += commit.rows
@@ -79,6 +82,7 @@ class Tally:
         self.bytes_read += commit.bytes_read
         self.errors_by_type.update(commit.errors_by_type)
         self.seconds.update(commit.seconds)
+        self.networks.update(commit.networks)
 
 
 class Ledger:

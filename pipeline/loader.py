@@ -30,6 +30,7 @@ class Loader:
     keep: Mapping[str, tuple[str, pa.DataType]]
     max_pixels: int
     exif_rotate: bool
+    exact: bool
     rows_per_table: int
     threads: int
 
@@ -50,7 +51,13 @@ class Loader:
             return _Row(item, None, item.error if isinstance(item, Record) else None, 0.0)
         started = time.perf_counter()
         try:
-            decoded = decode(item.data, self.transform, max_pixels=self.max_pixels, exif_rotate=self.exif_rotate)
+            decoded = decode(
+                item.data,
+                self.transform,
+                max_pixels=self.max_pixels,
+                exif_rotate=self.exif_rotate,
+                exact=self.exact,
+            )
             return _Row(item, decoded, None, time.perf_counter() - started)
         except ImageError as error:
             return _Row(item, None, error, time.perf_counter() - started)

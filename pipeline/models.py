@@ -405,7 +405,7 @@ def _weightless() -> Iterator[None]:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Shapes of what torch knows on the meta device in Python alone, for which it would import its compiler, for 2 s."""
+    """Shapes that torch finds in Python on the meta device, for which it would import its compiler, for 2 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].is_meta:

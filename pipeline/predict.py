@@ -102,6 +102,7 @@ class Predict:
         indices = pa.array(take, mask=take < 0)
         merged = {name: table[name] for name in table.column_names if name != schema.PIXELS}
         merged |= {name: array.take(indices) for name, array in columns.items()}
+        merged["network"] = pa.repeat(self.predictor.describe(), len(table))
         merged["predict_seconds"] = pa.array(np.where(take >= 0, seconds, 0.0).astype(np.float32))
         for name, value in {"stage": "stage", "error_type": "error_type", "message": "message"}.items():
             if errors:

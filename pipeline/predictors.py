@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FIXED_BATCH_SIZE = 64
 
-_NOT_IN_RESULTS = {"threads", "batch_size", "compile", "compile_auto"}
+_NOT_IN_RESULTS = {"threads", "batch_size", "images", "compile"}
 _RESOLVED = {"weights", "seed", "labels"}
 """Settings of a network that count by what they were resolved to: a moved file of weights is the same file."""
 
@@ -36,13 +36,15 @@ class Predictor:
     """What a run does with its pixels. A predictor of one's own sets `columns` and writes `predict`.
 
     transform: the size that images are decoded to. columns: the result columns that it adds.
-    threads, batch_size: what the run gives an actor; None before that.
+    threads, batch_size, images: what the run gives an actor: cores, images at once, and about how many in all; None
+    before that.
     """
 
     transform: Transform = Transform()
     columns: pa.Schema = pa.schema([])
     threads: int | None = None
     batch_size: int | None = None
+    images: int | None = None
 
     def prepare(self) -> None:
         """Once, on the driver, before any work: check the settings. Raise the errors of `pipeline.errors`."""
@@ -61,6 +63,10 @@ class Predictor:
 
     def load(self) -> None:
         """Once, in each actor, before the first batch."""
+
+    def describe(self) -> str:
+        """How `predict` runs in this process, for the report: device, number format and the like."""
+        return ""
 
     def shrink(self, batch_size: int) -> None:
         """A batch did not fit the memory; those to come have at most this many images. Free what can be freed."""
@@ -97,7 +103,7 @@ class NetworkPredictor(Predictor):
     """What Embedder and Classifier share: one network, its weights, and how it runs.
 
     precision auto: bfloat16 where the hardware computes in it (float16 on a GPU that does not), float32 elsewhere.
-    compile auto: compiled where the caller sets compile_auto.
+    compile auto: compiled where so much work is left that it pays.
     """
 
     model: str = _flag("torchvision name, timm:<name>, or package.module:function", "resnet50", metavar="NAME")
@@ -107,7 +113,6 @@ class NetworkPredictor(Predictor):
     embedding_dtype: str = _flag("number format of the embedding column", "float32", ("float32", "float16"))
     seed: int = _flag("seed of random weights", 0, metavar="N")
     threads: int | None = None
-    compile_auto: bool = False
     _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
     _runner: "Runner | None" = field(default=None, init=False, repr=False, compare=False)
 
@@ -167,9 +172,8 @@ class NetworkPredictor(Predictor):
         """Build the network on this process's GPU, or on the CPU. Raises WeightsRefused."""
         from pipeline.network import Runner
 
-        fixed_size = self.batch_size or FIXED_BATCH_SIZE
-        wants_compile = self.compile == "on" or (self.compile == "auto" and self.compile_auto)
-        self._runner = Runner(self.spec, self.precision, fixed_size if wants_compile else None, self.threads)
+        batch_size = self.batch_size or FIXED_BATCH_SIZE
+        self._runner = Runner(self.spec, self.precision, self.compile, batch_size, self.threads, self.images)
 
     def predict(self, pixels: np.ndarray) -> Columns:
         """uint8 [N, crop, crop, 3] RGB → the columns, N values each; an overflow or NaN is handed on as it is."""
@@ -178,6 +182,9 @@ class NetworkPredictor(Predictor):
         assert self._runner is not None
         features, logits = self._runner(pixels)
         return self._results(features, logits)
+
+    def describe(self) -> str:
+        return self._runner.state if self._runner else ""
 
     def shrink(self, batch_size: int) -> None:
         if self._runner is not None:

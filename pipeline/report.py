@@ -27,6 +27,7 @@ class Report:
 
     status: done, or why it is not. planned: images, None while shards are left that nobody has counted.
     wall_seconds, images_per_second: of this attempt. stage_seconds: summed over images and workers, whole run.
+    networks: how the network ran (device, number format, compiled or not) → images.
     unchanged, removed: images (or whole shards) that the last --update skipped, and that it no longer found.
     """
 
@@ -44,6 +45,7 @@ class Report:
     bytes_read: int
     errors_by_type: dict[str, int] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    networks: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     removed: int = 0
 
@@ -69,6 +71,7 @@ class Report:
             bytes_read=earlier.bytes_read + current.bytes_read,
             errors_by_type=dict((earlier.errors_by_type + current.errors_by_type).most_common()),
             stage_seconds={name: round(seconds[name], 3) for name in ("read", "decode", "predict", "write")},
+            networks=dict((earlier.networks + current.networks).most_common()),
             unchanged=change.unchanged if change else 0,
             removed=change.removed if change else 0,
         )
@@ -103,6 +106,9 @@ class Report:
             yield "resumed", f"{self.resumed_images:,} images were done before, by {attempts}"
         yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
         yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
+        for network, count in self.networks.items():
+            if network:
+                yield "network", f"{self.model}: {network}{f' ({count:,} images)' if len(self.networks) > 1 else ''}"
         yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"
         yield "open it", f'pandas.read_parquet("{self.output}")'
 

@@ -49,8 +49,9 @@ def loaded(crop: int, keep: Mapping[str, pa.DataType]) -> pa.Schema:
 
 
 def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Rows on their way from predict to the sink: the result columns in place of the pixels."""
-    return pa.schema([*result(columns, keep), *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())])
+    """Rows on their way from predict to the sink: the result columns in place of the pixels. network: how it ran."""
+    rest = [(SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64()), ("network", pa.string())]
+    return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 
 def result(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:

@@ -60,6 +60,7 @@ class Sink:
             errors_by_type=_errors_by_type(errors),
             seconds={name.removesuffix("_seconds"): _sum(table[name]) for name in schema.SECONDS.names},
             bytes_read=int(_sum(table["size_bytes"])),
+            networks=dict(Counter(rows["network"].to_pylist())),
         )
         commit.seconds["write"] = time.perf_counter() - started
         return self._commit(commit)

@@ -88,8 +88,8 @@ def named_hash(uri: str) -> str:
     return found.group(1) if found else ""
 
 
-def cache_folder() -> Path:
-    folder = Path(os.environ.get("NIGHTSHIFT_CACHE") or "~/.cache/nightshift").expanduser() / "weights"
+def cache_folder(name: str = "weights") -> Path:
+    folder = Path(os.environ.get("NIGHTSHIFT_CACHE") or "~/.cache/nightshift").expanduser() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ from pipeline.errors import Interrupted, NotWhole, OutputLocked, Refused, Settin
 from pipeline.predictors import Classifier, Embedder
 
 FLAGS = {
-    "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate",
+    "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate", "--decoder",
     "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite", "--update",
     "--dry-run",
 }  # fmt: skip

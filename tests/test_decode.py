@@ -330,3 +330,19 @@ def test_photos_have_torchvisions_pixels() -> None:
     for path in sorted(PHOTOS.iterdir())[::6]:
         data = path.read_bytes()
         np.testing.assert_array_equal(pixels(data, Transform()), reference(by_pillow(data), Transform()), path.name)
+
+
+# Fast decoding: not to the bit, and near it
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("size", [(64, 80), (131, 97), (600, 433), (2003, 1499), (40, 3000)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_fast_pixels_are_near_the_exact_ones(format: str, size: tuple[int, int], orientation: int) -> None:
+    data = images.oriented(orientation, format, size, "urban")
+    exact, fast = (decode(data, SMALL, exact=each) for each in (True, False))
+    assert (fast.width, fast.height) == (exact.width, exact.height) == size
+    difference = np.abs(fast.pixels.astype(int) - exact.pixels)
+    assert difference.mean() < 3
+    if size[0] < 2 * 2 * SMALL.resize:
+        assert difference.max() <= 8

@@ -24,7 +24,7 @@ def tar_shard(path: Path, members: dict[str, bytes]) -> Shard:
 
 def loader(**settings: object) -> Loader:
     keep = {"cls": ("truth", pa.string())}
-    values = {"max_pixels": 10**6, "exif_rotate": True, "rows_per_table": 4, "threads": 3, **settings}
+    values = {"max_pixels": 10**6, "exif_rotate": True, "exact": True, "rows_per_table": 4, "threads": 3, **settings}
     return Loader(TRANSFORM, ReadOptions(keep=("cls",)), keep, **values)  # type: ignore[arg-type]
 
 

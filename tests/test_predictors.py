@@ -210,12 +210,10 @@ def test_compiled_batches_are_padded_and_split() -> None:
         np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
 
 
-def test_without_a_compiler_it_goes_on_uncompiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+def test_without_a_compiler_it_goes_on_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
-    with fresh_cache(), caplog.at_level(logging.WARNING, "pipeline.network"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with no_compiler, fresh_cache(), caplog.at_level(logging.WARNING, "pipeline.network"):
         predictor = compiled(4)
     assert [record.message[:20] for record in caplog.records if record.name == "pipeline.network"] == [
         "torch.compile failed"
@@ -223,10 +221,21 @@ def test_without_a_compiler_it_goes_on_uncompiled(
     assert predictor.predict(draw_pixels(5, 32))["embedding"].shape == (5, 8)
 
 
-def test_compile_auto_follows_the_caller() -> None:
-    predictor = Embedder(model=TINY)
+@pytest.mark.parametrize(("pays_seconds", "compiles"), [(0.0, True), (1e9, False)])
+def test_compile_auto_compiles_where_enough_is_left(
+    monkeypatch: pytest.MonkeyPatch, pays_seconds: float, compiles: bool
+) -> None:
+    monkeypatch.setattr("pipeline.network.COMPILE_PAYS_SECONDS", pays_seconds)
+    predictor = Embedder(model=TINY, precision="float32")
+    predictor.batch_size, predictor.images = 4, 100
     predictor.load()
-    assert predictor._runner.fixed_size is None
+    pixels = draw_pixels(4, 32)
+    first = predictor.predict(pixels)["embedding"]
+    assert predictor.describe() == "cpu, float32"
+    predictor.predict(pixels[:3])
+    predictor.predict(pixels)
+    assert predictor.describe() == "cpu, float32" + ", compiled" * compiles
+    np.testing.assert_allclose(predictor.predict(pixels)["embedding"], first, atol=1e-5)
 
 
 # Settings
