@@ -36,6 +36,7 @@ benchmark: $(READY) ## our job and its peers side by side, on drawn photos or on
 
 bench-scale: $(READY) ## memory and speed at ten thousand, a hundred thousand and a million images (an hour)
 	$(BIN)/python jobs/bench_scale.py
+	$(BIN)/python jobs/bench_commits.py
 
 check: $(READY) ## ruff, mypy strict, and the tests' fast part
 	$(BIN)/ruff check .

@@ -94,7 +94,8 @@ def measure(archive: Path, output: Path) -> tuple[float, Peaks, float]:
 def steady_rate(output: Path) -> float:
     """Images/s between the first commit and the last: what a run gets once it is under way."""
     commits = sorted((path.stat().st_mtime, json.loads(path.read_text())["rows"]) for path in output.glob("_commits/*"))
-    return sum(rows for _, rows in commits[1:]) / (commits[-1][0] - commits[0][0])
+    rows = sum(rows for _, rows in commits[1:])
+    return rows / (commits[-1][0] - commits[0][0]) if rows else float("nan")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from pipeline.weights import cache_folder
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_SECONDS = 100.0
-"""With so much work left, uncompiled, compiling is worth it: it takes 10–35 s and saves a seventh of the time or more."""
+"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves a seventh of the time at least."""
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601, as Pillow's convert("L")."""

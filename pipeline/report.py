@@ -118,11 +118,14 @@ class Meter:
 
     def __init__(self, plan: Plan, ledger: Ledger, console: Console) -> None:
         self.plan, self.ledger, self.console = plan, ledger, console
-        self.started = self.printed = time.monotonic()
+        self.printed = time.monotonic()
+        self.first: tuple[float, int] | None = None
         self.bar: Progress | None = None
         self.task: Any = None
 
     def update(self) -> None:
+        if self.first is None and self.ledger.current.parts:
+            self.first = time.monotonic(), self._images()
         done = self.ledger.rows + self.ledger.errors
         total = None if self.plan.uncounted_shards else self.plan.rows
         if self.bar:
@@ -134,15 +137,20 @@ class Meter:
             self.console.print(self._line(done, total), highlight=False)
 
     def rate(self) -> float:
-        """Images a second of this attempt."""
-        seconds = time.monotonic() - self.started
-        return (self.ledger.current.rows + self.ledger.current.errors) / seconds if seconds else 0.0
+        """Images a second since the first part: the start would make the time that is left look long."""
+        if self.first is None or self._images() == self.first[1]:
+            return 0.0
+        return (self._images() - self.first[1]) / (time.monotonic() - self.first[0])
+
+    def _images(self) -> int:
+        return self.ledger.current.rows + self.ledger.current.errors
 
     def _line(self, done: int, total: int | None) -> str:
         of = f" of {total:,} ({done / max(total, 1):.0%})" if total is not None else ""
         rate = self.rate()
+        speed = f", {rate:.1f}/s" if rate else ""
         left = f", {(total - done) / rate:,.0f} s left" if total is not None and rate else ""
-        return f"{done:,} images{of}, {rate:.1f}/s, {self.ledger.errors:,} errors{left}"
+        return f"{done:,} images{of}{speed}, {self.ledger.errors:,} errors{left}"
 
 
 @contextmanager

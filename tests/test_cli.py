@@ -11,9 +11,9 @@ from pipeline.errors import Interrupted, NotWhole, OutputLocked, Refused, Settin
 from pipeline.predictors import Classifier, Embedder
 
 FLAGS = {
-    "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate", "--decoder",
-    "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite", "--update",
-    "--dry-run",
+    "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate",
+    "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
+    "--update", "--dry-run",
 }  # fmt: skip
 NETWORK_FLAGS = {"--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype"}
 

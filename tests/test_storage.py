@@ -164,3 +164,11 @@ def test_work_ahead_is_bounded_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert next(results) == 10
     assert taken == [10, 20, 500]
     assert list(results) == [20, 500, 30, 90, 10]
+
+
+def test_links_in_circles_and_to_nothing_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    (tmp_path / "nothing.jpg").symlink_to("there-is-no-such-file.jpg")
+    (tmp_path / "above").symlink_to(tmp_path)
+    assert [info.uri for info in storage.list_objects(str(tmp_path))] == [str(tmp_path / "a.jpg")]

@@ -1,6 +1,6 @@
 """Files of this machine, or of a file system that it has mounted."""
 
-import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -65,14 +65,19 @@ class LocalStore:
             return
         with os.scandir(folder) as entries:
             # A folder sorts as its name with a slash, so that whole paths come out in order, as object stores list.
-            names = sorted(e.name + "/" * e.is_dir() for e in entries if not e.name.startswith("."))
+            names = sorted(e.name + "/" * _is_folder(e) for e in entries if not e.name.startswith("."))
         for name in names:
             path = f"{folder.rstrip('/')}/{name}"
             if name.endswith("/"):
                 yield from self._walk(path[:-1], parents | {real})
             else:
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a dangling link
-                    yield self.head(path)
+                try:
+                    info = self.head(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):
+                        raise
+                else:  # not removed meanwhile, no link to nothing or to itself
+                    yield info
 
     @staticmethod
     def _info(path: str, stat: os.stat_result) -> ObjectInfo:
@@ -100,3 +105,10 @@ class LocalStore:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
