@@ -79,7 +79,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """pixels: uint8 [crop, crop, 3], RGB. width, height: as stored, before EXIF rotation and any resize."""
+    """pixels: uint8 [crop, crop, 3], RGB; of a tile that keeps its size [side, side, 3].
+
+    width, height: as stored, before EXIF rotation and any resize.
+    """
 
     pixels: np.ndarray
     width: int
@@ -87,11 +90,18 @@ class Decoded:
 
 
 def decode(
-    data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True, exact: bool = True
+    data: bytes,
+    transform: Transform,
+    *,
+    max_pixels: int = 200_000_000,
+    exif_rotate: bool = True,
+    exact: bool = True,
+    keep_tiles: bool = False,
 ) -> Decoded:
     """The first frame or page of an image as RGB, upright, resized and cropped as `transform` says.
 
     exact: bit for bit as Pillow and torchvision do it, which takes longer.
+    keep_tiles: square images of at most half the crop's side stay as they are, to be enlarged where the network runs.
 
     Transparency is composited over white. 16-bit grey is scaled to 8 bits; float is taken as [0, 1] where all of it
     lies there, else as [0, 255]. The ICC profile is not applied, as in torchvision.
@@ -110,13 +120,11 @@ def decode(
         rgb = _jpeg_rgb(image, data, 0 if exact else SCALED_LEAST * transform.resize) or _to_rgb(image)
         turn = _turn(image, tiff_orientation, exif_rotate)
         upright = rgb if turn is None else rgb.transpose(turn)
-        full = (
-            upright.size
-            if rgb.size == image.size
-            else (image.height, image.width)
-            if turn in SWAPS_SIDES
-            else image.size
-        )
+        if keep_tiles and upright.width == upright.height <= transform.crop // 2:
+            return Decoded(np.asarray(upright), width, height)
+        full = (image.height, image.width) if turn in SWAPS_SIDES else image.size
+        if rgb.size == image.size:
+            full = upright.size
         pixels = np.asarray(_resize_crop(upright, full, transform, exact))
     except (DecodeError, MemoryError):
         raise

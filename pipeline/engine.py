@@ -136,6 +136,7 @@ class Flow:
             config.max_pixels,
             config.exif_rotate,
             config.decoder == "exact",
+            predictor.takes_tiles and config.decoder != "exact",
             batch_size,
             max(1, min(MAX_DECODE_THREADS, int(cpus) // len(units))),
         )

@@ -31,6 +31,7 @@ class Loader:
     max_pixels: int
     exif_rotate: bool
     exact: bool
+    keep_tiles: bool
     rows_per_table: int
     threads: int
 
@@ -57,6 +58,7 @@ class Loader:
                 max_pixels=self.max_pixels,
                 exif_rotate=self.exif_rotate,
                 exact=self.exact,
+                keep_tiles=self.keep_tiles,
             )
             return _Row(item, decoded, None, time.perf_counter() - started)
         except ImageError as error:
@@ -65,14 +67,14 @@ class Loader:
     def _table(self, shard: Shard, batch: "list[_Row]") -> pa.Table:
         columns: dict[str, Any] = {
             "shard": np.full(len(batch), shard.index, np.int32),
-            schema.PIXELS: _pixel_column([row.decoded for row in batch], self.transform.crop),
+            schema.PIXELS: _pixel_column([row.decoded for row in batch]),
         }
         rows = [row.columns() for row in batch]
         for name in rows[0]:
             columns[name] = [row[name] for row in rows]
         for name, (alias, type_) in self.keep.items():
             columns[alias] = pa.array([_kept(row.item, name) for row in batch], type_)
-        types = schema.loaded(self.transform.crop, dict(self.keep.values()))
+        types = schema.loaded(dict(self.keep.values()))
         return pa.table({name: columns[name] for name in types.names}, schema=types)
 
 
@@ -112,13 +114,13 @@ def _kept(item: Record | ShardEnd, name: str) -> Any:
     return item.kept.get(name) if isinstance(item, Record) else None
 
 
-def _pixel_column(images: list[Decoded | None], crop: int) -> pa.Array:
-    """A fixed_size_binary column of uint8 [crop, crop, 3], null where there is no image; one copy an image."""
-    pixels = np.empty((len(images), crop, crop, 3), np.uint8)
-    valid = np.zeros(len(images), bool)
-    for place, image in enumerate(images):
-        if image is not None:
-            pixels[place] = image.pixels
-            valid[place] = True
-    bitmap = pa.py_buffer(np.packbits(valid, bitorder="little"))
-    return pa.Array.from_buffers(pa.binary(crop * crop * 3), len(images), [bitmap, pa.py_buffer(pixels)])
+def _pixel_column(images: list[Decoded | None]) -> pa.Array:
+    """A binary column of uint8 [side, side, 3], null where there is no image; one copy an image."""
+    sizes = [image.pixels.size if image else 0 for image in images]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    pixels = np.empty(offsets[-1], np.uint8)
+    for image, start, stop in zip(images, offsets, offsets[1:], strict=False):
+        if image:
+            pixels[start:stop].reshape(image.pixels.shape)[...] = image.pixels
+    bitmap = np.packbits([image is not None for image in images], bitorder="little")
+    return pa.Array.from_buffers(pa.binary(), len(images), [pa.py_buffer(each) for each in (bitmap, offsets, pixels)])

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+from torch.nn import functional
 
+from pipeline.config import Transform
 from pipeline.models import ModelSpec, Network, build
 from pipeline.weights import cache_folder
 
@@ -39,7 +41,7 @@ class Runner:
         dtype = _dtype(precision, self.device)
         if dtype is torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of a float32's 23
-        self.crop, self.batch_size = spec.transform.crop, batch_size
+        self.transform, self.batch_size = spec.transform, batch_size
         self.images = images if compile == "auto" else None
         self.fixed_size: int | None = None
         self.state = f"{self.device}, {str(dtype).removeprefix('torch.')}"
@@ -51,7 +53,8 @@ class Runner:
             self._compile()
 
     def __call__(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """uint8 [N, H, W, 3], N ≥ 1 → float32 [N, embedding_dim], [N, num_classes] or None, on the device."""
+        """uint8 [N, crop, crop, 3] or tiles of less, N ≥ 1 → float32 [N, embedding_dim], [N, num_classes] or None, on
+        the device."""
         if self.images is None:
             return self._run(pixels)
         started = time.perf_counter()
@@ -92,7 +95,10 @@ class Runner:
             self.staging = torch.zeros((size, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
         np.copyto(self.staging[: len(pixels)].numpy(), pixels)
         with torch.no_grad():
-            features, logits = self.forward(self.staging[:size].to(self.device, non_blocking=True))
+            on_device = self.staging[:size].to(self.device, non_blocking=True)
+            if on_device.shape[1] != self.transform.crop:
+                on_device = _enlarged(on_device, self.transform)
+            features, logits = self.forward(on_device)
         return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
 
     def _compile(self) -> None:
@@ -101,12 +107,21 @@ class Runner:
         options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
         try:
             self.forward = torch.compile(eager, dynamic=False, options=options)
-            self._batch(np.zeros((size, self.crop, self.crop, 3), np.uint8), size)
+            self._batch(np.zeros((size, self.transform.crop, self.transform.crop, 3), np.uint8), size)
             self.fixed_size, self.state = size, f"{self.state}, compiled"
         except Exception as error:  # no C++ compiler, or a network that the compiler cannot take
             reason = " ".join(str(error).splitlines()[:2])
             log.warning("torch.compile failed, so the network runs uncompiled: %s", reason)
             self.forward, self.state = eager, f"{self.state}, not compiled: {reason}"
+
+
+def _enlarged(tiles: Tensor, transform: Transform) -> Tensor:
+    """uint8 [N, side, side, 3] → [N, crop, crop, 3], as `decode` would: enlarging needs no antialiasing."""
+    x = tiles.permute(0, 3, 1, 2).float()
+    x = functional.interpolate(x, size=(transform.resize, transform.resize), mode="bilinear", align_corners=False)
+    start = round((transform.resize - transform.crop) / 2)
+    stop = start + transform.crop
+    return x[..., start:stop, start:stop].round_().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class _FromPixels(nn.Module):

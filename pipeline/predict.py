@@ -1,5 +1,6 @@
 """decode → predict: a predictor over Arrow tables. A row that cannot be predicted costs itself, never its batch."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -34,11 +35,21 @@ class Predict:
             raise self.refusal
         started = time.perf_counter()
         is_image = pc.is_valid(table[schema.PIXELS])
-        images = table.filter(is_image)
-        columns, errors = self._predict(_pixels(images, self.predictor.transform.crop))
-        seconds = (time.perf_counter() - started) / max(len(images), 1)
         places = np.flatnonzero(is_image.to_numpy(zero_copy_only=False))
-        return self._merge(table, columns, {int(places[i]): error for i, error in errors.items()}, places, seconds)
+        column = table[schema.PIXELS].combine_chunks()
+        groups = _by_side(column, places)
+        found = [self._predict(_pixels(column, group)) for group in groups]
+        seconds = (time.perf_counter() - started) / max(len(places), 1)
+        columns = {
+            field.name: pa.concat_arrays([pa.nulls(0, field.type), *(columns[field.name] for columns, _ in found)])
+            for field in self.predictor.columns
+        }
+        errors = {
+            int(group[i]): error
+            for group, (_, errors) in zip(groups, found, strict=True)
+            for i, error in errors.items()
+        }
+        return self._merge(table, columns, errors, np.concatenate([places[:0], *groups]), seconds)
 
     def _predict(self, pixels: np.ndarray) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """Columns of as many rows as there are images, and the errors by image."""
@@ -53,9 +64,8 @@ class Predict:
             first += len(piece)
         if any(error.error_type == OUT_OF_MEMORY for error in errors.values()):
             self.most = most  # an image that does not fit alone says nothing of how many others do
-        names = self.predictor.columns.names if pieces else ()
-        columns = {field.name: pa.nulls(0, field.type) for field in self.predictor.columns}
-        return columns | {name: pa.concat_arrays([piece[name] for piece in pieces]) for name in names}, errors
+        names = self.predictor.columns.names
+        return {name: pa.concat_arrays([piece[name] for piece in pieces]) for name in names}, errors
 
     def _piece(self, pixels: np.ndarray) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """A batch that fails is halved until the images that it fails for stand alone.
@@ -119,15 +129,22 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-def _pixels(images: pa.Table, crop: int) -> np.ndarray:
-    """uint8 [N, crop, crop, 3] over the column's own memory."""
-    column = images[schema.PIXELS].combine_chunks()
-    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
-    if not len(chunk):
-        return np.empty((0, crop, crop, 3), np.uint8)
-    size = crop * crop * 3
-    pixels = np.frombuffer(chunk.buffers()[1], np.uint8, count=len(chunk) * size, offset=chunk.offset * size)
-    return pixels.reshape(len(chunk), crop, crop, 3)
+def _by_side(column: pa.BinaryArray, places: np.ndarray) -> list[np.ndarray]:
+    """The places of images, those of one size together: most often all of them."""
+    sizes = pc.binary_length(column).to_numpy(zero_copy_only=False)[places]
+    return [places[sizes == size] for size in np.unique(sizes)]
+
+
+def _pixels(column: pa.BinaryArray, places: np.ndarray) -> np.ndarray:
+    """uint8 [N, side, side, 3] of images of one size, over the column's own memory where they stand side by side."""
+    offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1]
+    data = np.frombuffer(column.buffers()[2], np.uint8)
+    size = int(offsets[places[0] + 1] - offsets[places[0]])
+    side = math.isqrt(size // 3)
+    first, last = offsets[places[0]], offsets[places[-1] + 1]
+    if last - first == len(places) * size:  # what lies between are rows without pixels
+        return data[first:last].reshape(-1, side, side, 3)
+    return np.stack([data[start : start + size] for start in offsets[places]]).reshape(-1, side, side, 3)
 
 
 def _to_arrow(values: Any, type_: pa.DataType) -> pa.Array:

@@ -38,6 +38,7 @@ class Predictor:
     transform: the size that images are decoded to. columns: the result columns that it adds.
     threads, batch_size, images: what the run gives an actor: cores, images at once, and about how many in all; None
     before that.
+    takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
     """
 
     transform: Transform = Transform()
@@ -45,6 +46,7 @@ class Predictor:
     threads: int | None = None
     batch_size: int | None = None
     images: int | None = None
+    takes_tiles: bool = False
 
     def prepare(self) -> None:
         """Once, on the driver, before any work: check the settings. Raise the errors of `pipeline.errors`."""
@@ -145,6 +147,7 @@ class NetworkPredictor(Predictor):
             self.model, self.weights, labels=self._label_file(), seed=self.seed, need_head=self.needs_head
         )
         self.transform = self._spec.transform
+        self.takes_tiles = self.transform.interpolation == "bilinear" and self.transform.resize >= self.transform.crop
         self.columns = self._columns(self._spec)
 
     def settings(self) -> dict[str, object]:

@@ -40,9 +40,9 @@ SHARD_ROWS = "shard_rows"
 """Set on the one row that ends a shard and is no image: the shard's number of rows. Null on images."""
 
 
-def loaded(crop: int, keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Rows on their way from decode to predict. pixels: uint8 [crop, crop, 3], null where the row is an error."""
-    pixels = pa.field(PIXELS, pa.binary(crop * crop * 3))
+def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Rows on their way from decode to predict. pixels: uint8 [side, side, 3], null where the row is an error."""
+    pixels = pa.field(PIXELS, pa.binary())
     return pa.schema(
         [*IDENTITY, *_kept(keep), pixels, *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())]
     )

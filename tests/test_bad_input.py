@@ -46,7 +46,9 @@ def plan(path: Path, case: Case) -> tuple[list[Shard], dict[str, pa.DataType]]:
 
 def load(shard: Shard, todo: Ranges = ALL, keep_types: dict[str, pa.DataType] | None = None) -> pa.Table:
     keep = {name: (name, type_) for name, type_ in (keep_types or {}).items()}
-    loader = Loader(Transform(resize=36, crop=32), ReadOptions(tuple(keep)), keep, MAX_PIXELS, True, False, 64, 2)
+    loader = Loader(
+        Transform(resize=36, crop=32), ReadOptions(tuple(keep)), keep, MAX_PIXELS, True, False, False, 64, 2
+    )
     return pa.concat_tables(loader.load(shard, todo))
 
 

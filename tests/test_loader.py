@@ -24,7 +24,15 @@ def tar_shard(path: Path, members: dict[str, bytes]) -> Shard:
 
 def loader(**settings: object) -> Loader:
     keep = {"cls": ("truth", pa.string())}
-    values = {"max_pixels": 10**6, "exif_rotate": True, "exact": True, "rows_per_table": 4, "threads": 3, **settings}
+    values = {
+        "max_pixels": 10**6,
+        "exif_rotate": True,
+        "exact": True,
+        "keep_tiles": False,
+        "rows_per_table": 4,
+        "threads": 3,
+        **settings,
+    }
     return Loader(TRANSFORM, ReadOptions(keep=("cls",)), keep, **values)  # type: ignore[arg-type]
 
 
@@ -34,7 +42,7 @@ def test_tables_hold_every_row_and_the_end_of_the_shard(tmp_path: Path) -> None:
     members = {**data, **{f"{i}.cls": str(i).encode() for i in range(9)}}
     tables = list(loader().load(tar_shard(tmp_path / "a.tar", members), ((0, END),)))
     assert [len(table) for table in tables] == [4, 4, 2]
-    assert all(table.schema == schema.loaded(16, {"truth": pa.string()}) for table in tables)
+    assert all(table.schema == schema.loaded({"truth": pa.string()}) for table in tables)
     rows = pa.concat_tables(tables).to_pylist()
     assert [row["row"] for row in rows] == list(range(10))
     assert [row[schema.SHARD_ROWS] for row in rows] == [None] * 9 + [9]
@@ -65,3 +73,16 @@ def test_an_empty_shard_is_its_end_alone(tmp_path: Path) -> None:
     (table,) = loader().load(tar_shard(tmp_path / "a.tar", {"note.txt": b"x"}), ((0, END),))
     assert table[schema.SHARD_ROWS].to_pylist() == [0]
     assert table["image_id"].to_pylist() == [None]
+
+
+def test_tiles_keep_their_size_where_the_network_enlarges_them(tmp_path: Path) -> None:
+    sizes = [(8, 8), (30, 20), (8, 8), (4, 4), (9, 9)]
+    members = {f"{i}.png": images.encode(images.tile(size=size), "PNG") for i, size in enumerate(sizes)}
+    members["5.png"] = b"not an image"
+    (table,) = loader(exact=False, keep_tiles=True, rows_per_table=9).load(
+        tar_shard(tmp_path / "a.tar", members), ((0, END),)
+    )
+    lengths = [pixels and len(pixels) for pixels in table[schema.PIXELS].to_pylist()]
+    assert lengths == [8 * 8 * 3, 16 * 16 * 3, 8 * 8 * 3, 4 * 4 * 3, 16 * 16 * 3, None, None]
+    tile = np.asarray(images.tile(size=(8, 8)).convert("RGB"))
+    assert table[schema.PIXELS][2].as_py() == tile.tobytes()

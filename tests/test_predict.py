@@ -43,7 +43,7 @@ def table(values: list[int | None]) -> pa.Table:
         "stage": [None if v is not None else "decode" for v in values],
         "error_type": [None if v is not None else "empty" for v in values],
     }
-    types = schema.loaded(CROP, {})
+    types = schema.loaded({})
     return pa.table({f.name: pa.array(columns.get(f.name, [None] * rows), f.type) for f in types}, schema=types)
 
 
@@ -143,3 +143,24 @@ def test_columns_may_be_lists_numpy_or_arrow(kind: type) -> None:
             return {"word": kind(["a"] * len(pixels))}
 
     assert [row["word"] for row in Predict(Text(), {})(table([1, None, 3])).to_pylist()] == ["a", None, "a"]
+
+
+def test_images_of_several_sizes_go_in_batches_of_one_size() -> None:
+    class Sides(Mean):
+        columns = pa.schema([("side", pa.int32()), ("first", pa.uint8())])
+
+        def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+            self.batches.append(len(pixels))
+            assert pixels.shape[1:] == (pixels.shape[1], pixels.shape[1], 3)
+            return {"side": np.full(len(pixels), pixels.shape[1]), "first": pixels[:, 0, 0, 0].copy()}
+
+    given = table([0, 1, None, 3, 4, None])
+    sides = [2, 4, 0, 2, 1, 0]
+    pixels = [bytes([i]) * side * side * 3 if side else None for i, side in enumerate(sides)]
+    given = given.set_column(given.schema.get_field_index(schema.PIXELS), schema.PIXELS, pa.array(pixels, pa.binary()))
+    for first in (0, 1):
+        stage = Predict(predictor := Sides(), {})
+        rows = stage(given.slice(first)).to_pylist()
+        assert [row["side"] for row in rows] == [side or None for side in sides[first:]]
+        assert [row["first"] for row in rows] == [i if side else None for i, side in enumerate(sides)][first:]
+        assert sorted(predictor.batches) == [[1, 1, 2], [1, 1, 1]][first]

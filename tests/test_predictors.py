@@ -3,6 +3,7 @@ import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import images
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD, Transform
+from pipeline.decode import decode
 from pipeline.errors import SettingRefused, WeightsRefused
 from pipeline.predictors import Classifier, Embedder, NetworkPredictor, Predictor
 
@@ -188,6 +190,25 @@ def test_threads_are_set_where_it_loads() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_tiles_are_enlarged_as_decode_does_it(compile: str) -> None:
+    predictor = Embedder(model=TINY, precision="float32", compile=compile)
+    predictor.batch_size = 4
+    predictor.prepare()
+    assert predictor.takes_tiles
+    crop = predictor.transform.crop
+    encoded = [images.encode(images.tile("urban", seed, (crop // 2, crop // 2)), "PNG") for seed in range(5)]
+    tiles = np.stack([decode(data, predictor.transform, keep_tiles=True).pixels for data in encoded])
+    assert tiles.shape == (5, crop // 2, crop // 2, 3)
+    whole = np.stack([decode(data, predictor.transform).pixels for data in encoded])
+    found, expected = (predictor.predict(pixels)["embedding"] for pixels in (tiles, whole))
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    assert np.abs(found - expected).max() < np.abs(expected[0] - expected[1]).max() / 20
 
 
 # Compiling

@@ -56,7 +56,7 @@ class Stages:
         predictor.prepare()
         archive = Archive(config)
         shard = replace(next(archive.shards()), index=0)
-        reading = (config.max_pixels, config.exif_rotate, config.decoder == "exact")
+        reading = (config.max_pixels, config.exif_rotate, config.decoder == "exact", predictor.takes_tiles)
         loader = Loader(predictor.transform, archive.options(), {}, *reading, BATCH_SIZE, threads=1)
         sink = Sink(config.output, 1, schema.result(predictor.columns, {}), "{}")
         return Stages(shard, loader, Predict(predictor, {}), sink, rows_per_part)
