@@ -29,7 +29,8 @@ def job(predictor_class: type, description: str, arguments: Sequence[str] | None
         return _dry_run(config, predictor) if config.dry_run else _run(config, predictor)
 
     code = guarded(work)
-    if arguments is None and "ray" in sys.modules:  # the process is this job's own
+    is_own_cluster = "ray" in sys.modules and os.environ.get("RAY_ADDRESS", "local") == "local"
+    if code > 128 or (is_own_cluster and arguments is None):  # without arguments the process is this job's own
         _leave(code)
     return code
 
