@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
 ]
 MAY_IMPORT_RAY = {"engine", "datasource"}
-MAY_IMPORT_TORCH = {"models", "network", "weights", "predictors", "vision"}
+MAY_IMPORT_TORCH = {"models", "network", "weights", "vision", "predictors"}
 
 
 def modules() -> list[Path]:
