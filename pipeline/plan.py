@@ -9,6 +9,7 @@ those of lists, `storage.withhold` those of inputs.
 
 import base64
 import io
+import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -150,17 +151,14 @@ def extend(
     """
     first = -(-len(plan.shard_rows) // SHARDS_PER_FILE) * SHARDS_PER_FILE  # written files are never written again
     rows = array("q", plan.shard_rows.tolist() + [0] * (first - len(plan.shard_rows)))
-    size_bytes, withheld, batch = plan.size_bytes, plan.withheld, list[Shard]()
-    for shard in shards:
-        batch.append(replace(shard, index=len(rows)))
-        rows.append(-1 if shard.rows is None else shard.rows)
-        size_bytes += shard.size_bytes
-        withheld |= shard.withheld
-        if len(batch) == SHARDS_PER_FILE:
-            _write_file(plan.output, batch)
-            batch = []
-    if batch:
-        _write_file(plan.output, batch)
+    size_bytes, withheld = plan.size_bytes, plan.withheld
+    numbered = (replace(shard, index=first + place) for place, shard in enumerate(shards))
+    while shard := next(numbered, None):
+        file_shards = itertools.chain([shard], itertools.islice(numbered, SHARDS_PER_FILE - 1))
+        for each in _written(plan.output, file_shards):
+            rows.append(-1 if each.rows is None else each.rows)
+            size_bytes += each.size_bytes
+            withheld |= each.withheld
     keep = pa.schema(list(keep_types.items())) if keep_types else plan.keep
     merged = {
         shard: union(plan.retired.get(shard, ()), retired.get(shard, ())) for shard in sorted({*plan.retired, *retired})
@@ -218,18 +216,16 @@ def _file(output: str, number: int) -> str:
     return storage.join(output, f"_plan/shards-{number:05d}.parquet")
 
 
-def _write_file(output: str, shards: list[Shard]) -> None:
-    columns = {name: [getattr(shard, name) for shard in shards] for name in SCHEMA.names}
-    buffer = io.BytesIO()
-    pq.write_table(
-        pa.table(columns, schema=SCHEMA),
-        buffer,
-        compression="zstd",
-        row_group_size=SHARDS_PER_ROW_GROUP,
-        use_dictionary=False,
-        write_statistics=False,
-    )
-    storage.write(_file(output, shards[0].index // SHARDS_PER_FILE), buffer.getvalue())
+def _written(output: str, shards: Iterator[Shard]) -> Iterator[Shard]:
+    """Write one file of the plan, a row group at a time, for memory's sake; give the shards on."""
+    buffer, index = io.BytesIO(), 0
+    with pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+        while group := list(itertools.islice(shards, SHARDS_PER_ROW_GROUP)):
+            index = group[0].index
+            columns = {name: [getattr(shard, name) for shard in group] for name in SCHEMA.names}
+            writer.write_table(pa.table(columns, schema=SCHEMA))
+            yield from group
+    storage.write(_file(output, index // SHARDS_PER_FILE), buffer.getvalue())
 
 
 def _read_file(uri: str, columns: list[str]) -> pa.Table:
