@@ -177,6 +177,7 @@ def test_an_archive_that_changes_under_a_run(jobs: Jobs, folder: Path, tmp_path:
 @pytest.mark.faults
 def test_an_object_store_that_is_full_spills_to_disk(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     spilling = {"RAY_object_spilling_threshold": "0.0001", "RAY_min_spilling_size": "0"}
+    spilling["RAY_max_direct_call_object_size"] = "1000"  # all but the smallest blocks go to the store
     environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **spilling}
     head, cluster = start_ray_head(environment)
     ray_folder = Path(str(head.args[-1]))  # type: ignore[index]
