@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline import storage
@@ -31,6 +31,15 @@ class Transform:
 def _flag(help: str, default: Any, **more: Any) -> Any:
     """A field that is also a command-line flag. metavar, choices: as argparse takes them."""
     return field(default=default, metadata={"help": help, **more})
+
+
+def check_choices(settings: Any) -> None:
+    """Raise SettingRefused where a field of a dataclass is none of the `choices` that its flag has."""
+    for each in fields(settings):
+        choices, value = each.metadata.get("choices"), getattr(settings, each.name)
+        if choices and value not in choices:
+            flag = each.name.replace("_", "-")
+            raise SettingRefused(f"--{flag} is {value!r}: it is one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingRefused(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-        if self.decoder not in ("fast", "exact"):
-            raise SettingRefused(f"--decoder is {self.decoder!r}: it is fast or exact")
+        check_choices(self)
         if not 0 <= self.max_error_rate <= 1:
             raise SettingRefused(f"--max-error-rate is {self.max_error_rate}: it is a share between 0 and 1")
         if self.update and (self.overwrite or self.limit is not None):

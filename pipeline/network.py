@@ -82,7 +82,8 @@ class Runner:
 
     def shrink(self, size: int) -> None:
         """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size."""
-        self.fixed_size = self.fixed_size and min(self.fixed_size, size)
+        self.batch_size = min(self.batch_size, size)
+        self.fixed_size = self.fixed_size and self.batch_size
         self.staging = torch.empty(0, dtype=torch.uint8)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -3,8 +3,7 @@
 `_plan/shards-00000.parquet`, `_plan/shards-00001.parquet` … hold one row a shard, in order; `_plan/plan.json`, written
 last, holds the totals. A virtual shard (a run of loose images) carries the keys of its images in its own row. An update
 adds files and takes rows back whose images were replaced; it changes nothing else. No URI in it bears a credential:
-`sources.uris` has
-those of lists, `storage.withhold` those of inputs.
+`sources.uris` has those of lists, `storage.withhold` those of inputs.
 """
 
 import base64

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.config import Transform
+from pipeline.config import Transform, check_choices
 from pipeline.errors import SettingRefused
 
 if TYPE_CHECKING:
@@ -121,11 +121,7 @@ class NetworkPredictor(Predictor):
     needs_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            choices, value = each.metadata.get("choices"), getattr(self, each.name)
-            if choices and value not in choices:
-                flag = each.name.replace("_", "-")
-                raise SettingRefused(f"--{flag} is {value!r}: it is one of {', '.join(choices)}")
+        check_choices(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and ModelSpec travel to the actors; a loaded network stays where it is."""

@@ -14,7 +14,7 @@ import obstore
 import obstore.exceptions
 
 from pipeline.errors import SettingRefused, StorageRefused
-from pipeline.stores.base import Changed
+from pipeline.stores.base import Changed, redact
 
 RETRY_SECONDS = 150.0
 FIRST_PAUSE_SECONDS = 0.2
@@ -145,7 +145,7 @@ def code_of(error: Exception) -> tuple[str, str]:
 def _one_line(error: Exception) -> str:
     """What went wrong, without markup, and without what may be secret in URLs."""
     text = str(error).partition("\n")[0].partition("<?xml")[0].rstrip(": ") or type(error).__name__
-    text = re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)
+    text = re.sub(r"https?://\S+", lambda url: redact(url[0]), text)
     code, message = code_of(error)
     kind = re.search(r"HttpError \{\s*kind: (\w+)", str(error))  # an interruption or a timeout, else not told
     return f"{text}{f': {code}: {message}' if code else ''}{f' ({kind[1]})' if kind else ''}"
