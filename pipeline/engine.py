@@ -125,6 +125,7 @@ class Flow:
         layout = Layout.of(config, cpus, gpus)
         batch_size = config.batch_size or (256 if layout.actor_gpus else 64)
         predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
+        predictor.gpu_share = layout.actor_gpus or None
         predictor.images = _expected(plan, units) // layout.actors[1]
         names = config.keep_names()
         keep = {name: (names[name], plan.keep.field(name).type) for name in plan.keep.names}
@@ -159,12 +160,24 @@ class Flow:
             fn_constructor_args=(self.predictor, dict(self.loader.keep.values())),
             batch_size=self.batch_size,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=self.layout.actors[0], max_size=self.layout.actors[1]),
+            compute=self._actors(),
             num_cpus=self.layout.actor_cpus,
             num_gpus=self.layout.actor_gpus,
         )
         with _told_plainly():
             yield from self._written(_cut(dataset.iter_internal_ref_bundles(), self.rows_per_part))
+
+    def _actors(self) -> ActorPoolStrategy:
+        """On a GPU an actor has several batches under way, so that the GPU need not wait for copies and for Arrow."""
+        least, most = self.layout.actors
+        if not self.layout.actor_gpus or self.predictor.max_concurrency == 1:
+            return ActorPoolStrategy(min_size=least, max_size=most)
+        return ActorPoolStrategy(
+            min_size=least,
+            max_size=most,
+            max_concurrent_calls_per_actor=self.predictor.max_concurrency,
+            enable_true_multi_threading=True,
+        )
 
     def _written(self, parts: "Iterator[list[ray.ObjectRef[pa.Table]]]") -> Iterator[Commit]:
         """Write each part in a task of its own; yield the commits as they are done."""

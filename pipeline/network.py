@@ -2,8 +2,12 @@
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from pipeline.config import Transform
+from pipeline.lane import Forward, Lane, Outputs
 from pipeline.models import ModelSpec, Network, build
 from pipeline.weights import cache_folder
 
@@ -20,6 +25,10 @@ log = logging.getLogger(__name__)
 
 COMPILE_PAYS_SECONDS = 100.0
 """With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves a seventh of the time at least."""
+
+PROBE_IMAGES = 8
+MEMORY_SHARE = 0.8
+"""Of the free memory of a GPU, what batches may fill: compiled networks and graphs keep more than the trial shows."""
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601, as Pillow's convert("L")."""
@@ -30,15 +39,27 @@ class Runner:
 
     compile: on (at once), off, or auto: once it is known how fast the network runs without, if the `images` that are to
     come make it worth while. A compiled network takes batches of `batch_size`, to which short ones are padded.
+    lanes: batches under way at once, each from a thread of its own; the network itself is started by one at a time.
+    gpu_share: of the GPU's memory, what this process may fill; its batches are made so small that they fit.
     """
 
     def __init__(
-        self, spec: ModelSpec, precision: str, compile: str, batch_size: int, threads: int | None, images: int | None
+        self,
+        spec: ModelSpec,
+        precision: str,
+        compile: str,
+        batch_size: int,
+        *,
+        threads: int | None = None,
+        images: int | None = None,
+        lanes: int = 1,
+        gpu_share: float = 1.0,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = _dtype(precision, self.device)
+        torch.backends.cudnn.benchmark = True  # batches are of few sizes: choose the fastest kernels for each, once
         if dtype is torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits of a float32's 23
         self.transform, self.batch_size = spec.transform, batch_size
@@ -46,61 +67,90 @@ class Runner:
         self.fixed_size: int | None = None
         self.state = f"{self.device}, {str(dtype).removeprefix('torch.')}"
         network = _FromPixels(_folded(build(spec), spec), spec, dtype)
-        self.forward: Callable[[Tensor], tuple[Tensor, Tensor | None]] = network.to(self.device)
-        self.staging = torch.empty(0, dtype=torch.uint8)
+        self.forward: Forward = network.to(self.device)
         self.batches = 0
+        self.starting = threading.RLock()
+        self.all_lanes = [Lane(self.device) for _ in range(lanes)]
+        self.free_lanes: SimpleQueue[Lane] = SimpleQueue()
+        for lane in self.all_lanes:
+            self.free_lanes.put(lane)
+        if self.device.type == "cuda":
+            self.batch_size = min(batch_size, self._fitting(gpu_share))
         if compile == "on":
             self._compile()
 
-    def __call__(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """uint8 [N, crop, crop, 3] or tiles of less, N ≥ 1 → float32 [N, embedding_dim], [N, num_classes] or None, on
-        the device."""
-        if self.images is None:
-            return self._run(pixels)
-        started = time.perf_counter()
-        found = self._run(pixels)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._consider(len(pixels), time.perf_counter() - started)
-        return found
+    @contextmanager
+    def lane(self) -> Iterator[Callable[[np.ndarray | Tensor], Outputs]]:
+        """A function for this thread: uint8 [N, crop, crop, 3] or tiles of less, N ≥ 1 → float32 [N, embedding_dim] and
+        [N, num_classes] or None, on the device. They are to be taken from there before the context ends."""
+        lane = self.free_lanes.get()
+        try:
+            with lane.entered():
+                yield partial(self._run, lane)
+        finally:
+            self.free_lanes.put(lane)
+
+    def _run(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
+        found: list[Outputs] = []
+        first = 0
+        while first < len(pixels):
+            piece = pixels[first : first + self.batch_size]
+            started = time.perf_counter()
+            found.append(self._batch(lane, piece))
+            if self.images is not None:
+                if lane.stream:
+                    lane.stream.synchronize()
+                self._consider(len(piece), time.perf_counter() - started)
+            first += len(piece)
+        if len(found) == 1:
+            return found[0]
+        logits = [each for _, each in found if each is not None]
+        return torch.cat([features for features, _ in found]), torch.cat(logits) if logits else None
+
+    def _batch(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
+        with torch.no_grad():
+            on_device = lane.upload(pixels, max(self.fixed_size or 0, len(pixels)))
+            if on_device.shape[1] != self.transform.crop:
+                on_device = _enlarged(on_device, self.transform)
+            with self.starting:
+                features, logits = lane.run(self.forward, on_device, self.fixed_size is not None)
+        return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
 
     def _consider(self, images: int, seconds: float) -> None:
         """Compile if that pays: decided once, after the first whole batch that did not have to warm up."""
-        assert self.images is not None
-        self.images -= images
-        self.batches += 1
-        if self.batches > 1 and images == self.batch_size:
-            left_seconds, self.images = self.images * seconds / images, None
-            if left_seconds > COMPILE_PAYS_SECONDS:
-                self._compile()
-
-    def _run(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        size = self.fixed_size or len(pixels)
-        batches = [self._batch(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
-        logits = [found for _, found in batches if found is not None]
-        return torch.cat([features for features, _ in batches]), torch.cat(logits) if logits else None
+        with self.starting:
+            if self.images is None:
+                return
+            self.images -= images
+            self.batches += 1
+            if self.batches > len(self.all_lanes) and images == self.batch_size:
+                left_seconds, self.images = self.images * seconds / images, None
+                if left_seconds > COMPILE_PAYS_SECONDS:
+                    self._compile()
 
     def shrink(self, size: int) -> None:
         """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size."""
-        self.batch_size = min(self.batch_size, size)
-        self.fixed_size = self.fixed_size and self.batch_size
-        self.staging = torch.empty(0, dtype=torch.uint8)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        with self.starting:
+            self.batch_size = min(self.batch_size, size)
+            self.fixed_size = self.fixed_size and self.batch_size
+            for lane in self.all_lanes:
+                lane.free()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
-    def _batch(self, pixels: np.ndarray, size: int) -> tuple[Tensor, Tensor | None]:
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()  # the last copy out of the staging memory is over
-        if self.staging.shape[1:] != pixels.shape[1:] or len(self.staging) < size:
-            self.staging = torch.zeros((size, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
-        np.copyto(self.staging[: len(pixels)].numpy(), pixels)
-        with torch.no_grad():
-            on_device = self.staging[:size].to(self.device, non_blocking=True)
-            if on_device.shape[1] != self.transform.crop:
-                on_device = _enlarged(on_device, self.transform)
-            features, logits = self.forward(on_device)
-        return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
+    def _fitting(self, share: float) -> int:
+        """How many images all lanes may hold at once, from what a few take of the GPU's free memory."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with self.lane() as run:
+            run(self._blank(PROBE_IMAGES))
+            torch.cuda.synchronize()
+        image_bytes = (torch.cuda.max_memory_allocated() - before) / PROBE_IMAGES
+        free, total = torch.cuda.mem_get_info()
+        return images_that_fit(min(free, total * share), image_bytes, len(self.all_lanes))
+
+    def _blank(self, images: int) -> np.ndarray:
+        return np.zeros((images, self.transform.crop, self.transform.crop, 3), np.uint8)
 
     def _compile(self) -> None:
         eager, size = self.forward, self.batch_size
@@ -108,12 +158,18 @@ class Runner:
         options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
         try:
             self.forward = torch.compile(eager, dynamic=False, options=options)
-            self._batch(np.zeros((size, self.transform.crop, self.transform.crop, 3), np.uint8), size)
+            with torch.no_grad():
+                self.forward(torch.from_numpy(self._blank(size)).to(self.device))
             self.fixed_size, self.state = size, f"{self.state}, compiled"
         except Exception as error:  # no C++ compiler, or a network that the compiler cannot take
             reason = " ".join(str(error).splitlines()[:2])
             log.warning("torch.compile failed, so the network runs uncompiled: %s", reason)
             self.forward, self.state = eager, f"{self.state}, not compiled: {reason}"
+
+
+def images_that_fit(free_bytes: float, image_bytes: float, lanes: int) -> int:
+    """Images a batch, at least one, where each of several lanes has one under way."""
+    return max(1, int(free_bytes * MEMORY_SHARE / lanes / max(image_bytes, 1)))
 
 
 def _enlarged(tiles: Tensor, transform: Transform) -> Tensor:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FIXED_BATCH_SIZE = 64
 
-_NOT_IN_RESULTS = {"threads", "batch_size", "images", "compile"}
+_NOT_IN_RESULTS = {"threads", "batch_size", "images", "gpu_share", "max_concurrency", "compile"}
 _RESOLVED = {"weights", "seed", "labels"}
 """Settings of a network that count by what they were resolved to: a moved file of weights is the same file."""
 
@@ -36,8 +36,9 @@ class Predictor:
     """What a run does with its pixels. A predictor of one's own sets `columns` and writes `predict`.
 
     transform: the size that images are decoded to. columns: the result columns that it adds.
-    threads, batch_size, images: what the run gives an actor: cores, images at once, and about how many in all; None
-    before that.
+    threads, batch_size, images, gpu_share: what the run gives an actor: cores, images at once, about how many in all,
+    and GPUs, of which it may have a fraction; None before that.
+    max_concurrency: batches that an actor on a GPU may bring to `predict` at once, each on a thread of its own.
     takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
     """
 
@@ -46,6 +47,8 @@ class Predictor:
     threads: int | None = None
     batch_size: int | None = None
     images: int | None = None
+    gpu_share: float | None = None
+    max_concurrency: ClassVar[int] = 1
     takes_tiles: bool = False
 
     def prepare(self) -> None:
@@ -118,6 +121,7 @@ class NetworkPredictor(Predictor):
     _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
     _runner: "Runner | None" = field(default=None, init=False, repr=False, compare=False)
 
+    max_concurrency: ClassVar[int] = 2  # one computes while another's pixels come and its results go
     needs_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -172,15 +176,24 @@ class NetworkPredictor(Predictor):
         from pipeline.network import Runner
 
         batch_size = self.batch_size or FIXED_BATCH_SIZE
-        self._runner = Runner(self.spec, self.precision, self.compile, batch_size, self.threads, self.images)
+        self._runner = Runner(
+            self.spec,
+            self.precision,
+            self.compile,
+            batch_size,
+            threads=self.threads,
+            images=self.images,
+            lanes=self.max_concurrency if self.gpu_share else 1,
+            gpu_share=self.gpu_share or 1.0,
+        )
 
     def predict(self, pixels: np.ndarray) -> Columns:
         """uint8 [N, crop, crop, 3] RGB → the columns, N values each; an overflow or NaN is handed on as it is."""
         if self._runner is None:
             self.load()
         assert self._runner is not None
-        features, logits = self._runner(pixels)
-        return self._results(features, logits)
+        with self._runner.lane() as run:
+            return self._results(*run(pixels))
 
     def describe(self) -> str:
         return self._runner.state if self._runner else ""

@@ -1,6 +1,10 @@
 """How the stages share a cluster: no layout asks for more than there is, or leaves a stage without anything."""
 
+from pathlib import Path
+
+import images
 import pytest
+from small_run import run_python
 
 from pipeline.config import RunConfig
 from pipeline.engine import Layout
@@ -41,3 +45,37 @@ def test_gpus_are_all_taken_and_leave_the_cpus_to_decoding() -> None:
 def test_what_does_not_fit_is_refused(cpus: int, gpus: int, settings: dict[str, str], said: str) -> None:
     with pytest.raises(SettingRefused, match=said):
         layout(cpus, gpus, **settings)
+
+
+TWO_AT_ONCE = """
+import sys
+import threading
+import pyarrow as pa
+import ray
+from pipeline import Predictor, RunConfig, Transform, run
+
+class Meeting(Predictor):
+    transform = Transform(resize=32, crop=32)
+    columns = pa.schema([("met", pa.bool_())])
+    max_concurrency = 2
+
+    def load(self):
+        self.barrier = threading.Barrier(2)
+
+    def predict(self, pixels):
+        self.barrier.wait(60)  # raises where no second batch is brought
+        return {"met": [True] * len(pixels)}
+
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=200 << 20)
+report = run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=8), Meeting())
+print(report.rows, report.errors)
+"""
+
+
+@pytest.mark.slow
+def test_an_actor_on_a_gpu_has_two_batches_under_way(tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for seed in range(32):
+        (archive / f"{seed:02d}.png").write_bytes(images.encode(images.tile(seed=seed), "PNG"))
+    assert run_python("-c", TWO_AT_ONCE, archive, tmp_path / "output").split()[-2:] == ["32", "0"]

@@ -1,5 +1,6 @@
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch._inductor.utils import fresh_cache
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD, Transform
 from pipeline.decode import decode
 from pipeline.errors import SettingRefused, WeightsRefused
+from pipeline.network import images_that_fit
 from pipeline.predictors import Classifier, Embedder, NetworkPredictor, Predictor
 
 TINY = f"{__name__}:tiny"
@@ -209,6 +211,33 @@ def test_tiles_are_enlarged_as_decode_does_it(compile: str) -> None:
     found, expected = (predictor.predict(pixels)["embedding"] for pixels in (tiles, whole))
     np.testing.assert_allclose(found, expected, atol=0.01)
     assert np.abs(found - expected).max() < np.abs(expected[0] - expected[1]).max() / 20
+
+
+# Several batches at once, as on a GPU
+
+
+@pytest.mark.parametrize("compile", ["off", "auto"])
+def test_batches_of_several_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch, compile: str) -> None:
+    monkeypatch.setattr("pipeline.network.COMPILE_PAYS_SECONDS", 0.0)
+    batches = [draw_pixels(n, 32) + seed for seed, n in enumerate([4, 4, 3, 4, 1, 4, 4, 2, 4, 9])]
+    expected = [Embedder(model=TINY, precision="float32").predict(pixels)["embedding"] for pixels in batches]
+    predictor = Embedder(model=TINY, precision="float32", compile=compile)
+    predictor.batch_size, predictor.images, predictor.gpu_share = 4, 10_000, 0.5
+    predictor.load()
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            for found, wanted in zip(threads.map(predictor.predict, batches), expected, strict=True):
+                np.testing.assert_allclose(found["embedding"], wanted, atol=1e-5)
+    assert predictor._runner.free_lanes.qsize() == Embedder.max_concurrency
+    assert predictor.describe() == "cpu, float32" + ", compiled" * (compile == "auto")
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "image_bytes", "lanes", "images"),
+    [(10 << 30, 10 << 20, 1, 819), (10 << 30, 10 << 20, 2, 409), (1 << 20, 10 << 20, 2, 1), (1 << 20, 0, 1, 838860)],
+)
+def test_batches_are_sized_from_free_memory(free_bytes: int, image_bytes: int, lanes: int, images: int) -> None:
+    assert images_that_fit(free_bytes, image_bytes, lanes) == images
 
 
 # Compiling

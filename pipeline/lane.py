@@ -1,0 +1,104 @@
+"""One batch's way over the device: pinned memory, a stream of its own, and the network's kernels as one CUDA graph.
+
+While one lane computes, another brings its pixels in and takes its results out. On a CPU a lane is only a buffer.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+GRAPH_WARM_UPS = 2
+"""Calls before a network is recorded: libraries choose their algorithms in the first ones, and allocate."""
+
+Outputs = tuple[Tensor, Tensor | None]
+Forward = Callable[[Tensor], Outputs]
+
+
+class Lane:
+    """For one thread at a time, inside of `entered()`; what it returns is good until the lane is entered again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.copied = torch.cuda.Event() if self.stream else None  # type: ignore[no-untyped-call]
+        self.staging = torch.empty(0, dtype=torch.uint8)
+        self.graph: _Graph | None = None
+        self.records = self.stream is not None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What this thread starts on the device goes to the lane's stream, behind what it has started before."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def upload(self, pixels: np.ndarray | Tensor, rows: int) -> Tensor:
+        """uint8 [N, H, W, 3] → the same on the device, with N filled up to `rows`; what fills it up is of no account.
+
+        A tensor is there already.
+        """
+        if isinstance(pixels, Tensor):
+            if self.stream:
+                pixels.record_stream(self.stream)
+            missing = rows - len(pixels)
+            return torch.cat([pixels, pixels.new_zeros((missing, *pixels.shape[1:]))]) if missing else pixels
+        if self.copied:
+            self.copied.synchronize()  # the last copy out of the staging memory is over
+        if self.staging.shape[1:] != pixels.shape[1:] or len(self.staging) < rows:
+            shape = (rows, *pixels.shape[1:])
+            self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
+        np.copyto(self.staging[: len(pixels)].numpy(), pixels)
+        on_device = self.staging[:rows].to(self.device, non_blocking=True)
+        if self.copied:
+            self.copied.record(self.stream)
+        return on_device
+
+    def run(self, forward: Forward, pixels: Tensor, record: bool) -> Outputs:
+        """record: batches of this size and with this network will come again, so it is worth recording a graph."""
+        if not (record and self.records):
+            return forward(pixels)
+        if self.graph is None or not self.graph.is_of(forward, pixels):
+            try:
+                self.graph = _Graph(forward, pixels)
+            except RuntimeError as error:  # a network that looks at its own numbers, or a GPU without the memory
+                log.warning("no CUDA graph of the network, so it runs without: %s", str(error).partition("\n")[0])
+                self.graph, self.records = None, False
+                return forward(pixels)
+        return self.graph(pixels)
+
+    def free(self) -> None:
+        """Give back the memory."""
+        self.staging, self.graph = torch.empty(0, dtype=torch.uint8), None
+
+
+class _Graph:
+    """A network's kernels for one size of batch, launched together instead of one by one from Python."""
+
+    def __init__(self, forward: Forward, pixels: Tensor) -> None:
+        self.forward, self.pixels = forward, pixels.clone()
+        for _ in range(GRAPH_WARM_UPS):
+            forward(self.pixels)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other lanes go on with copies meanwhile, which is no business of this recording.
+        with torch.cuda.graph(
+            self.graph, stream=torch.cuda.current_stream(pixels.device), capture_error_mode="thread_local"
+        ):
+            self.outputs = forward(self.pixels)
+
+    def is_of(self, forward: Forward, pixels: Tensor) -> bool:
+        return self.forward is forward and self.pixels.shape == pixels.shape
+
+    def __call__(self, pixels: Tensor) -> Outputs:
+        self.pixels.copy_(pixels)
+        self.graph.replay()
+        features, logits = self.outputs
+        return features.clone(), None if logits is None else logits.clone()
