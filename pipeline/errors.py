@@ -79,6 +79,11 @@ class Interrupted(NightshiftError):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}; run the same command again to go on")
 
 
+def first_line(error: Exception) -> str:
+    """The error's type and the beginning of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 class ImageError(Exception):
     """One bad image.
 

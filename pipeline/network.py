@@ -17,8 +17,9 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from pipeline.config import Transform
+from pipeline.head import Network
 from pipeline.lane import Forward, Lane, Outputs
-from pipeline.models import ModelSpec, Network, build
+from pipeline.models import ModelSpec, build
 from pipeline.weights import cache_folder
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,7 @@
-"""Weights: a URI → a file on this node and its sha256; a file → a state dict, fitted to a network or refused by name;
-a file → class names."""
+"""Weights: a URI → a file on this node and its sha256; a file → a state dict, fitted to a network or refused."""
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -28,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.errors import SettingRefused, WeightsRefused
+from pipeline.errors import SettingRefused, WeightsRefused, first_line
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 TRIES = 3
@@ -39,8 +36,6 @@ LOCK_TIMEOUT_S = 1800.0
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 _NESTED = ("state_dict", "model", "model_state_dict", "net")
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that only training executes
-_ID_COLUMNS = ("id", "index", "idx", "label_id", "class_id")
-_LABEL_COLUMNS = ("label", "name", "class_name", "label_name", "class", "category", "description")
 _OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)")
 
 
@@ -270,7 +265,7 @@ def read_state(path: str) -> "OrderedDict[str, Tensor]":
             "save the network's state_dict() instead, with torch.save or as .safetensors"
         ) from error
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise WeightsRefused(f"weights {path} cannot be read as a checkpoint: {_first_line(error)}") from error
+        raise WeightsRefused(f"weights {path} cannot be read as a checkpoint: {first_line(error)}") from error
     return _find_state(found, path)
 
 
@@ -291,11 +286,7 @@ def _find_state(found: Any, path: str) -> "OrderedDict[str, Tensor]":
 
 def _blocked_global(error: Exception) -> str:
     found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"they want {found.group(1)}" if found else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return f"they want {found.group(1)}" if found else first_line(error)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -364,54 +355,3 @@ def fit(network: nn.Module, state: "OrderedDict[str, Tensor]", what: str, head: 
         )
     network.float()
     return not headless
-
-
-def read_labels(uri: str, num_classes: int) -> tuple[str, ...]:
-    """Class names in order, from a text file of one a line, JSON, or CSV with a header.
-
-    JSON: a list; {"0": "name"}, {"0": ["n01440764", "name"]}, {"name": 0}, or any of them under id2label. CSV: columns
-    of ids and labels, or one column alone. Raises WeightsRefused unless there are num_classes of them.
-    """
-    try:
-        text = storage.read(storage.normalize(uri)).decode("utf-8-sig")
-        if text.lstrip()[:1] in ("[", "{"):
-            names = _labels_of_json(json.loads(text))
-        elif file_name(uri).endswith((".csv", ".tsv")):
-            names = _labels_of_csv(text, "\t" if uri.endswith(".tsv") else ",")
-        else:
-            names = [line.strip() for line in text.rstrip().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise WeightsRefused(f"--labels {storage.redact(uri)} cannot be read: {_first_line(error)}") from error
-    if len(names) != num_classes:
-        raise WeightsRefused(
-            f"--labels {storage.redact(uri)} names {len(names)} classes and the network has {num_classes}: "
-            "bring the list that the weights were trained with"
-        )
-    return tuple(names)
-
-
-def _labels_of_json(found: Any) -> list[str]:
-    found = found.get("id2label", found) if isinstance(found, dict) else found
-    if isinstance(found, list):
-        return [str(name) for name in found]
-    if all(isinstance(value, int) for value in found.values()):
-        return _in_order({index: name for name, index in found.items()}, len(found))
-    return _in_order({int(k): v[-1] if isinstance(v, list) else v for k, v in found.items()}, len(found))
-
-
-def _labels_of_csv(text: str, delimiter: str) -> list[str]:
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
-    columns = {name.strip().lower(): name for name in rows[0]}
-    if len(columns) == 1:
-        return [next(iter(row.values())).strip() for row in rows]
-    ids = next((columns[name] for name in _ID_COLUMNS if name in columns), None)
-    names = next((columns[name] for name in _LABEL_COLUMNS if name in columns), None)
-    if ids is None or names is None or ids == names:
-        raise ValueError(f"its columns are {', '.join(columns)}; call them id and label")
-    return _in_order({int(row[ids]): row[names].strip() for row in rows}, len(rows))
-
-
-def _in_order(names: Mapping[int, Any], count: int) -> list[str]:
-    if sorted(names) != list(range(count)):
-        raise ValueError(f"its ids must be 0 to {count - 1}, each once")
-    return [str(names[index]) for index in range(count)]

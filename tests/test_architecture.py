@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors", "schema", "prefetch", "stores", "vision"},
     {"config", "storage", "coverage"},
-    {"plan", "update", "ledger", "decode", "weights", "models", "lane", "network"},
+    {"plan", "update", "ledger", "decode", "weights", "labels", "head", "families", "models", "lane", "network"},
     {"sources", "predictors", "sink", "loader", "report"},
     {"datasource", "predict", "output", "verify"},
     {"engine"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
 ]
 MAY_IMPORT_RAY = {"engine", "datasource"}
-MAY_IMPORT_TORCH = {"models", "lane", "network", "weights", "vision", "predictors"}
+MAY_IMPORT_TORCH = {"head", "families", "models", "lane", "network", "weights", "vision", "predictors"}
 
 
 def modules() -> list[Path]:

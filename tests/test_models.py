@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from pipeline import models
 from pipeline.config import Transform
 from pipeline.errors import SettingRefused, WeightsRefused
-from pipeline.models import Network, build, resolve
-from pipeline.weights import align, fetch_weights, fit, read_labels
+from pipeline.families import Source, find_family
+from pipeline.head import Network, probe
+from pipeline.labels import read_labels
+from pipeline.models import build, resolve
+from pipeline.weights import align, fetch_weights, fit
 
 HERE = __name__
 SMALL = "shufflenet_v2_x0_5"
@@ -63,13 +65,13 @@ def images(channels: int = 3, size: int = 64) -> Tensor:
 
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
 def test_every_torchvision_network_is_cut_before_its_classifier(name: str) -> None:
-    family = models._find_family(name, 0)
+    family = find_family(name, 0)
     size = family.transform.crop
     network = family.skeleton(False, {"image_size": size})
     for module_name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):  # keeps the shape, and takes half of the time without data
             network.set_submodule(module_name, nn.Identity())
-    shape = models._probe(network, name, size)
+    shape = probe(network, name, size)
     assert shape.classes == 1000
     cut = Network(network, shape.head, shape.classes).eval()
     with torch.no_grad():
@@ -115,7 +117,7 @@ def test_random_weights_are_equal_everywhere_and_leave_the_generator_alone() -> 
 
 
 def test_the_transform_is_that_of_the_weights() -> None:
-    family = models._find_family("resnet50", 0)
+    family = find_family("resnet50", 0)
     v1, v2 = family.source("IMAGENET1K_V1"), family.source("ResNet50_Weights.IMAGENET1K_V2")
     assert v1.transform == Transform(256, 224)
     assert v2.transform == Transform(232, 224)
@@ -126,8 +128,8 @@ def test_the_transform_is_that_of_the_weights() -> None:
 
 
 def test_an_official_file_is_recognised_wherever_it_lies() -> None:
-    family = models._find_family("resnet50", 0)
-    found = family.recognise(models._Source("/x/a.pth", "/x/a.pth", False), "0676ba61" + "0" * 56)
+    family = find_family("resnet50", 0)
+    found = family.recognise(Source("/x/a.pth", "/x/a.pth", False), "0676ba61" + "0" * 56)
     assert (found.name, found.uri, found.own) == ("ResNet50_Weights.IMAGENET1K_V1", "/x/a.pth", True)
     assert found.transform == Transform(256, 224)
 
@@ -418,7 +420,7 @@ def test_timm_networks(tmp_path: Path) -> None:
     assert (spec.embedding_dim, spec.num_classes, spec.head) == (512, 1000, "fc")
     assert spec.transform == Transform(201, 176, "bicubic")  # floor(176 / 0.875)
     assert resolve("timm:resnetv2_50", "random").embedding_dim == 2048  # its classifier is a convolution
-    own = models._find_family("timm:resnet10t", 0).source("DEFAULT")
+    own = find_family("timm:resnet10t", 0).source("DEFAULT")
     assert (own.name, own.labels[0][:5]) == ("timm:resnet10t.c3_in1k", "tench")
     with pytest.raises(SettingRefused, match="resnet10t"):
         resolve("timm:resnet10tt", "random")
