@@ -53,11 +53,12 @@ class Lane:
             return torch.cat([pixels, pixels.new_zeros((missing, *pixels.shape[1:]))]) if missing else pixels
         if self.copied:
             self.copied.synchronize()  # the last copy out of the staging memory is over
-        if self.staging.shape[1:] != pixels.shape[1:] or len(self.staging) < rows:
+        staging = self.staging  # which another thread may give back meanwhile
+        if staging.shape[1:] != pixels.shape[1:] or len(staging) < rows:
             shape = (rows, *pixels.shape[1:])
-            self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
-        np.copyto(self.staging[: len(pixels)].numpy(), pixels)
-        on_device = self.staging[:rows].to(self.device, non_blocking=True)
+            staging = self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
+        np.copyto(staging[: len(pixels)].numpy(), pixels)
+        on_device = staging[:rows].to(self.device, non_blocking=True)
         if self.copied:
             self.copied.record(self.stream)
         return on_device
@@ -76,7 +77,7 @@ class Lane:
         return self.graph(pixels)
 
     def free(self) -> None:
-        """Give back the memory."""
+        """Give back the memory; what runs meanwhile keeps its own until it ends."""
         self.staging, self.graph = torch.empty(0, dtype=torch.uint8), None
 
 
