@@ -1,0 +1,160 @@
+"""infra/bare/cluster.sh: machines behind a real ssh, real `ray start` on each of them."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, free_port
+from ssh_server import ssh_server
+
+SCRIPT = ROOT / "infra" / "bare" / "cluster.sh"
+
+
+@dataclass(frozen=True)
+class Machines:
+    folder: Path
+    environment: dict[str, str]
+    dashboard_port: int
+    hosts: Path
+
+    def cluster(self, command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SCRIPT, command, self.hosts], env=self.environment, capture_output=True, text=True, timeout=240
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs on the machines."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("HOME", "").startswith(f"{self.folder}/homes/"):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    """Two: `head` and `worker`, which share this machine and therefore must not share ports and folders."""
+    if not shutil.which("ssh"):
+        pytest.skip("ssh is not installed")
+    sessions = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
+    dashboard_port = free_port()
+    common = "--node-ip-address=127.0.0.1 --num-cpus=1 --object-store-memory=100000000"
+    hosts = tmp_path / "hosts"
+    hosts.write_text(
+        "# the head first\n\n"
+        f"head@127.0.0.1 {common} --dashboard-port={dashboard_port} --dashboard-agent-listen-port={free_port()}"
+        f" --ray-client-server-port={free_port()} --temp-dir={sessions}/head\n"
+        f"worker@127.0.0.1 {common} --dashboard-agent-listen-port={free_port()} --temp-dir={sessions}/worker"
+    )
+    with ssh_server(tmp_path) as ssh:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "NIGHTSHIFT_SSH": ssh,
+            "NIGHTSHIFT_VENV": sys.prefix,
+            "NIGHTSHIFT_PORT": str(free_port()),
+        }
+        found = Machines(tmp_path, environment, dashboard_port, hosts)
+        try:
+            yield found
+        finally:
+            for process in found.processes():
+                process.kill()
+            shutil.rmtree(sessions, ignore_errors=True)
+
+
+def get(url: str, token: str = "") -> int:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_a_cluster_starts_says_so_and_stops(machines: Machines) -> None:
+    started = machines.cluster("start")
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.startswith("head@127.0.0.1: started\nworker@127.0.0.1: started\nThe cluster runs.")
+
+    token_file = machines.folder / ".ray" / "auth_token"
+    token = token_file.read_text()
+    assert (len(token), token_file.stat().st_mode & 0o77) == (64, 0)
+    for name in ("head", "worker"):
+        kept = machines.folder / "homes" / name / ".nightshift" / "token"
+        assert (kept.read_text(), kept.stat().st_mode & 0o77) == (token, 0)
+    assert not any(token in " ".join(process.cmdline()) for process in machines.processes())
+
+    jobs = f"http://127.0.0.1:{machines.dashboard_port}/api/jobs/"
+    assert (get(jobs), get(jobs, "f" * 64), get(jobs, token)) == (401, 403, 200)
+    listening = {
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == machines.dashboard_port
+    }
+    assert listening == {"127.0.0.1"}
+
+    before = {process.pid for process in machines.processes()}
+    again = machines.cluster("start")
+    assert again.stdout.startswith("head@127.0.0.1: runs already\nworker@127.0.0.1: runs already\n")
+    assert {process.pid for process in machines.processes()} >= {pid for pid in before if psutil.pid_exists(pid)}
+
+    status = machines.cluster("status")
+    assert status.returncode == 0, status.stderr
+    assert status.stdout.startswith("head@127.0.0.1: runs\nworker@127.0.0.1: runs\n")
+    assert "2.0 CPU" in status.stdout
+
+    stopped = machines.cluster("stop")
+    assert stopped.stdout == "worker@127.0.0.1: stopped\nhead@127.0.0.1: stopped\n", stopped.stderr
+    assert machines.processes() == []
+    assert machines.cluster("status").returncode == 1
+    assert machines.cluster("stop").stdout == "worker@127.0.0.1: did not run\nhead@127.0.0.1: did not run\n"
+
+
+@pytest.mark.slow
+def test_a_head_that_cannot_start_says_why(machines: Machines) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", int(machines.environment["NIGHTSHIFT_PORT"])))
+        taken.listen()
+        done = machines.cluster("start")
+    assert done.returncode == 2
+    assert "head@127.0.0.1: Ray did not come up: " in done.stderr
+    assert "the head did not start; nothing else was started" in done.stderr
+    assert machines.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names no machine"),
+        ("head --num-cpus=1; reboot", "holds what no flag of ray start needs"),
+        ("-oProxyCommand=reboot", "is no [user@]address"),
+        ("a$(reboot)", "is no [user@]address"),
+    ],
+)
+def test_a_bad_list_of_machines_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(text)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIGHTSHIFT_SSH": "false"}
+    done = subprocess.run([SCRIPT, "start", hosts], env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_usage_is_shown() -> None:
+    for arguments in ([], ["begin"], ["start"]):
+        done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=30)
+        assert (done.returncode, "usage: cluster.sh" in done.stderr) == (2, True)
