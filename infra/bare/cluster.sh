@@ -83,12 +83,13 @@ if [[ -n $image ]]; then
   read_log() { docker logs nightshift 2>&1; }
 else
   [[ $venv == /* ]] || venv=$HOME/$venv
-  [[ -x $venv/bin/ray ]] || { echo "there is no $venv/bin/ray here; install Nightshift, or name NIGHTSHIFT_VENV" >&2; exit 3; }
+  [[ -x $venv/bin/ray ]] || { echo "$HOSTNAME: there is no $venv/bin/ray here; install Nightshift, or name NIGHTSHIFT_VENV" >&2; exit 3; }
   export PATH=$venv/bin:$PATH
   is_running() { [[ -s $here/pid ]] && tr '\0' ' ' 2>/dev/null <"/proc/$(<"$here/pid")/cmdline" | grep -q 'ray start --block'; }
   start_ray() {
     setsid nohup ray start --block "$@" >"$here/log" 2>&1 </dev/null &
     echo $! >"$here/pid"
+    until is_running || ! kill -0 $!; do sleep 0.1; done # the shell's copy becomes Ray
   }
   stop_ray() {
     local group

@@ -1,0 +1,542 @@
+"""What infra/ describes is what Kubernetes, KubeRay, Docker and Ray's launcher take, and it lets in nobody else."""
+
+import copy
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from conftest import ROOT, S3Server
+from kustomization import Object, kustomize, render
+
+from pipeline import RunConfig, cli
+from pipeline.predictors import Classifier, Embedder
+
+KUBERAY = ROOT / "infra" / "kuberay"
+DOCKER = ROOT / "infra" / "docker"
+LAUNCHER = ROOT / "infra" / "launcher"
+OVERLAYS = [f"{overlay}/{part}" for overlay in ("dev", "gpu-spot") for part in ("cluster", "embed", "classify")]
+KUBERNETES_VERSION = "1.32"
+CRDS = Path(os.environ.get("NIGHTSHIFT_KUBERAY_CRDS", ROOT.parent / "shared" / "kuberay"))
+PLURALS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+PREDICTORS = {"embed": Embedder, "classify": Classifier}
+
+
+@functools.cache
+def rendered(overlay: str) -> list[Object]:
+    return kustomize(KUBERAY / "overlays" / overlay)
+
+
+def of_kind(objects: list[Object], kind: str) -> list[Object]:
+    return [item for item in objects if item["kind"] == kind]
+
+
+def ray_objects(overlay: str) -> list[Object]:
+    return [item for item in copy.deepcopy(rendered(overlay)) if item["kind"] in PLURALS]
+
+
+def cluster_spec(item: Object) -> Object:
+    return dict(item["spec"] if item["kind"] == "RayCluster" else item["spec"]["rayClusterSpec"])
+
+
+def ray_pods(item: Object) -> dict[str, Object]:
+    """Pod templates of a cluster: the head's, and each group's by its name."""
+    spec = cluster_spec(item)
+    return {
+        "head": spec["headGroupSpec"]["template"],
+        **{group["groupName"]: group["template"] for group in spec["workerGroupSpecs"]},
+    }
+
+
+def pods(item: Object) -> Iterator[Object]:
+    yield from ray_pods(item).values()
+    if item["kind"] == "RayJob":
+        yield item["spec"]["submitterPodTemplate"]
+
+
+# What renders
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_renders_to_what_it_is_for(overlay: str) -> None:
+    part = overlay.partition("/")[2]
+    kinds = {(item["kind"], item["metadata"]["name"]) for item in ray_objects(overlay)}
+    assert kinds == ({("RayCluster", "nightshift")} if part == "cluster" else {("RayJob", part)})
+    images = re.findall(r"image: (\S+)", yaml.safe_dump(rendered(overlay)))
+    assert images
+    assert all(re.fullmatch(r"nightshift:0\.1\.0-(cpu|cuda)", image) for image in images), images
+
+
+@pytest.mark.skipif(not (shutil.which("kubectl") or shutil.which("kustomize")), reason="no kubectl to compare with")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_renderer_of_these_tests_agrees_with_kubectl(overlay: str) -> None:
+    def ordered(objects: list[Object]) -> list[Object]:
+        return sorted(objects, key=lambda item: (item["kind"], item["metadata"]["name"]))
+
+    assert ordered(render(KUBERAY / "overlays" / overlay)) == ordered(rendered(overlay))
+
+
+# What Kubernetes and KubeRay take
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_core_objects_and_pods_fit_kubernetes(overlay: str) -> None:
+    core = [item for item in rendered(overlay) if item["kind"] not in PLURALS]
+    assert {item["kind"] for item in core} >= {"Namespace", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"}
+    bare = [
+        {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template.get("metadata", {}), "name": "x"}}
+        for item in ray_objects(overlay)
+        for template in pods(item)
+    ]
+    for item in [*core, *bare]:
+        kubernetes_validate.validate(item, KUBERNETES_VERSION, strict=True)
+
+
+@functools.cache
+def crd_schema(kind: str) -> Object:
+    path = CRDS / f"ray.io_{PLURALS[kind]}.yaml"
+    if not path.is_file():
+        pytest.skip(f"KubeRay's CRDs are not in {CRDS}; NIGHTSHIFT_KUBERAY_CRDS names a folder that has them")
+    crd = yaml.load(path.read_text(), yaml.CSafeLoader)
+    (version,) = (version for version in crd["spec"]["versions"] if version["name"] == "v1")
+    return strict(version["schema"]["openAPIV3Schema"])
+
+
+def strict(schema: Any) -> Any:
+    """The schema with unknown fields refused: Kubernetes would drop them without a word."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(value) for key, value in schema.items()}
+    opened = schema.get("x-kubernetes-preserve-unknown-fields") or schema.get("x-kubernetes-embedded-resource")
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not opened:
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def fits_crd(item: Object) -> None:
+    """Raise jsonschema.ValidationError unless the object is as KubeRay's CRD has it. metadata is Kubernetes' own."""
+    jsonschema.validate({**item, "metadata": {}}, crd_schema(item["kind"]))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ray_objects_fit_the_crds(overlay: str) -> None:
+    for item in ray_objects(overlay):
+        fits_crd(item)
+
+
+def test_the_crds_refuse_what_is_misspelt() -> None:
+    (job,) = ray_objects("dev/embed")
+    job["spec"]["backOffLimit"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="backOffLimit"):
+        fits_crd(job)
+
+
+def broken_rules(item: Object) -> list[str]:
+    """What the operator refuses and the schemas allow: ValidateRayJobSpec and ValidateRayClusterSpec of KubeRay 1.7."""
+    found, spec, cluster = [], item["spec"], cluster_spec(item)
+    if item["kind"] == "RayJob":
+        if spec.get("ttlSecondsAfterFinished", 0) and not spec.get("shutdownAfterJobFinishes"):
+            found.append("ttlSecondsAfterFinished needs shutdownAfterJobFinishes")
+        if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
+            found.append("suspend needs shutdownAfterJobFinishes")
+        if spec.get("clusterSelector") and spec.get("backoffLimit"):
+            found.append("backoffLimit does not go with clusterSelector")
+        if spec.get("backoffLimit", 0) < 0 or spec.get("activeDeadlineSeconds", 1) <= 0:
+            found.append("backoffLimit and activeDeadlineSeconds are positive")
+        if spec["submitterPodTemplate"]["spec"].get("restartPolicy") not in ("Never", "OnFailure"):
+            found.append("a Kubernetes Job restarts its pods Never or OnFailure")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", item["metadata"]["name"]):
+        found.append("the name is a DNS label of at most 47 characters")
+    version = tuple(map(int, cluster.get("rayVersion", "0.0.0").split(".")))
+    if cluster.get("authOptions", {}).get("mode") == "token" and version < (2, 52, 0):
+        found.append("a token needs Ray 2.52")
+    grows = cluster.get("enableInTreeAutoscaling", False)
+    is_v2 = grows and cluster.get("autoscalerOptions", {}).get("version") == "v2"
+    if is_v2 and any(pod["spec"].get("restartPolicy", "Never") != "Never" for pod in ray_pods(item).values()):
+        found.append("restartPolicy is Never with autoscaler v2")
+    for group in cluster["workerGroupSpecs"]:
+        if not 0 <= group["minReplicas"] <= group["maxReplicas"]:
+            found.append("minReplicas is at most maxReplicas")
+        if (group.get("priority") or group.get("idleTimeoutSeconds")) and not (is_v2 and version >= (2, 56, 0)):
+            found.append("priority and idleTimeoutSeconds need autoscaler v2 and Ray 2.56")
+    return found
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ray_objects_keep_the_operators_rules(overlay: str) -> None:
+    for item in ray_objects(overlay):
+        assert broken_rules(item) == []
+
+
+def _set(path: str, value: Any) -> Callable[[Object], None]:
+    def change(item: Object) -> None:
+        *parents, last = path.split(".")
+        for name in parents:
+            item = item[int(name)] if isinstance(item, list) else item[name]
+        item[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_set("spec.shutdownAfterJobFinishes", False), "ttlSecondsAfterFinished"),
+        (_set("spec.clusterSelector", {"ray.io/cluster": "x"}), "clusterSelector"),
+        (_set("spec.backoffLimit", -1), "positive"),
+        (_set("spec.submitterPodTemplate.spec.restartPolicy", "Always"), "Kubernetes Job"),
+        (_set("metadata.name", "Embed_1"), "DNS label"),
+        (_set("spec.rayClusterSpec.rayVersion", "2.40.0"), "token"),
+        (_set("spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy", "Always"), "restartPolicy"),
+        (_set("spec.rayClusterSpec.workerGroupSpecs.1.minReplicas", 9), "minReplicas"),
+        (_set("spec.rayClusterSpec.autoscalerOptions.version", "v1"), "autoscaler v2"),
+    ],
+)
+def test_each_rule_can_be_broken(change: Callable[[Object], None], said: str) -> None:
+    (job,) = ray_objects("gpu-spot/embed")
+    change(job)
+    assert said in " ".join(broken_rules(job))
+
+
+# What the runs need
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_version_is_that_of_the_packages(overlay: str) -> None:
+    for item in ray_objects(overlay):
+        assert cluster_spec(item)["rayVersion"] == ray.__version__
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if not name.endswith("cluster")])
+def test_a_job_resumes_by_its_output(overlay: str) -> None:
+    """The entry point is a command of the jobs, with an output of a bucket, which every try finds again."""
+    (job,) = ray_objects(overlay)
+    python, script, *arguments = job["spec"]["entrypoint"].split()
+    assert (python, (ROOT / script).is_file()) == ("python", True)
+    run_values, predictor_values = cli.parse(PREDICTORS[Path(script).stem], "", arguments)
+    assert RunConfig(**run_values).output.startswith("s3://")
+    PREDICTORS[Path(script).stem](**predictor_values)
+    assert job["spec"]["backoffLimit"] >= 1
+    assert "--overwrite" not in arguments, "every try would begin anew"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_head_does_no_work_and_is_not_evicted(overlay: str) -> None:
+    for item in ray_objects(overlay):
+        head = cluster_spec(item)["headGroupSpec"]
+        assert head["rayStartParams"]["num-cpus"] == "0"
+        assert head["template"]["metadata"]["annotations"] == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "karpenter.sh/do-not-disrupt": "true",
+        }
+    (budget,) = of_kind(rendered(overlay), "PodDisruptionBudget")
+    heads = sum(len(of_kind(rendered(overlay), kind)) for kind in PLURALS)
+    assert budget["spec"]["minAvailable"] > heads
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_node_has_probes_resources_and_time_to_stop(overlay: str) -> None:
+    for item in ray_objects(overlay):
+        for pod in ray_pods(item).values():
+            (container,) = pod["spec"]["containers"]
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                assert container[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+            grace = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+            assert grace < pod["spec"]["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("gpu-spot")])
+def test_spot_workers_come_from_none_and_the_head_stays_off_spot(overlay: str) -> None:
+    (item,) = ray_objects(overlay)
+    spec = cluster_spec(item)
+    decode, gpu = spec["workerGroupSpecs"]
+    assert (decode["groupName"], decode["minReplicas"], decode["maxReplicas"] > 1) == ("decode", 0, True)
+    assert (gpu["groupName"], gpu["minReplicas"], gpu["maxReplicas"] > 1) == ("gpu", 0, True)
+    assert decode["priority"] > gpu["priority"], "no GPU is started to decode"
+    (container,) = gpu["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in gpu["template"]["spec"][
+        "tolerations"
+    ]
+
+    def terms(pod: Object) -> list[Object]:
+        affinity = pod["spec"]["affinity"]["nodeAffinity"]
+        return list(affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"])
+
+    spot = {(e["key"], e["values"][0]) for term in terms(gpu["template"]) for e in term["matchExpressions"]}
+    (head,) = terms(spec["headGroupSpec"]["template"])
+    assert {e["operator"] for e in head["matchExpressions"]} == {"NotIn"}
+    assert {(e["key"], e["values"][0]) for e in head["matchExpressions"]} == spot
+
+
+def test_the_trial_cluster_fits_one_node() -> None:
+    (cluster,) = ray_objects("dev/cluster")
+    cpus = [float(pod["spec"]["containers"][0]["resources"]["limits"]["cpu"]) for pod in ray_pods(cluster).values()]
+    assert sum(cpus) <= 3.5, "a node of 4 CPUs has Kubernetes' own pods and the submitter on it"
+
+
+# Who can reach what
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_is_restricted(overlay: str) -> None:
+    """The `restricted` pod security standard, which the namespace enforces, and a root file system that is read only."""
+    (namespace,) = of_kind(rendered(overlay), "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for item in ray_objects(overlay):
+        contexts = [pod["spec"]["containers"][0]["securityContext"] for pod in pods(item)]
+        if autoscaler := cluster_spec(item).get("autoscalerOptions"):
+            contexts.append(autoscaler["securityContext"])
+        for context in contexts:
+            assert context == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+        for pod in pods(item):
+            security = pod["spec"]["securityContext"]
+            assert security["runAsNonRoot"] is True
+            assert security["runAsUser"] > 0
+            assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+            written = {mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]}
+            assert written == {"/tmp", "/home/nightshift"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_the_autoscaler_holds_a_kubernetes_token(overlay: str) -> None:
+    (account,) = of_kind(rendered(overlay), "ServiceAccount")
+    assert account["automountServiceAccountToken"] is False
+    for item in ray_objects(overlay):
+        spec = cluster_spec(item)
+        assert spec["authOptions"] == {"mode": "token"}
+        for pod in pods(item):
+            assert pod["spec"]["automountServiceAccountToken"] is False
+            assert pod["spec"]["serviceAccountName"] == account["metadata"]["name"]
+            assert not any(m["name"] == "kubernetes-token" for m in pod["spec"]["containers"][0]["volumeMounts"])
+        mounts = spec.get("autoscalerOptions", {}).get("volumeMounts", [])
+        assert bool(mounts) == spec.get("enableInTreeAutoscaling", False)
+        assert {mount["name"] for mount in mounts} <= {v["name"] for v in ray_pods(item)["head"]["spec"]["volumes"]}
+
+
+NODE = {"app.kubernetes.io/part-of": "nightshift", "app.kubernetes.io/component": "node"}
+HEAD = {**NODE, "ray.io/node-type": "head"}
+WORKER = {**NODE, "ray.io/node-type": "worker"}
+SUBMITTER = {"app.kubernetes.io/part-of": "nightshift", "app.kubernetes.io/component": "submitter"}
+OPERATOR = {"app.kubernetes.io/component": "kuberay-operator"}
+
+
+def lets_in(policies: list[Object], to: Object, port: int, labels: Object, namespace: str = "nightshift") -> bool:
+    """Whether the policies of namespace `nightshift` let a pod reach another's port."""
+
+    def selects(selector: Object, found: Object) -> bool:
+        return all(found.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+
+    def is_peer(peer: Object) -> bool:
+        if "namespaceSelector" in peer:
+            inside = selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+        else:
+            inside = namespace == "nightshift"
+        return inside and selects(peer.get("podSelector", {}), labels)
+
+    chosen = [policy["spec"] for policy in policies if selects(policy["spec"]["podSelector"], to)]
+    if not any("Ingress" in spec["policyTypes"] for spec in chosen):
+        return True
+    return any(
+        any(is_peer(peer) for peer in rule["from"]) and port in {p["port"] for p in rule.get("ports", [{"port": port}])}
+        for spec in chosen
+        for rule in spec.get("ingress", [])
+    )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_dashboard_is_closed_to_all_but_submitters_and_the_operator(overlay: str) -> None:
+    policies = of_kind(rendered(overlay), "NetworkPolicy")
+    for item in ray_objects(overlay):
+        for name, pod in ray_pods(item).items():
+            labels = {**pod["metadata"]["labels"], "ray.io/node-type": "head" if name == "head" else "worker"}
+            assert labels == (HEAD if name == "head" else WORKER)
+        if item["kind"] == "RayJob":
+            assert item["spec"]["submitterPodTemplate"]["metadata"]["labels"] == SUBMITTER
+    reach = functools.partial(lets_in, policies)
+    assert reach(HEAD, 8265, SUBMITTER)
+    assert reach(HEAD, 8265, OPERATOR, "kuberay-operator")
+    assert reach(HEAD, 6379, WORKER)
+    assert reach(WORKER, 10002, HEAD)
+    assert not reach(HEAD, 8265, OPERATOR, "default"), "a label alone opens nothing"
+    assert not reach(HEAD, 8265, {"app": "notebook"})
+    assert not reach(HEAD, 8265, NODE, "default")
+    assert not reach(HEAD, 6379, SUBMITTER)
+    assert not reach(HEAD, 10001, OPERATOR, "kuberay-operator")
+    assert not reach(WORKER, 8265, {"app": "notebook"})
+
+
+def test_pods_cannot_ask_the_machine_for_its_keys() -> None:
+    (policy,) = (
+        p for p in of_kind(rendered("dev/cluster"), "NetworkPolicy") if p["metadata"]["name"] == "nightshift-nodes"
+    )
+    blocks = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule["to"] if "ipBlock" in peer]
+    everywhere = [block for block in blocks if block["cidr"] == "0.0.0.0/0"]
+    assert all("169.254.0.0/16" in block["except"] for block in everywhere)
+    assert not any(block["cidr"].startswith("169.254.169") for block in blocks)
+
+
+# The image
+
+
+def test_the_dockerfile_is_clean() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("there is no hadolint for this machine")
+    done = subprocess.run([hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def instructions() -> list[list[str]]:
+    lines = (DOCKER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    return [line.split() for line in lines if line and not line.startswith("#")]
+
+
+def test_the_images_bases_are_pinned_and_its_users_are_not_root() -> None:
+    stages, users = {"scratch": ""}, {}
+    for words in instructions():
+        if words[0] == "FROM":
+            base, stage = words[1], words[3]
+            assert base in stages or re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base), f"{base} is not pinned"
+            stages[stage] = base
+            users[stage] = users.get(base, "root")
+        elif words[0] == "USER":
+            users[stage] = words[1]
+    assert {users["cpu"], users["cuda"]} == {"1000:1000"}
+    version = "{}.{}".format(*sys.version_info)
+    assert stages["base"].startswith(f"python:{version}."), "constraints.txt is of this Python"
+
+
+def test_the_build_sees_what_it_copies_and_no_more() -> None:
+    ignored = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert ignored[1] == "*"
+    let_in = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = {
+        word for words in instructions() if words[0] == "COPY" and "--from" not in words[1] for word in words[1:-1]
+    }
+    assert copied == let_in
+    assert all((ROOT / name).exists() for name in let_in)
+
+
+def test_the_project_names_no_package_index() -> None:
+    assert ["ARG", "TORCH_INDEX"] in instructions(), "given by who builds, without a default"
+    assert not re.search(r"https?://", (DOCKER / "Dockerfile").read_text())
+
+
+# Ray's launcher
+
+
+def launcher_config(name: str) -> Object:
+    return dict(yaml.safe_load((LAUNCHER / f"{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_ray_takes_the_launchers_files(name: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    filled = prepare_config(launcher_config(name))
+    validate_config(filled)
+    assert {kind: filled["available_node_types"][kind]["max_workers"] for kind in ("head", "decode", "gpu")} == {
+        "head": 0,
+        "decode": 16,
+        "gpu": 8,
+    }
+    commands = [line for key, lines in filled.items() if key.endswith("_commands") for line in lines]
+    assert not any("install" in line for line in commands), "Ray's defaults would install another Ray"
+    (head,) = (line for line in filled["head_start_ray_commands"] if "ray start" in line)
+    assert "--num-cpus=0" in head
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "--env RAY_AUTH_MODE=token" in filled["docker"]["run_options"]
+    filled["max_wrkers"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="max_wrkers"):
+        validate_config(filled)
+
+
+def test_workers_are_on_spot_and_heads_are_not() -> None:
+    aws, gcp = (launcher_config(name)["available_node_types"] for name in ("aws", "gcp"))
+    for kind in ("decode", "gpu"):
+        assert aws[kind]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert gcp[kind]["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+        assert aws[kind]["min_workers"] == gcp[kind]["min_workers"] == 0
+    assert "InstanceMarketOptions" not in aws["head"]["node_config"]
+    assert "scheduling" not in gcp["head"]["node_config"]
+
+
+LAUNCH = """
+import json, sys, yaml, boto3
+from ray.autoscaler._private.commands import _bootstrap_config
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+for role in ("nightshift-head", "nightshift-worker"):
+    boto3.client("iam").create_instance_profile(InstanceProfileName=role)
+config = _bootstrap_config(yaml.safe_load(open(sys.argv[1])), no_config_cache=True)
+provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+for kind in ("head", "gpu"):
+    node = config["available_node_types"][kind]["node_config"]
+    provider.create_node(node, {"ray-node-type": kind, "ray-node-name": kind, "ray-node-status": "up"}, 1)
+ec2 = boto3.resource("ec2")
+found = {
+    instance.instance_type: {
+        "lifecycle": instance.instance_lifecycle,
+        "tokens": instance.metadata_options["HttpTokens"],
+        "role": instance.iam_instance_profile["Arn"].rpartition("/")[2],
+        "open": sorted(
+            [rule["FromPort"], rule["ToPort"]]
+            for group in instance.security_groups
+            for rule in ec2.SecurityGroup(group["GroupId"]).ip_permissions
+            if rule["IpRanges"]
+        ),
+    }
+    for instance in ec2.instances.all()
+}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_ray_launches_these_machines_on_a_stand_in_for_ec2(s3_server: S3Server, tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    environment = {**os.environ, **s3_server.environment, "AWS_DEFAULT_REGION": "us-east-1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, LAUNCHER / "aws.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    ssh_only = [[22, 22]]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "m7i.xlarge": {"lifecycle": None, "tokens": "required", "role": "nightshift-head", "open": ssh_only},
+        "g6.4xlarge": {"lifecycle": "spot", "tokens": "required", "role": "nightshift-worker", "open": ssh_only},
+    }
+
+
+# Machines one can ssh to (tests/test_bare_cluster.py starts them)
+
+
+def test_the_script_is_clean() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, ROOT / "infra/bare/cluster.sh"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
