@@ -1,6 +1,10 @@
-"""`kubectl kustomize FOLDER`, and the same for the few features that infra/kuberay/ uses where there is no kubectl."""
+"""`kubectl kustomize FOLDER`, and the same for the few features that infra/kuberay/ uses where there is no kubectl.
+
+Through JSON where YAML is read: an alias is a copy to kubectl, and the same object to PyYAML.
+"""
 
 import copy
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,9 +19,8 @@ CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 
 def kustomize(folder: Path) -> list[Object]:
     """The objects that a folder renders to, by kubectl or kustomize where there is one."""
-    command = (
-        [shutil.which("kubectl"), "kustomize"] if shutil.which("kubectl") else [shutil.which("kustomize"), "build"]
-    )
+    kubectl = shutil.which("kubectl")
+    command = [kubectl, "kustomize"] if kubectl else [shutil.which("kustomize"), "build"]
     if command[0] is None:
         return render(folder)
     done = subprocess.run([*command, folder], capture_output=True, text=True, timeout=60)  # type: ignore[list-item]
@@ -33,7 +36,7 @@ def render(folder: Path, found: list[Object] | None = None) -> list[Object]:
     assert set(kustomization) <= known, "teach this renderer"
     for name in kustomization.get("resources", []):
         path = folder / name
-        found += render(path) if path.is_dir() else copy.deepcopy(list(yaml.safe_load_all(path.read_text())))
+        found += render(path) if path.is_dir() else json.loads(json.dumps(list(yaml.safe_load_all(path.read_text()))))
     for name in kustomization.get("components", []):
         found = render(folder / name, found)
     for patch in kustomization.get("patches", []):

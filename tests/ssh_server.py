@@ -29,7 +29,7 @@ async def _shell(process: "asyncssh.SSHServerProcess[bytes]", homes: Path) -> No
 
 @contextmanager
 def ssh_server(folder: Path) -> Iterator[str]:
-    """Serve on this machine; yield the ssh command that reaches it, as `user@127.0.0.1`. Homes are in `folder/homes`."""
+    """Serve here; yield the ssh command that reaches it, as `user@127.0.0.1`. Homes are in `folder/homes`."""
     client_key, server_key = asyncssh.generate_private_key("ssh-ed25519"), asyncssh.generate_private_key("ssh-ed25519")
     client_key.write_private_key(folder / "key")
     (folder / "key").chmod(0o600)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import re
 import shutil
@@ -103,13 +104,13 @@ def test_core_objects_and_pods_fit_kubernetes(overlay: str) -> None:
 
 
 @functools.cache
-def crd_schema(kind: str) -> Object:
+def crd_validator(kind: str) -> jsonschema.Draft7Validator:
     path = CRDS / f"ray.io_{PLURALS[kind]}.yaml"
     if not path.is_file():
         pytest.skip(f"KubeRay's CRDs are not in {CRDS}; NIGHTSHIFT_KUBERAY_CRDS names a folder that has them")
     crd = yaml.load(path.read_text(), yaml.CSafeLoader)
     (version,) = (version for version in crd["spec"]["versions"] if version["name"] == "v1")
-    return strict(version["schema"]["openAPIV3Schema"])
+    return jsonschema.Draft7Validator(strict(version["schema"]["openAPIV3Schema"]))
 
 
 def strict(schema: Any) -> Any:
@@ -127,7 +128,7 @@ def strict(schema: Any) -> Any:
 
 def fits_crd(item: Object) -> None:
     """Raise jsonschema.ValidationError unless the object is as KubeRay's CRD has it. metadata is Kubernetes' own."""
-    jsonschema.validate({**item, "metadata": {}}, crd_schema(item["kind"]))
+    crd_validator(item["kind"]).validate({**item, "metadata": {}})
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -294,7 +295,7 @@ def test_the_trial_cluster_fits_one_node() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_restricted(overlay: str) -> None:
-    """The `restricted` pod security standard, which the namespace enforces, and a root file system that is read only."""
+    """The `restricted` pod security standard, which the namespace enforces, and a read-only root."""
     (namespace,) = of_kind(rendered(overlay), "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     for item in ray_objects(overlay):
@@ -513,8 +514,6 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_ray_launches_these_machines_on_a_stand_in_for_ec2(s3_server: S3Server, tmp_path: Path) -> None:
-    import json
-
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
     environment = {**os.environ, **s3_server.environment, "AWS_DEFAULT_REGION": "us-east-1", "HOME": str(tmp_path)}
