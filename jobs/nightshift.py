@@ -1,9 +1,9 @@
-"""The `nightshift` command: `nightshift embed …`, `nightshift classify …`, `nightshift verify OUTPUT`."""
+"""The `nightshift` command: `nightshift embed …`, `… classify …`, `… verify OUTPUT`, `… submit JOB -- …`."""
 
 import sys
 from importlib import import_module
 
-COMMANDS = ("embed", "classify", "verify")
+COMMANDS = ("embed", "classify", "verify", "submit")
 
 
 def main() -> int:

@@ -87,8 +87,10 @@ class RayCluster:
     environment: dict[str, str]
 
 
-def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subprocess.Popen[bytes], RayCluster]:
-    """`ray start --head` in the foreground, ready to take work.
+def start_ray_head(
+    environment: dict[str, str], cpus: int = 2, python: Path = Path(sys.executable)
+) -> tuple[subprocess.Popen[bytes], RayCluster]:
+    """`ray start --head` of a Python in the foreground, ready to take work; `python` is that one for its jobs too.
 
     In a folder of its own: in the default one it would leave its address to every later `ray.init()` of this machine.
     On ports of its own: of two heads with the default ones the second takes no jobs.
@@ -96,7 +98,7 @@ def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subproce
     port, dashboard_port = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
     command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"),
+        *(str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--port", str(port), "--dashboard-port", str(dashboard_port), "--num-cpus", str(cpus)),
         *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
         *("--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port())),
@@ -104,7 +106,7 @@ def start_ray_head(environment: dict[str, str], cpus: int = 2) -> tuple[subproce
     ]
     process = subprocess.Popen(
         command,
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,18 +1,32 @@
-"""`ray job submit` against a real head node, with its exit status, with and without tokens."""
+"""`jobs/submit.py` and `ray job submit` against real head nodes, with and without tokens, over links that break."""
 
+import contextlib
 import json
 import os
+import pty
+import re
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import images
 import pytest
 from conftest import ROOT, RayCluster, start_ray_head, stop_ray_head
-from whole import SLOW, count_commits, wait_for, write_folder
+from link import link
+from whole import SLOW, TINY, count_commits, wait_for, write_folder
 
+from jobs import submit
+from jobs.submission import client
 from pipeline.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -30,7 +44,7 @@ def token_cluster() -> Iterator[RayCluster]:
     stop_ray_head(process)
 
 
-def submit(
+def ray_job_submit(
     cluster: RayCluster, *entrypoint: object, options: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [
@@ -53,11 +67,11 @@ def test_a_submitted_job_runs_and_its_status_comes_back(token_cluster: RayCluste
     for i in range(12):
         (folder / f"{i}.jpg").write_bytes(images.encode(images.tile("forest", i)))
     job = (sys.executable, "jobs/embed.py", "--input", folder, "--model", "tiny:network", "--weights", "random")
-    good = submit(token_cluster, *job, "--output", tmp_path / "out")
+    good = ray_job_submit(token_cluster, *job, "--output", tmp_path / "out")
     assert good.returncode == 0, good.stdout + good.stderr
     assert "12 of 12 planned: 12 rows, 0 errors" in good.stdout
     assert verify(str(tmp_path / "out")).is_whole
-    bad = submit(token_cluster, *job, "--output", tmp_path / "other", "--batch-size", 0)
+    bad = ray_job_submit(token_cluster, *job, "--output", tmp_path / "other", "--batch-size", 0)
     assert bad.returncode == 1
     assert "--batch-size is 0: it must be at least 1" in bad.stdout
     assert "exit code 2" in bad.stdout + bad.stderr
@@ -66,7 +80,7 @@ def test_a_submitted_job_runs_and_its_status_comes_back(token_cluster: RayCluste
 def test_a_job_that_is_stopped_reports_and_goes_on(token_cluster: RayCluster, tmp_path: Path) -> None:
     folder, out = write_folder(tmp_path / "images", 200), tmp_path / "out"
     job = (sys.executable, "jobs/embed.py", "--input", folder, "--output", out, *SLOW, "--rows-per-part", "16")
-    started = submit(token_cluster, *job, options=("--no-wait", "--submission-id", "to-be-stopped"))
+    started = ray_job_submit(token_cluster, *job, options=("--no-wait", "--submission-id", "to-be-stopped"))
     assert started.returncode == 0, started.stderr
     wait_for(lambda: count_commits(out) >= 2)
     stop = [Path(sys.executable).with_name("ray"), "job", "stop", "--address", token_cluster.dashboard, "to-be-stopped"]
@@ -74,7 +88,7 @@ def test_a_job_that_is_stopped_reports_and_goes_on(token_cluster: RayCluster, tm
     report = json.loads((out / "_report.json").read_text())
     assert report["status"] == "Interrupted"
     assert 32 <= report["rows"] < 200
-    again = submit(token_cluster, *job)
+    again = ray_job_submit(token_cluster, *job)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "images were done before, by 1 earlier attempt" in again.stdout
     assert verify(str(out)).is_whole
@@ -82,6 +96,287 @@ def test_a_job_that_is_stopped_reports_and_goes_on(token_cluster: RayCluster, tm
 
 def test_without_the_token_the_cluster_refuses(token_cluster: RayCluster) -> None:
     started = time.monotonic()
-    done = submit(token_cluster, "true", RAY_AUTH_TOKEN="f" * 32)
+    done = ray_job_submit(token_cluster, "true", RAY_AUTH_TOKEN="f" * 32)
     assert done.returncode != 0
     assert time.monotonic() - started < 60
+
+
+class Submission:
+    """`python jobs/submit.py` in a process of its own; what it prints can be watched."""
+
+    def __init__(self, cluster: RayCluster, *arguments: object, **environment: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._paths = [Path(folder) / name for name in ("out", "err")]
+            self._files = [path.open("w") for path in self._paths]
+            self._readers = [path.open() for path in self._paths]
+        command = [sys.executable, str(ROOT / "jobs/submit.py"), *map(str, arguments)]
+        if "--address" not in command:
+            command[2:2] = ["--address", cluster.dashboard]
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **cluster.environment, "PYTHONPATH": str(ROOT), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self._files[0],
+            stderr=self._files[1],
+        )
+
+    @property
+    def out(self) -> str:
+        return self._read(0)
+
+    @property
+    def err(self) -> str:
+        return self._read(1)
+
+    def _read(self, number: int) -> str:
+        self._readers[number].seek(0)
+        return self._readers[number].read()
+
+    def end(self, code: int) -> "Submission":
+        found = self.process.wait(timeout=200)
+        assert found == code, f"ended with {found}:\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err
+        return self
+
+
+TALK = """
+import sys, time
+
+lines, code = int(sys.argv[1]), int(sys.argv[2])
+for number in range(lines):
+    print("line", number, flush=True)
+    time.sleep(0.1)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with one job: `talk LINES CODE`, ten lines a second."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "jobs").mkdir()
+    (folder / "jobs/talk.py").write_text(TALK)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+@pytest.fixture
+def talk(token_cluster: RayCluster, project: Path) -> Callable[..., Submission]:
+    """Submit `talk`: options, then lines and code."""
+
+    def start(*options: object, lines: int, code: int = 0) -> Submission:
+        return Submission(token_cluster, "talk", "--no-pip", "--working-dir", project, *options, "--", lines, code)
+
+    return start
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^line (\d+)$", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("kind", "code", "said"), [("good", 0, "12 rows, 0 errors"), ("bad", 3, "--max-error-rate")])
+def test_a_jobs_own_exit_code_comes_back(
+    token_cluster: RayCluster, tmp_path: Path, kind: str, code: int, said: str
+) -> None:
+    folder = write_folder(tmp_path / "images", 12)
+    if kind == "bad":
+        for path in sorted(folder.iterdir())[:9]:
+            path.write_bytes(b"no image")
+    job = ("--input", folder, "--output", tmp_path / "out", *TINY)
+    ended = Submission(token_cluster, "embed", "--", *job).end(code)
+    assert said in ended.out
+    assert f"exit code {code}" in ended.err
+    assert "installs" not in ended.err, "the cluster has all that it needs"
+
+
+def test_what_only_the_cluster_can_refuse_ends_with_2(token_cluster: RayCluster, tmp_path: Path) -> None:
+    job = ("--input", tmp_path / "nothing", "--output", tmp_path / "out", *TINY)
+    ended = Submission(token_cluster, "embed", "--no-pip", "--", *job).end(2)
+    assert f"nightshift: {tmp_path}/nothing" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "Missing authentication token"),
+        ({"RAY_AUTH_TOKEN": "f" * 32}, "Invalid authentication token"),
+    ],
+)
+def test_a_token_that_is_missing_or_wrong_is_a_sentence(
+    token_cluster: RayCluster, project: Path, environment: dict[str, str], said: str
+) -> None:
+    arguments = ("talk", "--working-dir", project, "--", 1, 0)
+    ended = Submission(token_cluster, *arguments, **environment).end(2)
+    assert said in ended.err
+    assert "set RAY_AUTH_MODE=token and" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_no_wait_then_attach_then_stop(token_cluster: RayCluster, talk: Callable[..., Submission]) -> None:
+    started = talk("--submission-id", "long-talk", "--no-wait", lines=3000).end(0)
+    assert "--attach long-talk" in started.err
+    attached = Submission(token_cluster, "--attach", "long-talk")
+    wait_for(lambda: len(numbers(attached.out)) > 20)
+    assert "long-talk stopped" in Submission(token_cluster, "--stop", "long-talk").end(0).err
+    attached.end(143)
+    found = numbers(attached.out)
+    assert found == list(range(len(found)))
+    assert "long-talk stopped, exit code 143" in attached.err
+    assert "is an earlier job's" in talk("--submission-id", "long-talk", lines=1).end(2).err
+    assert "knows no job nobody" in Submission(token_cluster, "--attach", "nobody").end(1).err
+
+
+def test_a_connection_that_is_cut_and_restored(token_cluster: RayCluster, talk: Callable[..., Submission]) -> None:
+    with link(token_cluster.dashboard) as line:
+        following = talk("--address", line.address, lines=150, code=7)
+        wait_for(lambda: len(numbers(following.out)) > 20)
+        line.cut()
+        wait_for(lambda: "is out of reach" in following.err)
+        line.mend()
+        wait_for(lambda: "connected again" in following.err)
+        line.cut()
+        line.mend()
+        following.end(7)
+    assert numbers(following.out) == list(range(150))
+    assert following.out.count("Running entrypoint") == 1
+
+
+def test_a_connection_that_freezes_is_given_up_and_taken_up_again(
+    bare_cluster: RayCluster, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In this process, so that a request need not stand still for half a minute."""
+    for name, value in {**bare_cluster.environment, "RAY_API_SERVER_ADDRESS": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(client, "REQUEST_TIMEOUT_S", 2.0)
+    with link(bare_cluster.dashboard) as line:
+        threading.Timer(8, line.freeze).start()
+        threading.Timer(20, line.mend).start()
+        arguments = ["talk", "--no-pip", "--working-dir", str(project), "--address", line.address, "--", "250", "7"]
+        assert submit.main(arguments) == 7
+    printed = capsys.readouterr()
+    assert numbers(printed.out) == list(range(250))
+    assert "is out of reach" in printed.err
+    assert "connected again" in printed.err
+
+
+def test_a_cluster_that_stays_out_of_reach(token_cluster: RayCluster, talk: Callable[..., Submission]) -> None:
+    with link(token_cluster.dashboard) as line:
+        following = talk("--address", line.address, "--reconnect-minutes", "0.05", lines=100, code=7)
+        wait_for(lambda: len(numbers(following.out)) > 10)
+        line.cut()
+        following.end(1)
+    (submission_id,) = re.findall(
+        r"follow it again with: python jobs/submit\.py .* --attach (\S+)$", following.err, re.M
+    )
+    again = Submission(token_cluster, "--attach", submission_id).end(7)
+    assert numbers(again.out) == list(range(100))
+
+
+def test_an_interrupt_where_nobody_can_be_asked_leaves_the_job(
+    token_cluster: RayCluster, talk: Callable[..., Submission]
+) -> None:
+    following = talk("--submission-id", "left", lines=60, code=7)
+    wait_for(lambda: len(numbers(following.out)) > 5)
+    following.process.send_signal(signal.SIGINT)
+    assert "the job goes on; follow it with: python jobs/submit.py" in following.end(130).err
+    Submission(token_cluster, "--attach", "left").end(7)
+
+
+class Terminal:
+    """`python jobs/submit.py` on a terminal of its own."""
+
+    def __init__(self, cluster: RayCluster, *arguments: object) -> None:
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            environment = {**os.environ, **cluster.environment, "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, str(ROOT / "jobs/submit.py"), "--address", cluster.dashboard]
+            os.execve(sys.executable, [*command, *map(str, arguments)], environment)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Until it is shown, after what was waited for before."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.shown!r}"
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                self.shown += os.read(self._terminal, 1 << 16).decode()
+        self.shown = self.shown.partition(text)[2]
+
+    def end(self) -> int:
+        with contextlib.suppress(OSError):  # what Linux answers when the other end is closed
+            while data := os.read(self._terminal, 1 << 16):
+                self.shown += data.decode()
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_an_interrupt_on_a_terminal_asks(token_cluster: RayCluster, talk: Callable[..., Submission]) -> None:
+    talk("--submission-id", "asked", "--no-wait", lines=3000).end(0)
+    first = Terminal(token_cluster, "--attach", "asked")
+    first.wait_for("line 5\r\n")
+    first.type("\x03")
+    first.wait_for("stop the job? [y/N]")
+    first.type("n\n")
+    first.wait_for("line 60\r\n")
+    first.type("\x03")
+    first.wait_for("stop the job? [y/N]")
+    first.type("\x03")
+    assert first.end() == 130
+    assert "the job goes on; follow it with" in first.shown
+    second = Terminal(token_cluster, "--attach", "asked")
+    second.wait_for("line 61\r\n")
+    second.type("\x03")
+    second.wait_for("stop the job? [y/N]")
+    second.type("y\n")
+    assert second.end() == 143
+    assert "asked stopped, exit code 143" in second.shown
+
+
+@pytest.fixture(scope="module")
+def bare_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A cluster without tokens whose Python has all packages but this one and braceexpand, which pip finds in a folder.
+
+    Its Python is an environment of links, so that Ray, which copies it for pip, has next to nothing to copy.
+    """
+    folder = tmp_path_factory.mktemp("bare")
+    packages = Path(sysconfig.get_path("purelib"))
+    (folder / "packages").mkdir()
+    (folder / "wheels").mkdir()
+    for path in packages.iterdir():
+        if not path.name.startswith(("braceexpand", "nightshift", "__editable__", "__pycache__")):
+            (folder / "packages" / path.name).symlink_to(path)
+    with zipfile.ZipFile(folder / "wheels/braceexpand-0.1.7-py2.py3-none-any.whl", "w") as wheel:
+        for path in sorted(packages.glob("braceexpand*/**/*")):
+            if path.is_file() and path.suffix != ".pyc":
+                wheel.write(path, path.relative_to(packages))
+    python = folder / "environment/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", python.parents[1]], check=True)
+    (own,) = python.parents[1].glob("lib/python*/site-packages")
+    (own / "packages.pth").write_text(f"{folder / 'packages'}\n")
+    environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": ""}
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder / "wheels")}
+    process, cluster = start_ray_head({**environment, **pip}, python=python)
+    yield RayCluster(cluster.address, cluster.dashboard, environment)
+    stop_ray_head(process)
+
+
+def test_a_cluster_without_the_package_gets_it_and_what_it_needs(bare_cluster: RayCluster, tmp_path: Path) -> None:
+    folder, out = write_folder(tmp_path / "images", 12), tmp_path / "out"
+    job = ("--input", folder / "{0000..0011}.jpg", "--output", out, *TINY)
+    lacking = Submission(bare_cluster, "embed", "--no-pip", "--env", f"PYTHONPATH={ROOT / 'tests'}", "--", *job).end(1)
+    assert "No module named 'braceexpand'" in lacking.out
+    ended = Submission(bare_cluster, "embed", "--env", f"PYTHONPATH={ROOT / 'tests'}", "--", *job).end(0)
+    assert "each node installs braceexpand>=0.1.7 first" in ended.err
+    assert verify(str(out)).is_whole
+
+
+def test_a_secret_of_the_flags_reaches_the_job_alone(bare_cluster: RayCluster, tmp_path: Path) -> None:
+    ended = Submission(bare_cluster, "verify", "--no-pip", "--", "https://user:planted@127.0.0.1:9/out?sig=planted")
+    ended.process.wait(timeout=120)
+    assert "127.0.0.1:9/out" in ended.out, "the job was given it"
+    assert "planted" not in ended.out + ended.err
+    with urllib.request.urlopen(f"{bare_cluster.dashboard}/api/jobs/", timeout=30) as answer:
+        assert "planted" not in json.dumps([job["entrypoint"] for job in json.load(answer)])

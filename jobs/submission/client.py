@@ -1,0 +1,60 @@
+"""Ray's client of a cluster's dashboard, with an end to every request and sentences for errors."""
+
+import logging
+import os
+import time
+from typing import Any
+
+from ray.job_submission import JobSubmissionClient
+
+from pipeline import storage
+from pipeline.errors import NightshiftError, SettingRefused
+
+REQUEST_TIMEOUT_S = 30.0
+"""Of one request, for each piece of its answer."""
+
+START_PATIENCE_S = 60.0
+"""A cluster that has only just started takes no jobs yet."""
+
+
+class Client(JobSubmissionClient):
+    """Ray sets no limit, and waits for ever where a connection was lost without a word."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, **{"timeout": REQUEST_TIMEOUT_S, **options})
+
+
+def connect(address: str) -> Client:
+    """Raises SettingRefused where no dashboard answers, and Ray's AuthenticationError where it wants another token."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers the environment to what it is given
+    try:
+        client = Client(address)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SettingRefused(
+            f"--address {storage.redact(address)}: no Ray dashboard answers there ({error}); name it as "
+            "http://HOST:8265, and forward the port if the cluster is not in your network"
+        ) from error
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of each upload and each end of a stream
+    return client
+
+
+def submit(client: Client, submission_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
+    """Submit once, however many requests that takes. Raises SettingRefused if the id is another job's."""
+    deadline = time.monotonic() + START_PATIENCE_S
+    may_have_arrived = False
+    while True:
+        try:
+            client.submit_job(submission_id=submission_id, entrypoint=entrypoint, runtime_env=runtime_env)
+            return
+        except (OSError, RuntimeError) as error:
+            if f"{submission_id} already exists" in str(error):
+                if may_have_arrived:
+                    return
+                raise SettingRefused(f"--submission-id {submission_id} is an earlier job's: name another") from error
+            if isinstance(error, RuntimeError) and "No available agent" not in str(error):
+                raise NightshiftError(f"the cluster does not take the job: {error}") from error
+            if time.monotonic() > deadline:
+                raise NightshiftError(f"the cluster took no job for {START_PATIENCE_S:g} seconds: {error}") from error
+            may_have_arrived = isinstance(error, OSError)
+            time.sleep(1)

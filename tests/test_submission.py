@@ -1,0 +1,148 @@
+"""What `jobs/submit.py` decides before it asks a cluster."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+
+from jobs import submit
+from jobs.submission import environment, package, probe
+from jobs.submission.client import connect
+from pipeline.errors import SettingRefused
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = {
+    "--address", "--working-dir", "--pip", "--requirement", "--env", "--submission-id", "--wait",
+    "--reconnect-minutes", "--attach", "--stop",
+}  # fmt: skip
+
+
+def test_the_flags() -> None:
+    """A snapshot, as of the jobs' own."""
+    shown = {flag for action in submit.parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert {flag for flag in shown if not flag.startswith("--no-")} - {"--help"} == FLAGS
+
+
+def tree(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_the_package_is_what_git_would_keep(tmp_path: Path) -> None:
+    tree(
+        tmp_path, "jobs/a.py", "jobs/b.log", "jobs/kept.log", "data/x.jpg", "pipeline/data/y.py", ".git/config",
+        ".venv/bin/python", "jobs/__pycache__/a.pyc", "demo/z.jpg", "deep/demo/w.py", ".github/ci.yml",
+    )  # fmt: skip
+    (tmp_path / ".gitignore").write_text("*.log\n/demo/\n")
+    (tmp_path / "jobs/.gitignore").write_text("!kept.log\n")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    package.pack(tmp_path, tmp_path.parent / "package.zip")
+    with zipfile.ZipFile(tmp_path.parent / "package.zip") as archive:
+        assert archive.namelist() == [
+            *(".github/ci.yml", ".gitignore", "deep/demo/w.py"),
+            *("jobs/.gitignore", "jobs/a.py", "jobs/kept.log", "pipeline/data/y.py"),
+        ]
+        assert archive.read("jobs/a.py") == b"jobs/a.py"
+
+
+def test_the_same_files_are_the_same_package(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "project", "a.py", "b.py")
+    package.pack(folder, tmp_path / "1.zip")
+    os.utime(folder / "a.py", (0, 0))
+    package.pack(folder, tmp_path / "2.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+
+
+def test_a_large_package_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "project", "a.py")
+    with (folder / "weights.pt").open("wb") as file:
+        file.truncate(package.LIMIT_BYTES)
+    with pytest.raises(SettingRefused, match=r"more than 100 MB.*\.gitignore"):
+        package.pack(folder, tmp_path / "p.zip")
+    assert not (tmp_path / "p.zip").exists()
+
+
+def test_the_project_itself_is_small_and_has_its_jobs() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in package.files(ROOT)}
+    assert {
+        "jobs/embed.py",
+        "pipeline/runner.py",
+        "pyproject.toml",
+        environment.CONSTRAINTS,
+        environment.PROBE,
+    } <= names
+    assert sum((ROOT / name).stat().st_size for name in names) < 5 << 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a job to run"),
+        (["embed", "--attach", "x"], "name a job to run"),
+        (["nosuch"], "has no jobs/nosuch.py"),
+        (["embed", "--working-dir", "{empty}"], "has no jobs/embed.py"),
+        (["embed", "--", "--input", "a", "--output", "s3://b/c", "--batch-size", "0"], "--batch-size is 0"),
+        (["embed", "--", "--input", "a", "--output", "s3://b/c", "--actors", "4:2"], "--actors is '4:2'"),
+        (["classify", "--", "--input", "a", "--output", "vectors"], "--output vectors would be in the job's own copy"),
+        (["embed", "--env", "NOT_SET_ANYWHERE", "--", "--input", "a", "--output", "/b"], "--env NOT_SET_ANYWHERE"),
+        (["embed", "--env", "a b=c", "--", "--input", "a", "--output", "/b"], "--env a b: it is NAME=VALUE"),
+        (["embed", "--address", "http://127.0.0.1:{port}", "--", "--input", "a", "--output", "/b"], "no Ray dashboard"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")  # and put it back after the test
+    places = {"empty": str(tmp_path), "port": str(free_port())}
+    assert submit.main([word.format(**places) for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.startswith("nightshift: ")
+    assert err.count("\n") == 1
+
+
+def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:2")
+    port = free_port()
+    with pytest.raises(SettingRefused, match=rf"at address: http://127\.0\.0\.1:{port}\."):
+        connect(f"http://127.0.0.1:{port}")
+
+
+def test_credentials_do_not_stand_in_the_command() -> None:
+    signed = "https://user:pass@host/list.csv?X-Amz-Signature=abc"
+    shown, secrets = submit.without_secrets(["python", "jobs/embed.py", "--input", signed, f"--labels={signed}", "a b"])
+    assert shown == 'python jobs/embed.py --input "$NIGHTSHIFT_URI_0" --labels="$NIGHTSHIFT_URI_1" \'a b\''
+    assert secrets == {"NIGHTSHIFT_URI_0": signed, "NIGHTSHIFT_URI_1": signed}
+
+
+def test_variables_are_given_or_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_HERE", "secret")
+    assert environment.variables(["A=b=c", "EMPTY=", "FROM_HERE"]) == {"A": "b=c", "EMPTY": "", "FROM_HERE": "secret"}
+
+
+def test_requirements_are_the_projects_and_get_its_pins() -> None:
+    found = environment.required(ROOT, ["timm>=1.0"])
+    assert {"python>=3.11", "braceexpand>=0.1.7", "timm>=1.0"} <= set(found)
+    asked = environment.pip(["braceexpand>=0.1.7", "nosuch>=2"], ROOT)["packages"]
+    assert asked[:2] == ["braceexpand==0.1.7", "nosuch>=2"]
+    assert asked[2].startswith("--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/")
+    with pytest.raises(SettingRefused, match=r"does not have ray\[data\]<2: start it from an image that has"):
+        environment.pip(["ray[data]<2"], ROOT)
+    with pytest.raises(SettingRefused, match="--requirement: "):
+        environment.required(ROOT, ["no such"])
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [
+        ("python>=3.11", True), ("python>=4", False), ("numpy>=2", True), ("numpy>=99", False), ("nosuch", False),
+        ("nosuch; sys_platform == 'other'", True),
+    ],
+)  # fmt: skip
+def test_the_probe(text: str, met: bool) -> None:
+    assert probe.is_met(probe.Requirement(text)) is met
