@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from pipeline.report import Report
     from pipeline.runner import run
 
+__version__ = "0.1.0"
+
 __all__ = ["Classifier", "Embedder", "NightshiftError", "Predictor", "Report", "RunConfig", "Transform", "run"]
 
 _HOMES = {

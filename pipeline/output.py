@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import pipeline
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline import storage
@@ -20,7 +21,7 @@ from pipeline.sources.discover import Archive
 from pipeline.update import Change
 
 RUN, SUCCESS = "_run.json", "_SUCCESS"
-PACKAGES = ("nightshift", "ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
+PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
 
 
 def settings(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[
             "settings": wanted,
             "provenance": predictor.provenance(),
             "config": {**asdict(config), **config.result_settings()},
-            "versions": {**{name: version(name) for name in PACKAGES}, "python": platform.python_version()},
+            "versions": _versions(),
         }
         storage.write(_run_uri(config.output), json.dumps(record, indent=1).encode())
     elif found["settings"] != wanted:
@@ -51,6 +52,12 @@ def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[
     if plan is None:
         return plans.make(config.output, archive.shards(), archive.keep_types), None
     return _update(plan, archive) if config.update else (plan, None)
+
+
+def _versions() -> dict[str, str]:
+    """This package's is the code's own: a job may run from a checkout on machines that have another one, or none."""
+    found = {"nightshift": pipeline.__version__, "python": platform.python_version()}
+    return found | {name: version(name) for name in PACKAGES}
 
 
 def _update(plan: Plan, archive: Archive) -> tuple[Plan, Change]:
