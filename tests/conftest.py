@@ -126,6 +126,23 @@ def start_ray_head(
     pytest.fail("ray start --head was not ready in 60 s")
 
 
+def start_ray_worker(cluster: RayCluster, address: str, *resources: object) -> subprocess.Popen[bytes]:
+    """`ray start` of a worker node with an address of its own; its processes are one group, to be killed as one."""
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+        *("--address", cluster.address, "--node-ip-address", address, "--object-store-memory", str(128 << 20)),
+        *("--dashboard-agent-listen-port", str(free_port()), "--min-worker-port", "0", "--max-worker-port", "0"),
+        *map(str, resources),
+    ]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **cluster.environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 def stop_ray_head(process: "subprocess.Popen[bytes]") -> None:
     """Stop this head and no other Ray of this machine (`ray stop` would)."""
     os.killpg(process.pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Networks for whole-job tests: `--model tiny:network`. Small enough that the job around them is what is tested."""
 
+import os
 import time
 
 import torch
@@ -24,6 +25,19 @@ class Tiny(nn.Module):
 
 def network() -> tuple[nn.Module, Transform]:
     return Tiny(), Transform(resize=SIZE + 4, crop=SIZE)
+
+
+class Counted(Tiny):
+    """Writes a byte to the file COUNTED_IMAGES for each image, which many processes may do at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with open(os.environ["COUNTED_IMAGES"], "ab", buffering=0) as file:
+            file.write(bytes(len(x)))
+        return super().forward(x)
+
+
+def counted_network() -> tuple[nn.Module, Transform]:
+    return Counted(0.02), Transform(resize=SIZE + 4, crop=SIZE)
 
 
 def slow_network() -> tuple[nn.Module, Transform]:
