@@ -26,20 +26,6 @@ IMAGES_PER_TAR = 10_000
 IMAGES_PER_FOLDER = 1_000
 SAMPLE_SECONDS = 1.0
 
-JOB = """
-import sys
-import pyarrow as pa
-from pipeline import Predictor, RunConfig, Transform, run
-
-class Null(Predictor):
-    transform = Transform(resize=64, crop=64)
-    columns = pa.schema([("first", pa.uint8())])
-    def predict(self, pixels):
-        return {"first": pixels[:, 0, 0, 0].copy()}
-
-run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=256), Null())
-"""
-
 
 @dataclass
 class Peaks:
@@ -77,7 +63,8 @@ def write_loose(folder: Path, count: int, tiles: list[bytes]) -> None:
 def measure(archive: Path, output: Path) -> tuple[float, Peaks, float]:
     """Run the job; return its images/s, its peaks and the MiB of commits and attempts that it leaves."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}
-    process = psutil.Popen([sys.executable, "-c", JOB, str(archive), str(output)], env=environment)
+    command = [sys.executable, "-m", "jobs.bench.null", str(archive), str(output), "--side", "64"]
+    process = psutil.Popen([*command, "--batch-size", "256"], env=environment)
     peaks = Peaks()
     while process.poll() is None:
         try:

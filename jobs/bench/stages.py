@@ -27,7 +27,7 @@ from pipeline.coverage import END
 from pipeline.loader import Loader
 from pipeline.plan import Shard
 from pipeline.predict import Predict
-from pipeline.predictors import Embedder
+from pipeline.predictors import Embedder, Predictor
 from pipeline.sink import Sink
 from pipeline.sources import Record
 from pipeline.sources.discover import Archive
@@ -51,8 +51,7 @@ class Stages:
     rows_per_part: int
 
     @staticmethod
-    def of(config: RunConfig, model: str, rows_per_part: int) -> "Stages":
-        predictor = Embedder(model=model, weights="random", threads=os.cpu_count() or 1)
+    def of(config: RunConfig, predictor: Predictor, rows_per_part: int) -> "Stages":
         predictor.prepare()
         archive = Archive(config)
         shard = replace(next(archive.shards()), index=0)
@@ -93,6 +92,15 @@ class Stages:
         return (rows.slice(start, self.rows_per_part) for start in range(0, len(rows), self.rows_per_part))
 
 
+def alone(archive: Path, predictor: Predictor, rows_per_part: int) -> dict[str, float]:
+    """Core-seconds an image of each stage, the median of ROUNDS."""
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+        stages = Stages.of(RunConfig(input=str(archive), output=folder), predictor, rows_per_part)
+        stages.measure(0)  # the first round warms caches and allocators
+        rounds = [stages.measure(number) for number in range(1, ROUNDS + 1)]
+    return {name: median(each[name] for each in rounds) for name in rounds[0]}
+
+
 def timed(work: Callable[[], T]) -> tuple[float, T]:
     """Core-seconds of all threads of this process, and what the work returned."""
     started = time.process_time()
@@ -110,11 +118,8 @@ def main() -> int:
 
 
 def report(given: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
-        stages = Stages.of(RunConfig(input=str(given.archive), output=folder), given.model, given.rows_per_part)
-        stages.measure(0)  # the first round warms caches and allocators
-        rounds = [stages.measure(number) for number in range(1, ROUNDS + 1)]
-    found = {name: median(each[name] for each in rounds) for name in rounds[0]}
+    predictor = Embedder(model=given.model, weights="random", threads=os.cpu_count() or 1)
+    found = alone(given.archive, predictor, given.rows_per_part)
     print(json.dumps({**found, "gpus": torch.cuda.device_count()}))
     return 0
 
