@@ -9,7 +9,8 @@ a GPU and no CPU, so that every image's pixels go from node to node. GPUs are lo
 be, and compute nothing. Photos of 110 KB, in tars, become 224 × 224 pixels.
 
 Core-milliseconds an image are marginal, (large − small archive) / images between them, so starting counts for nothing;
-the driver's a task are those of the same images in more tars. Medians of the rounds.
+the driver's a task are those of the same images in more tars. Medians of the rounds. The stages alone, in one process,
+are measured between the jobs.
 """
 
 import argparse
@@ -123,19 +124,24 @@ class Archives:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cluster's jobs, one of each a round."""
+    """A cluster's jobs, one of each a round. alone: core-seconds an image of the stages, before each job."""
 
     topology: str
     nodes: int
     sizes: tuple[int, int]
     tasks: tuple[int, int]
-    small: list[Spent]
-    large: list[Spent]
-    many: list[Spent]
+    small: list[Spent] = field(default_factory=list)
+    large: list[Spent] = field(default_factory=list)
+    many: list[Spent] = field(default_factory=list)
+    alone: list[dict[str, float]] = field(default_factory=list)
 
     def per_image_ms(self, role: str) -> float:
         """Core-milliseconds."""
         return 1000 * self._more(self.large, role) / (self.sizes[1] - self.sizes[0])
+
+    def alone_ms(self, *stages: str) -> float:
+        """Core-milliseconds an image of these stages together."""
+        return 1000 * median(sum(each[name] for name in stages) for each in self.alone)
 
     @property
     def per_task_ms(self) -> float:
@@ -207,34 +213,32 @@ def spend(address: str, archive: Path, images: int) -> Spent:
 
 def measure(topology: str, nodes: int, archives: Archives, rounds: int) -> Outcome:
     """A cluster of its own for each round."""
-    sizes, tasks = (archives.small, archives.large), (archives.few, archives.many)
-    outcome = Outcome(topology, nodes, sizes, tasks, [], [], [])
+    from jobs.bench import null, stages  # torch, which --help can do without
+
+    small, large = archives.small, archives.large
+    outcome = Outcome(topology, nodes, (small, large), (archives.few, archives.many))
     for _ in range(rounds):
         with cluster(topology, nodes) as address:
-            run = partial(spend, address)
-            outcome.small.append(run(archives.folder / "small", archives.small))
-            outcome.large.append(run(archives.folder / "large", archives.large))
-            outcome.many.append(run(archives.folder / "many", archives.small))
+            for name, images in (("small", small), ("large", large), ("many", small)):
+                predictor = null.Null(null.Transform())
+                outcome.alone.append(stages.alone(archives.folder / "small", predictor, ROWS_PER_PART))
+                getattr(outcome, name).append(spend(address, archives.folder / name, images))
     return outcome
 
 
-def table(outcomes: list[Outcome], alone: Mapping[str, float]) -> Table:
-    """alone: core-seconds an image of the stages, of which a run's decoders read, decode and write."""
-    work_ms, actor_ms = 1000 * (alone["read"] + alone["decode"] + alone["write"]), 1000 * alone["predict"]
-    title = f"core-ms an image; read + decode + write alone: {work_ms:.2f}, the actor's work alone: {actor_ms:.3f}"
-    made = Table(title=title, title_justify="left")
+def table(outcomes: list[Outcome]) -> Table:
+    made = Table(title="core-ms an image, and the driver's a task", title_justify="left")
     made.add_column("cluster")
-    for header in ("driver", "GCS and\nraylets", "agents", "decoders", "of it\nRay's", "actors", "images/s"):
+    for header in ("driver", "GCS and\nraylets", "agents", "decoders", "their work\nalone", "actors", "images/s"):
         made.add_column(header, justify="right")
-    for header in ("driver's ms\na task", "driver's\nMiB"):
+    for header in ("driver,\na task", "driver's\nMiB"):
         made.add_column(header, justify="right")
     for each in outcomes:
-        cost = {name: each.per_image_ms(name) for name in ROLES}
         made.add_row(
             f"{each.topology}, {each.nodes} node{'s'[: each.nodes > 1]}",
-            *(f"{cost[name]:.3f}" for name in ("driver", "daemons", "agents", "decoders")),
-            f"{cost['decoders'] - work_ms:.3f}",
-            f"{cost['actors']:.3f}",
+            *(f"{each.per_image_ms(name):.3f}" for name in ("driver", "daemons", "agents", "decoders")),
+            f"{each.alone_ms('read', 'decode', 'write'):.3f}",
+            f"{each.per_image_ms('actors'):.3f}",
             show.number(each.rate, ",.0f"),
             f"{each.per_task_ms:.1f}",
             f"{each.driver_bytes / 2**20:,.0f}",
@@ -275,19 +279,16 @@ def report(given: argparse.Namespace) -> int:
             f"--many {given.many}, so that all tars hold as many images"
         )
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the clusters are this process's own
-    from jobs.bench import null, stages  # torch and Ray, which --help can do without
-
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         archives = Archives(Path(folder), given.small, given.large, given.few, given.many)
         archives.write()
-        alone = stages.alone(archives.folder / "small", null.Null(null.Transform()), ROWS_PER_PART)
         pairs = [(name, count) for name in topologies for count in nodes if name != "apart" or count > 1]
         outcomes = [measure(name, count, archives, given.rounds) for name, count in pairs]
-    show.console().print(table(outcomes, alone))
+    show.console().print(table(outcomes))
     print("every node is on this machine: compare core-ms, not images/s")
     if given.json:
         found = [each.as_json() for each in outcomes]
-        record = {"machine": machine.describe(), "alone_core_seconds_per_image": alone, "clusters": found}
+        record = {"machine": machine.describe(), "clusters": found}
         given.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
