@@ -2,11 +2,13 @@
 
     python jobs/bench_nodes.py
     python jobs/bench_nodes.py --topology apart --nodes 4 --json nodes.json
+    python jobs/bench_nodes.py --case tiles --small 20000 --large 100000
 
 The nodes are Ray's own, all on this machine and its cores: CPU time is what is measured, and images/s show no speed-up.
 Topologies: cpu, two CPUs a node; together, two CPUs and a GPU a node; apart, half of the nodes with two CPUs, half with
 a GPU and no CPU, so that every image's pixels go from node to node. GPUs are logical: the actors are where they would
-be, and compute nothing. Photos of 110 KB, in tars, become 224 × 224 pixels.
+be, and compute nothing. Photos of 110 KB, in tars, become 224 × 224 pixels; with `--case tiles` images of 64 × 64 pixels
+stay what they are, and so many come a second that the driver's work shows.
 
 Core-milliseconds an image are marginal, (large − small archive) / images between them, so starting counts for nothing;
 the driver's a task are those of the same images in more tars. Medians of the rounds. The stages alone, in one process,
@@ -23,7 +25,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,10 +33,10 @@ import psutil
 from rich.table import Table
 
 from jobs.bench import machine, show
-from jobs.bench.archives import DISTINCT_PHOTOS, encoded_photo, write_tars
+from jobs.bench.archives import DISTINCT_PHOTOS, encoded_photo, encoded_tiles, write_tars
 from jobs.bench.contest import marginal_rate
 from jobs.bench.measure import TAIL_CHARACTERS, CommandFailed
-from pipeline import cli
+from pipeline import Transform, cli
 from pipeline.errors import SettingRefused
 from pipeline.report import Report
 
@@ -45,7 +46,9 @@ TOPOLOGIES: dict[str, Any] = {
     "together": lambda nodes: [BOTH] * nodes,
     "apart": lambda nodes: [CPU] * (nodes - nodes // 2) + [GPU] * (nodes // 2),
 }
+CASES = {"photos": Transform(), "tiles": Transform(resize=64, crop=64)}
 STORE_BYTES = 512 << 20
+SETTLE_SECONDS = 10.0  # until the processes of a new cluster have started
 ROWS_PER_PART = 2_048
 SAMPLE_SECONDS = 0.2
 ROLES = ("driver", "daemons", "agents", "decoders", "actors")
@@ -106,20 +109,22 @@ class Archives:
     """few, many: tars that the small archive's images are in; the large archive's are in few."""
 
     folder: Path
+    case: str
     small: int
     large: int
     few: int
     many: int
 
     def write(self) -> None:
-        photos = [encoded_photo(seed) for seed in range(DISTINCT_PHOTOS)]
-        for name, images, tars in (
+        photos = self.case == "photos"
+        images = [encoded_photo(seed) for seed in range(DISTINCT_PHOTOS)] if photos else encoded_tiles()
+        for name, count, tars in (
             ("small", self.small, self.few),
             ("large", self.large, self.few),
             ("many", self.small, self.many),
         ):
             (self.folder / name).mkdir()
-            write_tars(self.folder / name, images, photos, per_tar=images // tars)
+            write_tars(self.folder / name, count, images, per_tar=count // tars)
 
 
 @dataclass(frozen=True)
@@ -184,11 +189,12 @@ def cluster(topology: str, nodes: int) -> Iterator[str]:
         made.shutdown()
 
 
-def spend(address: str, archive: Path, images: int) -> Spent:
+def spend(address: str, archive: Path, images: int, transform: Transform) -> Spent:
     """Run the job on a cluster of this process. Raises CommandFailed."""
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder, tempfile.TemporaryFile("w+b") as said:
         output = Path(folder) / "output"
         command = [sys.executable, "-m", "jobs.bench.null", str(archive), str(output)]
+        command += ["--resize", str(transform.resize), "--crop", str(transform.crop)]
         started = time.perf_counter()
         job = subprocess.Popen(
             [*command, "--rows-per-part", str(ROWS_PER_PART)],
@@ -215,14 +221,15 @@ def measure(topology: str, nodes: int, archives: Archives, rounds: int) -> Outco
     """A cluster of its own for each round."""
     from jobs.bench import null, stages  # torch, which --help can do without
 
-    small, large = archives.small, archives.large
+    small, large, transform = archives.small, archives.large, CASES[archives.case]
     outcome = Outcome(topology, nodes, (small, large), (archives.few, archives.many))
     for _ in range(rounds):
         with cluster(topology, nodes) as address:
+            time.sleep(SETTLE_SECONDS)
             for name, images in (("small", small), ("large", large), ("many", small)):
-                predictor = null.Null(null.Transform())
-                outcome.alone.append(stages.alone(archives.folder / "small", predictor, ROWS_PER_PART))
-                getattr(outcome, name).append(spend(address, archives.folder / name, images))
+                alone = stages.alone(archives.folder / "small", null.Null(transform), ROWS_PER_PART)
+                outcome.alone.append(alone)
+                getattr(outcome, name).append(spend(address, archives.folder / name, images, transform))
     return outcome
 
 
@@ -250,6 +257,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--topology", choices=list(TOPOLOGIES), action="append", help="give several (default: all)")
     made.add_argument("--nodes", metavar="N", type=int, action="append", help="give several (default: 1, 2, 4)")
+    made.add_argument("--case", choices=list(CASES), default="photos", help="default: photos")
     made.add_argument("--small", metavar="N", type=int, default=2_000, help="images (default: 2000)")
     made.add_argument("--large", metavar="N", type=int, default=10_000, help="images (default: 10000)")
     made.add_argument("--few", metavar="N", type=int, default=16, help="tars of both (default: 16)")
@@ -280,7 +288,7 @@ def report(given: argparse.Namespace) -> int:
         )
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the clusters are this process's own
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
-        archives = Archives(Path(folder), given.small, given.large, given.few, given.many)
+        archives = Archives(Path(folder), given.case, given.small, given.large, given.few, given.many)
         archives.write()
         pairs = [(name, count) for name in topologies for count in nodes if name != "apart" or count > 1]
         outcomes = [measure(name, count, archives, given.rounds) for name, count in pairs]
@@ -288,7 +296,7 @@ def report(given: argparse.Namespace) -> int:
     print("every node is on this machine: compare core-ms, not images/s")
     if given.json:
         found = [each.as_json() for each in outcomes]
-        record = {"machine": machine.describe(), "clusters": found}
+        record = {"case": given.case, "machine": machine.describe(), "clusters": found}
         given.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

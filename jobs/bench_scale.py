@@ -63,7 +63,7 @@ def write_loose(folder: Path, count: int, tiles: list[bytes]) -> None:
 def measure(archive: Path, output: Path) -> tuple[float, Peaks, float]:
     """Run the job; return its images/s, its peaks and the MiB of commits and attempts that it leaves."""
     environment = {**os.environ, "RAY_ADDRESS": "local"}
-    command = [sys.executable, "-m", "jobs.bench.null", str(archive), str(output), "--side", "64"]
+    command = [sys.executable, "-m", "jobs.bench.null", str(archive), str(output), "--resize", "64", "--crop", "64"]
     process = psutil.Popen([*command, "--batch-size", "256"], env=environment)
     peaks = Peaks()
     while process.poll() is None:

@@ -1,6 +1,6 @@
 """A network that does nothing, and a whole job with it: what that takes is what everything but the network takes.
 
-python -m jobs.bench.null INPUT OUTPUT --side 64 --batch-size 256
+python -m jobs.bench.null INPUT OUTPUT --resize 64 --crop 64 --batch-size 256
 """
 
 import argparse
@@ -31,16 +31,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT")
-    parser.add_argument("--side", metavar="PIXELS", type=int, help="default: 224, cut from 256")
+    parser.add_argument("--resize", metavar="PIXELS", type=int, default=Transform.resize)
+    parser.add_argument("--crop", metavar="PIXELS", type=int, default=Transform.crop)
     parser.add_argument("--batch-size", metavar="N", type=int, help="default: the job's own")
     parser.add_argument("--rows-per-part", metavar="N", type=int, help="default: the job's own")
     given = parser.parse_args()
-    transform = Transform(resize=given.side, crop=given.side) if given.side else Transform()
     sizes = {"batch_size": given.batch_size, "rows_per_part": given.rows_per_part}
     config = RunConfig(input=given.input, output=given.output, **sizes)
 
     def work() -> int:
-        run(config, Null(transform))
+        run(config, Null(Transform(resize=given.resize, crop=given.crop)))
         return 0
 
     return cli.guarded(work)
