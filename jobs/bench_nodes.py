@@ -7,8 +7,8 @@
 The nodes are Ray's own, all on this machine and its cores: CPU time is what is measured, and images/s show no speed-up.
 Topologies: cpu, two CPUs a node; together, two CPUs and a GPU a node; apart, half of the nodes with two CPUs, half with
 a GPU and no CPU, so that every image's pixels go from node to node. GPUs are logical: the actors are where they would
-be, and compute nothing. Photos of 110 KB, in tars, become 224 × 224 pixels; with `--case tiles` images of 64 × 64 pixels
-stay what they are, and so many come a second that the driver's work shows.
+be, and compute nothing. Photos of 110 KB, in tars, become 224 × 224 pixels; with `--case tiles` images of 64 × 64
+pixels stay what they are, and so many come a second that the driver's work shows.
 
 Core-milliseconds an image are marginal, (large − small archive) / images between them, so starting counts for nothing;
 the driver's a task are those of the same images in more tars. Medians of the rounds. The stages alone, in one process,
@@ -57,7 +57,7 @@ ROLES = ("driver", "daemons", "agents", "decoders", "actors")
 
 @dataclass
 class Meter:
-    """Core-seconds of the processes of a cluster that this process has started, by role; a worker's as last seen."""
+    """Core-seconds of the processes of a cluster that this process has started; of one that ended, as last seen."""
 
     core_seconds: dict[psutil.Process, float] = field(default_factory=dict)
     roles: dict[psutil.Process, str] = field(default_factory=dict)
@@ -76,11 +76,11 @@ class Meter:
             if found:
                 self.roles[process] = found
 
-    def by_role(self) -> dict[str, float]:
-        """A process that never took up any work is an agent."""
+    def since(self, before: "Meter") -> dict[str, float]:
+        """Core-seconds by role; a process that never took up any work is an agent."""
         found = dict.fromkeys(ROLES, 0.0)
         for process, seconds in self.core_seconds.items():
-            found[self.roles.get(process, "agents")] += seconds
+            found[self.roles.get(process, "agents")] += seconds - before.core_seconds.get(process, 0.0)
         return found
 
 
@@ -212,9 +212,8 @@ def spend(address: str, archive: Path, images: int, transform: Transform) -> Spe
         if job.returncode or Report.load(str(output)).rows != images:
             said.seek(0)
             raise CommandFailed(f"the job over {archive} ended badly", said.read()[-TAIL_CHARACTERS:].decode())
-    standing = before.by_role()
-    spent = {name: used - standing[name] for name, used in meter.by_role().items()}
-    return Spent(seconds, {**spent, "driver": ended[2].ru_utime + ended[2].ru_stime}, meter.driver_bytes)
+    driver = {"driver": ended[2].ru_utime + ended[2].ru_stime}
+    return Spent(seconds, meter.since(before) | driver, meter.driver_bytes)
 
 
 def measure(topology: str, nodes: int, archives: Archives, rounds: int) -> Outcome:
