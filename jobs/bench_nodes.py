@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -266,8 +266,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> int:
-    given = parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
     return cli.guarded(lambda: report(given))
 
 
@@ -275,6 +275,9 @@ def report(given: argparse.Namespace) -> int:
     nodes, topologies = given.nodes or [1, 2, 4], given.topology or list(TOPOLOGIES)
     if min(nodes) < 1 or given.rounds < 1:
         raise SettingRefused(f"--nodes {min(nodes)} and --rounds {given.rounds} must both be at least 1")
+    clusters = [(name, count) for name in topologies for count in nodes if name != "apart" or count > 1]
+    if not clusters:
+        raise SettingRefused("--topology apart needs --nodes of 2 or more: one that decodes and one with a GPU")
     if not 0 < given.few < given.many <= given.small < given.large:
         raise SettingRefused(
             f"--few {given.few}, --many {given.many}, --small {given.small}, --large {given.large}: each must be "
@@ -289,8 +292,7 @@ def report(given: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         archives = Archives(Path(folder), given.case, given.small, given.large, given.few, given.many)
         archives.write()
-        pairs = [(name, count) for name in topologies for count in nodes if name != "apart" or count > 1]
-        outcomes = [measure(name, count, archives, given.rounds) for name, count in pairs]
+        outcomes = [measure(name, count, archives, given.rounds) for name, count in clusters]
     show.console().print(table(outcomes))
     print("every node is on this machine: compare core-ms, not images/s")
     if given.json:

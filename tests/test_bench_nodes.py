@@ -1,0 +1,104 @@
+"""The benchmark of clusters: whose CPU time is whose, what follows from it, and a whole small one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from whole import ROOT
+
+from jobs import bench_nodes
+from jobs.bench_nodes import ROLES, Meter, Outcome, Spent, role
+
+
+@pytest.mark.parametrize(
+    ("title", "found"),
+    [
+        ("raylet", "daemons"),
+        ("gcs_server", "daemons"),
+        ("ray::MapWorker(MapBatches(Predict)).submit", "actors"),
+        ("ray::ReadReadDecode", "decoders"),
+        ("ray::write", "decoders"),
+        ("ray::_StatsActor.update_execution_metrics", "agents"),
+        ("ray::DashboardAgent", "agents"),
+        ("ray::IDLE", None),
+        ("python", None),
+    ],
+)
+def test_a_process_is_told_by_its_title(title: str, found: str | None) -> None:
+    assert role(title) == found
+
+
+def spent(seconds: float, driver: float, decoders: float) -> Spent:
+    return Spent(seconds, dict.fromkeys(ROLES, 0.0) | {"driver": driver, "decoders": decoders}, 3 << 20)
+
+
+def test_what_follows_from_the_runs() -> None:
+    small, large, many = [spent(10, 2, 5), spent(12, 3, 7), spent(11, 9, 6)], [spent(21, 4, 36)], [spent(15, 8, 6)]
+    alone = [{"read": 0.001, "decode": 0.002, "write": 0.0, "predict": 1.0}]
+    found = Outcome("cpu", 1, (100, 1_100), (10, 60), small, large, many, alone)
+    assert found.per_image_ms("driver") == pytest.approx(1.0), (
+        "(4 − 3) s over 1,000 images; the median of the small ones"
+    )
+    assert found.per_image_ms("decoders") == pytest.approx(30.0)
+    assert found.per_task_ms == pytest.approx(100.0), "(8 − 3) s over 50 tasks"
+    assert found.rate == pytest.approx(100.0)
+    assert found.alone_ms("read", "decode", "write") == pytest.approx(3.0)
+
+
+def test_what_a_process_took_before_does_not_count() -> None:
+    before, after = Meter(), Meter()
+    before.sample(0)
+    burner = subprocess.Popen(
+        [sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass\ntime.sleep(60)"]
+    )
+    try:
+        while sum(after.since(before).values()) < 1:
+            after.sample(0)
+        later = Meter()
+        later.sample(0)
+    finally:
+        burner.kill()
+        burner.wait()
+    assert later.since(after)["agents"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodes", "0"), "--nodes 0"),
+        (("--topology", "apart", "--nodes", "1"), "--topology apart needs --nodes of 2"),
+        (("--few", "16", "--many", "16"), "each must be larger than the one before"),
+        (("--small", "2001", "--many", "3"), "--few 16"),
+    ],
+)
+def test_bad_settings_end_in_a_sentence(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_nodes.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_whole_one_on_two_nodes(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    sizes = ("--small", "32", "--large", "96", "--few", "4", "--many", "16", "--rounds", "1")
+    done = subprocess.run(
+        [sys.executable, "jobs/bench_nodes.py", "--topology", "apart", "--nodes", "2", *sizes, "--json", str(figures)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "apart, 2 nodes" in done.stdout
+    (cluster,) = json.loads(figures.read_text())["clusters"]
+    for name in ("small", "large", "many"):
+        (run,) = cluster[name]
+        assert set(run["core_seconds"]) == set(ROLES)
+        assert min(run["core_seconds"].values()) > 0, "a role that no process was found in"
+        assert run["driver_bytes"] > 20 << 20
+    assert set(cluster["core_ms_per_image"]) == set(ROLES)
