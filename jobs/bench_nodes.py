@@ -52,7 +52,7 @@ SETTLE_SECONDS = 10.0  # until the processes of a new cluster have started
 ROWS_PER_PART = 2_048
 SAMPLE_SECONDS = 0.2
 ROLES = ("driver", "daemons", "agents", "decoders", "actors")
-"""daemons: GCS and raylets. agents: everything else that Ray keeps running, whatever the number of images."""
+"""daemons: GCS and raylets. agents: everything else that Ray keeps running, as long as it runs."""
 
 
 @dataclass
@@ -159,12 +159,18 @@ class Outcome:
         return marginal_rate(*self.sizes, *(median(each.seconds for each in runs) for runs in (self.small, self.large)))
 
     @property
+    def agents_share(self) -> float:
+        """Of a core, on all nodes together: what they take goes with the time, not with the images."""
+        return median(each.core_seconds["agents"] / each.seconds for each in self.large)
+
+    @property
     def driver_bytes(self) -> float:
         return median(each.driver_bytes for each in self.large)
 
     def as_json(self) -> dict[str, Any]:
-        found = {name: self.per_image_ms(name) for name in ROLES}
-        return {**asdict(self), "core_ms_per_image": found, "driver_ms_per_task": self.per_task_ms, "rate": self.rate}
+        costs = {name: self.per_image_ms(name) for name in ROLES if name != "agents"}
+        found = {"core_ms_per_image": costs, "driver_ms_per_task": self.per_task_ms, "agents_share": self.agents_share}
+        return {**asdict(self), **found, "images_per_second": self.rate}
 
     def _more(self, runs: list[Spent], role: str) -> float:
         """Core-seconds than those of the small archive in few tars."""
@@ -235,19 +241,20 @@ def measure(topology: str, nodes: int, archives: Archives, rounds: int) -> Outco
 def table(outcomes: list[Outcome]) -> Table:
     made = Table(title="core-ms an image, and the driver's a task", title_justify="left")
     made.add_column("cluster")
-    for header in ("driver", "GCS and\nraylets", "agents", "decoders", "their work\nalone", "actors", "images/s"):
+    for header in ("driver", "GCS and\nraylets", "decoders", "their work\nalone", "actors", "images/s"):
         made.add_column(header, justify="right")
-    for header in ("driver,\na task", "driver's\nMiB"):
+    for header in ("driver,\na task", "driver's\nMiB", "agents,\nof a core"):
         made.add_column(header, justify="right")
     for each in outcomes:
         made.add_row(
             f"{each.topology}, {each.nodes} node{'s'[: each.nodes > 1]}",
-            *(f"{each.per_image_ms(name):.3f}" for name in ("driver", "daemons", "agents", "decoders")),
+            *(f"{each.per_image_ms(name):.3f}" for name in ("driver", "daemons", "decoders")),
             f"{each.alone_ms('read', 'decode', 'write'):.3f}",
             f"{each.per_image_ms('actors'):.3f}",
             show.number(each.rate, ",.0f"),
             f"{each.per_task_ms:.1f}",
             f"{each.driver_bytes / 2**20:,.0f}",
+            f"{each.agents_share:.0%}",
         )
     return made
 

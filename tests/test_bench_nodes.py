@@ -45,6 +45,7 @@ def test_what_follows_from_the_runs() -> None:
     assert found.per_image_ms("decoders") == pytest.approx(30.0)
     assert found.per_task_ms == pytest.approx(100.0), "(8 − 3) s over 50 tasks"
     assert found.rate == pytest.approx(100.0)
+    assert found.agents_share == 0
     assert found.alone_ms("read", "decode", "write") == pytest.approx(3.0)
 
 
@@ -101,4 +102,5 @@ def test_a_whole_one_on_two_nodes(tmp_path: Path) -> None:
         assert set(run["core_seconds"]) == set(ROLES)
         assert min(run["core_seconds"].values()) > 0, "a role that no process was found in"
         assert run["driver_bytes"] > 20 << 20
-    assert set(cluster["core_ms_per_image"]) == set(ROLES)
+    assert set(cluster["core_ms_per_image"]) == set(ROLES) - {"agents"}
+    assert 0 < cluster["agents_share"] < 2
