@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,7 +21,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from pipeline import cli
 from pipeline.config import Transform
-from pipeline.decode import decode
+from pipeline.decode import decode, leave_encoded
 from pipeline.errors import InputRefused
 from pipeline.models import build, resolve
 from pipeline.predictors import Embedder
@@ -66,17 +65,26 @@ def reference(paths: list[Path], model: str, weights: str) -> Tensor:
     return torch.cat(found)
 
 
-def embeddings(paths: list[Path], model: str, weights: str, precision: str, exact: bool = False) -> Tensor:
+def embeddings(paths: list[Path], model: str, weights: str, precision: str, decoder: str = "fast") -> Tensor:
     """float32 [images, embedding_dim], as a run computes them. EXIF is left alone, as torchvision leaves it."""
     predictor = Embedder(model=model, weights=weights, precision=precision, compile="off")
     predictor.prepare()
     predictor.load()
     found = []
     for names in batches(paths):
-        encoded = (path.read_bytes() for path in names)
-        pixels = [decode(data, predictor.transform, exif_rotate=False, exact=exact).pixels for data in encoded]
-        found.append(torch.from_numpy(predictor.predict(np.stack(pixels))["embedding"]))
+        pixels = torch.stack([_pixels(path.read_bytes(), predictor, decoder) for path in names])
+        found.append(torch.from_numpy(predictor.predict(pixels)["embedding"]))
     return torch.cat(found)
+
+
+def _pixels(data: bytes, predictor: Embedder, decoder: str) -> Tensor:
+    """uint8 [crop, crop, 3] on the network's device."""
+    transform = predictor.transform
+    jpeg = leave_encoded(data, transform, exif_rotate=False) if decoder == "gpu" else None
+    if jpeg:
+        return predictor.decode([jpeg])[0][0]
+    pixels = decode(data, transform, exif_rotate=False, exact=decoder == "exact").pixels
+    return torch.tensor(pixels, device=predictor.runner.device)
 
 
 def compare(found: Tensor, expected: Tensor) -> Fidelity:
@@ -91,7 +99,7 @@ def main() -> int:
     parser.add_argument("--model", metavar="NAME", action="append", help="may be given again (default: resnet18)")
     parser.add_argument("--weights", metavar="WEIGHTS", default="random")
     parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--decoder", default="fast", choices=("fast", "exact"))
+    parser.add_argument("--decoder", default="fast", choices=("fast", "exact", "gpu"))
     parser.add_argument("--max-median", metavar="F", type=float, default=0.001)
     parser.add_argument("--max-worst", metavar="F", type=float, default=0.003)
     given = parser.parse_args()
@@ -107,7 +115,7 @@ def report(given: argparse.Namespace) -> int:
     print(f"{'model':<20}{'precision':<12}{'median':>12}{'worst':>12}{'images':>8}")
     passed = True
     for model in given.model or ["resnet18"]:
-        found = embeddings(paths, model, given.weights, given.precision, given.decoder == "exact")
+        found = embeddings(paths, model, given.weights, given.precision, given.decoder)
         fidelity = compare(found, reference(paths, model, given.weights))
         numbers = f"{fidelity.median:>12.7f}{fidelity.worst:>12.7f}{len(paths):>8}"
         print(f"{model:<20}{given.precision:<12}{numbers}", flush=True)

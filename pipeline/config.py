@@ -59,7 +59,9 @@ class RunConfig:
     max_pixels: int = _flag("largest image in pixels, against decompression bombs", 200_000_000, metavar="N")
     exif_rotate: bool = _flag("turn images upright by their EXIF orientation", True)
     decoder: str = _flag(
-        "fast, or exact: Pillow's and torchvision's pixels to the bit", "fast", choices=("fast", "exact")
+        "fast; exact: Pillow's and torchvision's pixels to the bit; gpu: JPEGs are decoded where the network runs",
+        "fast",
+        choices=("fast", "exact", "gpu"),
     )
     batch_size: int | None = _flag("images a batch (default: by the hardware)", None, metavar="N")
     rows_per_part: int | None = _flag("rows a Parquet part (default: by the archive's size)", None, metavar="N")

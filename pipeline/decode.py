@@ -77,6 +77,24 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+MOST_PIXELS_LEFT = 1 << 26
+"""Larger JPEGs are not left to a GPU: resizing takes twelve bytes of its memory a pixel; `decode` has them made smaller
+as they are decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A JPEG as it is stored, for a GPU to decode.
+
+    width, height: as stored. orientation: EXIF's, 1 to 8; 1 where the image is not to be turned, whatever EXIF says.
+    """
+
+    data: bytes | memoryview
+    width: int
+    height: int
+    orientation: int
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """pixels: uint8 [crop, crop, 3], RGB; of a tile that keeps its size [side, side, 3].
@@ -131,6 +149,45 @@ def decode(
     except Exception as error:  # Pillow lists nowhere what its readers raise on broken data
         raise _decode_error(error, data) from error
     return Decoded(pixels, width, height)
+
+
+def leave_encoded(
+    data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True
+) -> Encoded | None:
+    """A JPEG of which a GPU makes nearly the pixels that `decode` does; None for any other image.
+
+    Told by the header alone. Images that would be enlarged are left out: they cost `decode` little, and enlarging shows
+    how a GPU makes up the chroma that a JPEG leaves out. What `decode` refuses is None as well: it says why.
+    """
+    if not data.startswith(b"\xff\xd8") or _is_cut(data):
+        return None
+    try:
+        image = _open(data)
+        _check_size(*image.size, min(max_pixels, MOST_PIXELS_LEFT))
+        _check_work(image, data, max_pixels)
+        orientation = image.getexif().get(ORIENTATION, 1) if exif_rotate else 1
+    except MemoryError:
+        raise
+    except Exception:  # of what kind, `decode` says
+        return None
+    if not _is_plain(image) or min(image.size) < transform.resize:
+        return None
+    return Encoded(data, *image.size, orientation if orientation in UPRIGHT else 1)
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """True for grey and for YCbCr, as JFIF has it; a JPEG may also hold RGB as it is, or CMYK (T.872, 6.5.3)."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return False
+    holds_rgb = image.info.get("adobe_transform") == 0 or [layer[0] for layer in image.layer] == [*b"RGB"]  # type: ignore[attr-defined]
+    return image.mode == "L" or not holds_rgb
+
+
+def scaled_sizes(width: int, height: int, transform: Transform) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of an image whose short side was resized, and where the crop begins in it (left, top)."""
+    short = min(width, height)
+    scaled = int(transform.resize * width / short), int(transform.resize * height / short)
+    return scaled, (_offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -241,10 +298,7 @@ def _grey_float(values: np.ndarray) -> Image.Image:
 
 def _resize_crop(image: Image.Image, full: tuple[int, int], transform: Transform, exact: bool) -> Image.Image:
     """full: width and height of the image, of which there may be fewer pixels."""
-    width, height = full
-    short = min(width, height)
-    scaled = int(transform.resize * width / short), int(transform.resize * height / short)
-    left, top = _offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop)
+    scaled, (left, top) = scaled_sizes(*full, transform)
     right, bottom = left + transform.crop, top + transform.crop
     x0, y0, x1, y1 = 0, 0, *scaled
     if not exact or x1 * y1 > WHOLE_RESIZE_PIXELS:

@@ -58,6 +58,11 @@ class Layout:
             share = 1.0 if gpus >= 1 else 0.0
         if share > gpus:
             raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs")
+        if config.decoder == "gpu" and not share:
+            raise SettingRefused(
+                f"--decoder gpu decodes on the network's GPU, and the network has none: the cluster has {gpus:g} GPUs, "
+                f"--gpus-per-actor is {config.gpus_per_actor}; take --decoder fast"
+            )
         writers = max(2, int(cpus) // 8)
         if share:
             most = max(1, int(gpus / share))
@@ -140,6 +145,7 @@ class Flow:
             predictor.takes_tiles and config.decoder != "exact",
             batch_size,
             max(1, min(MAX_DECODE_THREADS, int(cpus) // len(units))),
+            config.decoder == "gpu" and predictor.takes_encoded,
         )
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)

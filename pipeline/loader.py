@@ -11,11 +11,16 @@ import pyarrow as pa
 from pipeline import schema, sources
 from pipeline.config import Transform
 from pipeline.coverage import Ranges
-from pipeline.decode import Decoded, decode
+from pipeline.decode import Decoded, Encoded, decode, leave_encoded
 from pipeline.errors import ImageError
 from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import ReadOptions, Record, ShardEnd
+
+LEFT_TABLE_BYTES = 64 << 20
+LEFT_BATCH_BYTES = 1 << 30
+"""JPEGs that are left encoded: so many bytes end a table, and a batch of the largest is this much. An Arrow column of
+bytes ends at 2 GiB, and what waits for the GPU waits in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,7 @@ class Loader:
     """How every shard of a run is read and decoded.
 
     keep: column of the shard → (column of the result, its type). rows_per_table: images in one table.
+    leave_jpegs: the JPEGs that a GPU can decode stay as they are stored.
     """
 
     transform: Transform
@@ -34,16 +40,19 @@ class Loader:
     keep_tiles: bool
     rows_per_table: int
     threads: int
+    leave_jpegs: bool = False
 
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
         """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
         items = sources.read(shard, todo, self.options)
         batch: list[_Row] = []
+        left_bytes = 0
         for row in ordered_map(self._decode, items, self.threads, 4 * self.threads, _encoded_bytes):
             batch.append(row)
-            if len(batch) == self.rows_per_table:
+            left_bytes += len(row.image.data) if isinstance(row.image, Encoded) else 0
+            if len(batch) == self.rows_per_table or left_bytes >= LEFT_TABLE_BYTES:
                 yield self._table(shard, batch)
-                batch = []
+                batch, left_bytes = [], 0
         if batch:
             yield self._table(shard, batch)
 
@@ -52,7 +61,7 @@ class Loader:
             return _Row(item, None, item.error if isinstance(item, Record) else None, 0.0)
         started = time.perf_counter()
         try:
-            decoded = decode(
+            image = self._leave(item.data) or decode(
                 item.data,
                 self.transform,
                 max_pixels=self.max_pixels,
@@ -60,14 +69,19 @@ class Loader:
                 exact=self.exact,
                 keep_tiles=self.keep_tiles,
             )
-            return _Row(item, decoded, None, time.perf_counter() - started)
+            return _Row(item, image, None, time.perf_counter() - started)
         except ImageError as error:
             return _Row(item, None, error, time.perf_counter() - started)
+
+    def _leave(self, data: bytes) -> Encoded | None:
+        if not self.leave_jpegs or len(data) > LEFT_BATCH_BYTES // self.rows_per_table:
+            return None
+        return leave_encoded(data, self.transform, max_pixels=self.max_pixels, exif_rotate=self.exif_rotate)
 
     def _table(self, shard: Shard, batch: "list[_Row]") -> pa.Table:
         columns: dict[str, Any] = {
             "shard": np.full(len(batch), shard.index, np.int32),
-            schema.PIXELS: _pixel_column([row.decoded for row in batch]),
+            schema.PIXELS: _pixel_column([row.image for row in batch]),
         }
         rows = [row.columns() for row in batch]
         for name in rows[0]:
@@ -81,7 +95,7 @@ class Loader:
 @dataclass(frozen=True, slots=True)
 class _Row:
     item: Record | ShardEnd
-    decoded: Decoded | None
+    image: Decoded | Encoded | None
     error: ImageError | None
     decode_seconds: float
 
@@ -93,8 +107,9 @@ class _Row:
             "source": record and record.source,
             "member": record and record.member,
             "row": record.row if record else item.rows,  # type: ignore[union-attr]
-            "width": self.decoded and self.decoded.width,
-            "height": self.decoded and self.decoded.height,
+            "width": self.image and self.image.width,
+            "height": self.image and self.image.height,
+            schema.ORIENTATION: self.image.orientation if isinstance(self.image, Encoded) else None,
             "stage": error and error.stage,
             "error_type": error and error.error_type,
             "message": error and error.message,
@@ -114,13 +129,18 @@ def _kept(item: Record | ShardEnd, name: str) -> Any:
     return item.kept.get(name) if isinstance(item, Record) else None
 
 
-def _pixel_column(images: list[Decoded | None]) -> pa.Array:
-    """A binary column of uint8 [side, side, 3], null where there is no image; one copy an image."""
-    sizes = [image.pixels.size if image else 0 for image in images]
+def _pixel_column(images: list[Decoded | Encoded | None]) -> pa.Array:
+    """A binary column of uint8 [side, side, 3] or of whole JPEGs, null where there is no image; one copy an image."""
+    found = [None if image is None else _bytes(image) for image in images]
+    sizes = [0 if image is None else image.size for image in found]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     pixels = np.empty(offsets[-1], np.uint8)
-    for image, start, stop in zip(images, offsets, offsets[1:], strict=False):
-        if image:
-            pixels[start:stop].reshape(image.pixels.shape)[...] = image.pixels
+    for image, start, stop in zip(found, offsets, offsets[1:], strict=False):
+        if image is not None:
+            pixels[start:stop].reshape(image.shape)[...] = image
     bitmap = np.packbits([image is not None for image in images], bitorder="little")
     return pa.Array.from_buffers(pa.binary(), len(images), [pa.py_buffer(each) for each in (bitmap, offsets, pixels)])
+
+
+def _bytes(image: Decoded | Encoded) -> np.ndarray:
+    return image.pixels if isinstance(image, Decoded) else np.frombuffer(image.data, np.uint8)

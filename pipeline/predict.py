@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import schema
-from pipeline.errors import NightshiftError, PredictError
+from pipeline.decode import Encoded
+from pipeline.errors import ImageError, NightshiftError, PredictError
 from pipeline.predictors import Predictor
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -34,24 +35,40 @@ class Predict:
         if self.refusal:
             raise self.refusal
         started = time.perf_counter()
-        is_image = pc.is_valid(table[schema.PIXELS])
-        places = np.flatnonzero(is_image.to_numpy(zero_copy_only=False))
-        column = table[schema.PIXELS].combine_chunks()
-        groups = _by_side(column, places)
-        found = [self._predict(_pixels(column, group)) for group in groups]
+        groups, errors = self._images(table)
+        found = [self._predict(pixels) for _, pixels in groups]
+        places = np.concatenate([np.empty(0, np.int64), *(places for places, _ in groups)])
         seconds = (time.perf_counter() - started) / max(len(places), 1)
         columns = {
             field.name: pa.concat_arrays([pa.nulls(0, field.type), *(columns[field.name] for columns, _ in found)])
             for field in self.predictor.columns
         }
-        errors = {
+        errors |= {
             int(group[i]): error
-            for group, (_, errors) in zip(groups, found, strict=True)
-            for i, error in errors.items()
+            for (group, _), (_, found_errors) in zip(groups, found, strict=True)
+            for i, error in found_errors.items()
         }
-        return self._merge(table, columns, errors, np.concatenate([places[:0], *groups]), seconds)
+        return self._merge(table, columns, errors, places, seconds)
 
-    def _predict(self, pixels: np.ndarray) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+    def _images(self, table: pa.Table) -> tuple[list[tuple[np.ndarray, Any]], dict[int, ImageError]]:
+        """The places and pixels of images of one size, most often all of them; and the errors of JPEGs by their places.
+
+        JPEGs that were left encoded become pixels here, on the network's device.
+        """
+        column = table[schema.PIXELS].combine_chunks()
+        is_image = column.is_valid().to_numpy(zero_copy_only=False)
+        is_jpeg = pc.is_valid(table[schema.ORIENTATION]).to_numpy(zero_copy_only=False)
+        by_side = _by_side(column, np.flatnonzero(is_image & ~is_jpeg))
+        groups: list[tuple[np.ndarray, Any]] = [(places, _pixels(column, places)) for places in by_side]
+        if not is_jpeg.any():
+            return groups, {}
+        places = np.flatnonzero(is_jpeg)
+        pixels, found = self.predictor.decode(_jpegs(table, column, places))
+        errors: dict[int, ImageError] = {int(places[i]): error for i, error in found.items()}
+        decoded = np.delete(places, list(found))
+        return ([*groups, (decoded, pixels)] if len(decoded) else groups), errors
+
+    def _predict(self, pixels: Any) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """Columns of as many rows as there are images, and the errors by image."""
         pieces: list[dict[str, pa.Array]] = []
         errors: dict[int, PredictError] = {}
@@ -67,7 +84,7 @@ class Predict:
         names = self.predictor.columns.names
         return {name: pa.concat_arrays([piece[name] for piece in pieces]) for name in names}, errors
 
-    def _piece(self, pixels: np.ndarray) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+    def _piece(self, pixels: Any) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """A batch that fails is halved until the images that it fails for stand alone.
 
         One that did not fit the memory is halved until it does; the batches after it are cut to that size at once.
@@ -103,7 +120,7 @@ class Predict:
         self,
         table: pa.Table,
         columns: Mapping[str, pa.Array],
-        errors: Mapping[int, PredictError],
+        errors: Mapping[int, ImageError],
         places: np.ndarray,
         seconds: float,
     ) -> pa.Table:
@@ -145,6 +162,14 @@ def _pixels(column: pa.BinaryArray, places: np.ndarray) -> np.ndarray:
     if last - first == len(places) * size:  # what lies between are rows without pixels
         return data[first:last].reshape(-1, side, side, 3)
     return np.stack([data[start : start + size] for start in offsets[places]]).reshape(-1, side, side, 3)
+
+
+def _jpegs(table: pa.Table, column: pa.BinaryArray, places: np.ndarray) -> list[Encoded]:
+    """JPEGs that were left encoded, over the column's own memory."""
+    names = ("width", "height", schema.ORIENTATION)
+    sizes = [table[name].combine_chunks().take(pa.array(places)).to_pylist() for name in names]
+    files = (memoryview(column[place].as_buffer()) for place in places.tolist())
+    return [Encoded(*each) for each in zip(files, *sizes, strict=True)]
 
 
 def _to_arrow(values: Any, type_: pa.DataType) -> pa.Array:

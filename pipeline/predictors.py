@@ -15,15 +15,20 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import Transform, check_choices
-from pipeline.errors import SettingRefused
+from pipeline.errors import DecodeError, SettingRefused
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.decode import Encoded
+    from pipeline.gpu_decode import JpegDecoder
     from pipeline.models import ModelSpec
     from pipeline.network import Runner
 
 FIXED_BATCH_SIZE = 64
+
+ANTIALIASED = ("bilinear", "bicubic")
+"""Interpolations that torch has with antialiasing, on any device."""
 
 _NOT_IN_RESULTS = {"threads", "batch_size", "images", "gpu_share", "max_concurrency", "compile"}
 _RESOLVED = {"weights", "seed", "labels"}
@@ -40,6 +45,7 @@ class Predictor:
     and GPUs, of which it may have a fraction; None before that.
     max_concurrency: batches that an actor on a GPU may bring to `predict` at once, each on a thread of its own.
     takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
+    takes_encoded: `decode` turns JPEGs into pixels that `predict` takes; with --decoder gpu it is given them.
     """
 
     transform: Transform = Transform()
@@ -50,6 +56,7 @@ class Predictor:
     gpu_share: float | None = None
     max_concurrency: ClassVar[int] = 1
     takes_tiles: bool = False
+    takes_encoded: bool = False
 
     def prepare(self) -> None:
         """Once, on the driver, before any work: check the settings. Raise the errors of `pipeline.errors`."""
@@ -75,6 +82,10 @@ class Predictor:
 
     def shrink(self, batch_size: int) -> None:
         """A batch did not fit the memory; those to come have at most this many images. Free what can be freed."""
+
+    def decode(self, jpegs: "Sequence[Encoded]") -> tuple[Any, dict[int, DecodeError]]:
+        """JPEGs → what `predict` takes of those that are images, in order, and the errors of the others by place."""
+        raise NotImplementedError(f"{type(self).__qualname__} has no decode()")
 
     def predict(self, pixels: np.ndarray) -> Columns:
         """uint8 [N, crop, crop, 3] RGB → N values of each column."""
@@ -120,6 +131,7 @@ class NetworkPredictor(Predictor):
     threads: int | None = None
     _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
     _runner: "Runner | None" = field(default=None, init=False, repr=False, compare=False)
+    _jpeg_decoder: "JpegDecoder | None" = field(default=None, init=False, repr=False, compare=False)
 
     max_concurrency: ClassVar[int] = 2  # one computes while another's pixels come and its results go
     needs_head: ClassVar[bool] = False
@@ -129,7 +141,7 @@ class NetworkPredictor(Predictor):
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and ModelSpec travel to the actors; a loaded network stays where it is."""
-        return {**self.__dict__, "_runner": None}
+        return {**self.__dict__, "_runner": None, "_jpeg_decoder": None}
 
     @property
     def spec(self) -> "ModelSpec":
@@ -147,7 +159,9 @@ class NetworkPredictor(Predictor):
             self.model, self.weights, labels=self._label_file(), seed=self.seed, need_head=self.needs_head
         )
         self.transform = self._spec.transform
-        self.takes_tiles = self.transform.interpolation == "bilinear" and self.transform.resize >= self.transform.crop
+        pads = self.transform.resize < self.transform.crop
+        self.takes_tiles = self.transform.interpolation == "bilinear" and not pads
+        self.takes_encoded = self.transform.interpolation in ANTIALIASED and not pads
         self.columns = self._columns(self._spec)
 
     def settings(self) -> dict[str, object]:
@@ -187,12 +201,28 @@ class NetworkPredictor(Predictor):
             gpu_share=self.gpu_share or 1.0,
         )
 
-    def predict(self, pixels: np.ndarray) -> Columns:
-        """uint8 [N, crop, crop, 3] RGB → the columns, N values each; an overflow or NaN is handed on as it is."""
+    @property
+    def runner(self) -> "Runner":
+        """The network, loaded."""
         if self._runner is None:
             self.load()
         assert self._runner is not None
-        with self._runner.lane() as run:
+        return self._runner
+
+    def decode(self, jpegs: "Sequence[Encoded]") -> "tuple[Tensor, dict[int, DecodeError]]":
+        """JPEGs → uint8 [M, crop, crop, 3] on the network's device. Raises SettingRefused where that decodes none."""
+        from pipeline.gpu_decode import JpegDecoder
+
+        if self._jpeg_decoder is None:
+            self._jpeg_decoder = JpegDecoder(self.transform, self.runner.device)
+        return self._jpeg_decoder(jpegs)
+
+    def predict(self, pixels: "np.ndarray | Tensor") -> Columns:
+        """uint8 [N, crop, crop, 3] RGB → the columns, N values each; an overflow or NaN is handed on as it is.
+
+        A tensor is on the network's device already.
+        """
+        with self.runner.lane() as run:
             return self._results(*run(pixels))
 
     def describe(self) -> str:

@@ -36,15 +36,17 @@ SECONDS = pa.schema(
     [("read_seconds", pa.float32()), ("decode_seconds", pa.float32()), ("predict_seconds", pa.float32())]
 )
 PIXELS = "pixels"
+ORIENTATION = "jpeg_orientation"
+"""EXIF orientation of a JPEG that was left encoded, so that `pixels` holds its bytes. Null on all other rows."""
 SHARD_ROWS = "shard_rows"
 """Set on the one row that ends a shard and is no image: the shard's number of rows. Null on images."""
 
 
 def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """Rows on their way from decode to predict. pixels: uint8 [side, side, 3], null where the row is an error."""
-    pixels = pa.field(PIXELS, pa.binary())
+    pixels = pa.schema([(PIXELS, pa.binary()), (ORIENTATION, pa.int8())])
     return pa.schema(
-        [*IDENTITY, *_kept(keep), pixels, *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())]
+        [*IDENTITY, *_kept(keep), *pixels, *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())]
     )
 
 

@@ -88,7 +88,7 @@ class RayCluster:
 
 
 def start_ray_head(
-    environment: dict[str, str], cpus: int = 2, python: Path = Path(sys.executable)
+    environment: dict[str, str], cpus: int = 2, gpus: int = 0, python: Path = Path(sys.executable)
 ) -> tuple[subprocess.Popen[bytes], RayCluster]:
     """`ray start --head` of a Python in the foreground, ready to take work; `python` is that one for its jobs too.
 
@@ -100,6 +100,7 @@ def start_ray_head(
     command = [
         *(str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--port", str(port), "--dashboard-port", str(dashboard_port), "--num-cpus", str(cpus)),
+        *("--num-gpus", str(gpus)),  # of the cluster's word alone: Ray looks for none
         *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
         *("--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port())),
         *("--temp-dir", folder),

@@ -12,7 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors", "schema", "prefetch", "stores", "vision"},
     {"config", "storage", "coverage"},
-    {"plan", "update", "ledger", "decode", "weights", "labels", "head", "families", "models", "lane", "network"},
+    {
+        "plan",
+        "update",
+        "ledger",
+        "decode",
+        "weights",
+        "labels",
+        "head",
+        "families",
+        "models",
+        "lane",
+        "network",
+        "gpu_decode",
+    },
     {"sources", "predictors", "sink", "loader", "report"},
     {"datasource", "predict", "output", "verify"},
     {"engine"},
@@ -20,7 +33,7 @@ LAYERS = [
     {"cli"},
 ]
 MAY_IMPORT_RAY = {"engine", "datasource"}
-MAY_IMPORT_TORCH = {"head", "families", "models", "lane", "network", "weights", "vision", "predictors"}
+MAY_IMPORT_TORCH = {"head", "families", "models", "lane", "network", "gpu_decode", "weights", "vision", "predictors"}
 
 
 def modules() -> list[Path]:
@@ -84,6 +97,10 @@ def test_modules_of_a_layer_do_not_import_in_circles() -> None:
         ("pipeline.predictors", "torch"),
         ("pipeline.models", "torch._dynamo"),
         ("pipeline.network", "torch._dynamo"),
+        ("pipeline.gpu_decode", "torch._dynamo"),
+        ("pipeline.predict", "ray"),
+        ("pipeline.predictors", "ray"),
+        ("pipeline.sources.discover", "ray"),
     ],
 )
 def test_what_a_worker_need_not_import(module: str, absent: str) -> None:

@@ -39,6 +39,8 @@ def test_gpus_are_all_taken_and_leave_the_cpus_to_decoding() -> None:
     [
         (2, 0, {"gpus_per_actor": "1"}, "the cluster has 0 GPUs"),
         (8, 1, {"gpus_per_actor": "2"}, "the cluster has 1 GPUs"),
+        (2, 0, {"decoder": "gpu"}, "the cluster has 0 GPUs, --gpus-per-actor is auto; take --decoder fast"),
+        (8, 1, {"decoder": "gpu", "gpus_per_actor": "0"}, "--gpus-per-actor is 0; take --decoder fast"),
         (2, 0, {"actors": "200"}, "--actors 200 does not fit: the cluster has 2 CPUs"),
     ],
 )
