@@ -8,7 +8,6 @@ ledger. MiB are 2**20 bytes; a process's memory is its unique set (USS), so that
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from jobs.bench import embed_job
 from jobs.bench.archives import encoded_tiles, write_tars
 
 IMAGES_PER_TAR = 10_000
@@ -75,14 +75,7 @@ def measure(archive: Path, output: Path) -> tuple[float, Peaks, float]:
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, ["the job over", str(archive)])
     ledger = sum(path.stat().st_size for name in ("_commits", "_attempts") for path in (output / name).iterdir())
-    return steady_rate(output), peaks, ledger / 2**20
-
-
-def steady_rate(output: Path) -> float:
-    """Images/s between the first commit and the last: what a run gets once it is under way."""
-    commits = sorted((path.stat().st_mtime, json.loads(path.read_text())["rows"]) for path in output.glob("_commits/*"))
-    rows = sum(rows for _, rows in commits[1:])
-    return rows / (commits[-1][0] - commits[0][0]) if rows else float("nan")
+    return embed_job.steady(output).images_per_second or float("nan"), peaks, ledger / 2**20
 
 
 def main() -> int:

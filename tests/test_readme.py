@@ -16,11 +16,12 @@ import torchvision
 from PIL import Image
 from small_run import SmallRun, run_python, small_run
 
-from jobs import benchmark, verify
+from jobs import bench_gpu, benchmark, verify
 from pipeline import Classifier, Embedder, NightshiftError, RunConfig, cli, errors, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md")
+BENCHMARKS = {"benchmark": benchmark, "bench_gpu": bench_gpu}
 PREDICTORS = {"embed": Embedder, "classify": Classifier}
 
 
@@ -77,8 +78,8 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
         places = [word if word.startswith("--") else str(folder / word) for word in arguments]
         assert verify.main(places) == 2, "parsed, but nothing is there"
         return
-    if job == "benchmark":
-        benchmark.parser().parse_args(arguments)
+    if job in BENCHMARKS:
+        BENCHMARKS[job].parser().parse_args(arguments)
         return
     run_values, predictor_values = cli.parse(PREDICTORS[job], "", arguments)
     RunConfig(**run_values)

@@ -5,7 +5,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -136,6 +136,20 @@ def own_images(source: Path) -> Case:
         raise InputRefused(f"--images {source} is no folder")
     photos = CASES["photos"]
     return Case(make_links, photos.small, photos.large, f"the images of {source.resolve().name}/")
+
+
+def repeated_images(source: Path) -> Case:
+    """As `own_images`, but the images begin anew after the last one."""
+
+    def make_links(folder: Path, count: int) -> None:
+        paths = list(islice(_images_of(source), count))
+        if not paths:
+            raise InputRefused(f"--images {source} holds no image ({', '.join(OWN_SUFFIXES)})")
+        for i in range(count):
+            path = paths[i % len(paths)]
+            _link(path, folder / f"{i:07d}{path.suffix.lower()}")
+
+    return replace(own_images(source), make=make_links)
 
 
 def _images_of(source: Path) -> Iterator[Path]:
