@@ -8,6 +8,8 @@ Imports neither Ray nor torch: decode workers start at once.
 
 import io
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +19,8 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPI
 
 from pipeline.config import Transform
 from pipeline.errors import DecodeError
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's JPEG opens MPO as well
 
@@ -35,8 +39,11 @@ sizes, so that a strip may differ from torchvision by rounding; whole images can
 SCALED_LEAST = 2
 """A JPEG decoded at a smaller scale keeps this many times the wanted size: less would cost more truth than bfloat16."""
 
-REDUCING_GAP = 3.0
-"""An image that is more than this much larger than wanted is first reduced by averaging blocks of whole pixels."""
+REDUCED_LEAST = 3
+"""Blocks of whole pixels are averaged first where that leaves this many times the wanted size."""
+
+BAND_PIXELS = 1 << 18
+"""What is not RGB is converted in bands of about so many pixels: small beside a large image, and they fit the cache."""
 
 SCANS_OF_LARGEST = 16
 """A JPEG may have this many scans if it is as large as `max_pixels` allows, more if it is smaller. Each passes over the
@@ -44,7 +51,15 @@ whole image, and ten bytes make one: 100 KB could keep a core busy for an hour. 
 
 RLE_COST = 8  # Pillow decodes these BMPs in Python, about as many times more slowly
 
+STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
+"""Mode → bytes a pixel in Pillow's memory. Every other mode, RGB too, takes RGB_BYTES."""
+
+RGB_BYTES = 4
+WEBP_BYTES = 16  # libwebp's two canvases, what is copied from them, and Pillow's image
+COEFFICIENT_BYTES = 2  # a progressive JPEG is held as coefficients, one a sample, until its last scan
+
 ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
+BITS_PER_SAMPLE, COMPRESSION, ROWS_PER_STRIP, UNCOMPRESSED = 258, 259, 278, 1
 UPRIGHT: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,6 +76,19 @@ SWAPS_SIDES = {
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 }
+LEFT_WAS_LAST = {
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+}
+TOP_WAS_LAST = {
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+}
+"""What turns the last stored columns or rows to the left or to the top."""
 BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
@@ -115,40 +143,60 @@ def decode(
     exif_rotate: bool = True,
     exact: bool = True,
     keep_tiles: bool = False,
+    reserve: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Decoded:
     """The first frame or page of an image as RGB, upright, resized and cropped as `transform` says.
 
     exact: bit for bit as Pillow and torchvision do it, which takes longer.
     keep_tiles: square images of at most half the crop's side stay as they are, to be enlarged where the network runs.
+    reserve: entered with the most bytes that this image will take beside its encoded ones, before it takes them.
 
     Transparency is composited over white. 16-bit grey is scaled to 8 bits; float is taken as [0, 1] where all of it
     lies there, else as [0, 255]. The ICC profile is not applied, as in torchvision.
+
+    Memory beside the encoded bytes: at most 8 bytes a pixel, of a progressive JPEG 10 (12 of CMYK), of WebP 16 (exact:
+    20). Where large images are reduced, 4 are enough (grey and palettes 1, 16-bit grey 2), and half a byte for a JPEG
+    that is not progressive. A TIFF takes one of its strips or tiles more, if they are compressed.
 
     Raises DecodeError, whatever the bytes: empty, not_an_image, unsupported (a format or a kind of pixels that is not
     read), truncated, corrupt, too_large (more than `max_pixels`). MemoryError passes through.
     """
     if not data:
         raise DecodeError("empty", "the image has no bytes")
-    try:
+    with _faults_of(data):
         image = _open(data)
         tiff_orientation = _tiff_orientation(image)
         width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
         _check_size(width, height, max_pixels)
         _check_work(image, data, max_pixels)
-        rgb = _jpeg_rgb(image, data, 0 if exact else SCALED_LEAST * transform.resize) or _to_rgb(image)
+        full = image.size
+        least = 0 if exact else SCALED_LEAST * transform.resize
+        needed = _peak_bytes(image, least, 1 if exact else _reduction(full, transform))
+    with reserve(needed), _faults_of(data):
+        loaded = _jpeg_rgb(image, data, least) or _loaded(image, least)
         turn = _turn(image, tiff_orientation, exif_rotate)
+        factor = 1 if exact else _reduction(loaded.size, transform)
+        shown = loaded.width / factor, loaded.height / factor
+        rgb = _to_rgb(loaded, factor)
+        del image, loaded  # they may be large
         upright = rgb if turn is None else rgb.transpose(turn)
         if keep_tiles and upright.width == upright.height <= transform.crop // 2:
             return Decoded(np.asarray(upright), width, height)
-        full = (image.height, image.width) if turn in SWAPS_SIDES else image.size
-        if rgb.size == image.size:
-            full = upright.size
-        pixels = np.asarray(_resize_crop(upright, full, transform, exact))
+        if turn in SWAPS_SIDES:
+            full, shown = full[::-1], shown[::-1]
+        box = _place(upright.size, shown, turn)
+        return Decoded(np.asarray(_resize_crop(upright, box, full, transform, exact)), width, height)
+
+
+@contextmanager
+def _faults_of(data: bytes) -> Iterator[None]:
+    """What is raised inside is the fault of these bytes: a DecodeError."""
+    try:
+        yield
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # Pillow lists nowhere what its readers raise on broken data
         raise _decode_error(error, data) from error
-    return Decoded(pixels, width, height)
 
 
 def leave_encoded(
@@ -233,6 +281,34 @@ def _check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> Non
         raise DecodeError("too_large", f"a run-length encoded BMP has {pixels} pixels; the limit is {limit}")
 
 
+def _peak_bytes(image: ImageFile.ImageFile, least: int, factor: int) -> int:
+    """The most bytes that pixels of this image will take at once, from its header.
+
+    least: as in `_jpeg_rgb`, which leaves more than a draft of Pillow's only where that is as large. factor: as in
+    `_to_rgb`.
+    """
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO"):
+        scale = next((each for each in (8, 4, 2) if least and min(image.size) >= each * least), 1)
+        scaled = RGB_BYTES * pixels // scale**2
+        is_progressive = "progressive" in image.info
+        return max(2 * scaled, scaled + COEFFICIENT_BYTES * pixels * len(image.getbands()) * is_progressive)
+    stored = pixels * (WEBP_BYTES if image.format == "WEBP" else STORED_BYTES.get(image.mode, RGB_BYTES))
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        stored = stored * (1 + (_tiff_orientation(image) != 1)) + _tiff_buffer_bytes(image)
+    return stored + RGB_BYTES * pixels // factor**2
+
+
+def _tiff_buffer_bytes(image: TiffImagePlugin.TiffImageFile) -> int:
+    """What libtiff unpacks at a time: a strip or a tile (TIFF 6.0, sections 3 and 15)."""
+    tags = image.tag_v2
+    if tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED:
+        return 0
+    strip = image.width * min(image.height, tags.get(ROWS_PER_STRIP, image.height))
+    area = tags[TILE_WIDTH] * tags[TILE_LENGTH] if TILE_WIDTH in tags else strip
+    return int(area * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8)
+
+
 def _tiff_orientation(image: Image.Image) -> int | None:
     """The orientation tag of a TIFF: Pillow turns those by itself, swaps their sizes at once and drops the tag."""
     return image.tag_v2.get(ORIENTATION, 1) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
@@ -266,12 +342,44 @@ def _jpeg_rgb(image: Image.Image, data: bytes, least: int) -> Image.Image | None
     return Image.fromarray(pixels) if is_whole or (least and min(pixels.shape[:2]) >= least) else None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _loaded(image: ImageFile.ImageFile, least: int) -> Image.Image:
+    """The image as Pillow decodes it, in its own mode; of a JPEG, pixels of the short side that are enough, or all."""
+    if least:
+        image.draft(None, (least, least))  # only JPEGs know how
     image.load()
+    return image
+
+
+def _reduction(size: tuple[int, int], transform: Transform) -> int:
+    """How many pixels are averaged into one along each side before the image is resized."""
+    return max(1, min(size) // (REDUCED_LEAST * transform.resize)) if transform.interpolation != "nearest" else 1
+
+
+def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    """RGB, `factor` times smaller along each side: blocks of pixels are averaged, the last ones over what there is."""
+    if image.mode in ("RGB", "L") and not image.has_transparency_data:
+        reduced = image.reduce(factor) if factor > 1 else image
+        return reduced if image.mode == "RGB" else reduced.convert("RGB")
+    full_scale = _full_scale(image) if image.mode == "F" else 1.0
+    rgb = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top, band in _bands(image, factor):
+        converted = _band_to_rgb(band, full_scale)
+        rgb.paste(converted.reduce(factor) if factor > 1 else converted, (0, top // factor))
+    return rgb
+
+
+def _bands(image: Image.Image, multiple: int) -> Iterator[tuple[int, Image.Image]]:
+    """(first row, a band of the image below it), a multiple of so many rows high but for the last."""
+    rows = multiple * max(1, BAND_PIXELS // (image.width * multiple))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _band_to_rgb(image: Image.Image, full_scale: float) -> Image.Image:
     if image.mode.startswith("I"):
         return _grey_16(image).convert("RGB")
     if image.mode == "F":
-        return _grey_float(np.asarray(image)).convert("RGB")
+        return _grey_float(image, full_scale).convert("RGB")
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
@@ -289,25 +397,36 @@ def _grey_16(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _grey_float(values: np.ndarray) -> Image.Image:
-    values = np.nan_to_num(values, nan=0.0)
-    if values.min() >= 0 and values.max() <= 1:
-        values = values * 255
-    return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+def _full_scale(image: Image.Image) -> float:
+    """What a float image has to be multiplied with to lie in [0, 255]; NaN counts as 0."""
+    bands = (np.nan_to_num(np.asarray(band), nan=0.0) for _, band in _bands(image, 1))
+    return 255.0 if all(values.min() >= 0 and values.max() <= 1 for values in bands) else 1.0
 
 
-def _resize_crop(image: Image.Image, full: tuple[int, int], transform: Transform, exact: bool) -> Image.Image:
-    """full: width and height of the image, of which there may be fewer pixels."""
+def _grey_float(image: Image.Image, full_scale: float) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image), nan=0.0).clip(0, 255) * np.float32(full_scale)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _place(size: tuple[int, int], shown: tuple[float, float], turn: Image.Transpose | None) -> Box:
+    """Where what is shown lies in a turned image: its last blocks, as stored, may stand for fewer pixels."""
+    left = size[0] - shown[0] if turn in LEFT_WAS_LAST else 0.0
+    top = size[1] - shown[1] if turn in TOP_WAS_LAST else 0.0
+    return left, top, left + shown[0], top + shown[1]
+
+
+def _resize_crop(
+    image: Image.Image, shown: Box, full: tuple[int, int], transform: Transform, exact: bool
+) -> Image.Image:
+    """shown: the part of the image that counts. full: width and height of that part before it was made smaller."""
     scaled, (left, top) = scaled_sizes(*full, transform)
     right, bottom = left + transform.crop, top + transform.crop
     x0, y0, x1, y1 = 0, 0, *scaled
     if not exact or x1 * y1 > WHOLE_RESIZE_PIXELS:
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, x1), min(bottom, y1)
-    x, y = image.width / scaled[0], image.height / scaled[1]
-    gap = None if exact or transform.interpolation == "nearest" else REDUCING_GAP
-    resized = image.resize(
-        (x1 - x0, y1 - y0), FILTERS[transform.interpolation], (x0 * x, y0 * y, x1 * x, y1 * y), reducing_gap=gap
-    )
+    x, y = (shown[2] - shown[0]) / scaled[0], (shown[3] - shown[1]) / scaled[1]
+    box = shown[0] + x0 * x, shown[1] + y0 * y, shown[0] + x1 * x, shown[1] + y1 * y
+    resized = image.resize((x1 - x0, y1 - y0), FILTERS[transform.interpolation], box)
     return resized.crop((left - x0, top - y0, right - x0, bottom - y0))  # Pillow pads with zeros
 
 

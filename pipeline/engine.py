@@ -31,6 +31,8 @@ MAX_DECODE_THREADS = 8
 MIN_BLOCK_BYTES = 1 << 20
 PART_BYTES = 128 << 20
 ASSUMED_IMAGE_BYTES = 50_000
+DECODE_SHARE = 0.5  # of a node's memory for pixels that are being decoded, shared between its read tasks
+LEAST_DECODE_BYTES = 128 << 20
 CONNECT_TIMEOUT_SECONDS = 10
 ACTOR_INIT_DEATHS = 10  # nodes that may vanish in a row while a model is being loaded on them
 NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600  # spot machines may be long in coming
@@ -107,6 +109,13 @@ def cluster_size() -> tuple[float, float]:
     return float(resources.get("CPU", 1.0)), float(resources.get("GPU", 0.0))
 
 
+def decode_bytes(read_cpus: float) -> int:
+    """What one read task may decode at once, on the node with the least memory a CPU."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_cpu = min(node["memory"] / node["CPU"] for node in nodes if node.get("CPU") and "memory" in node)
+    return max(LEAST_DECODE_BYTES, int(DECODE_SHARE * read_cpus * per_cpu))
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """One pass of the four stages over units of work."""
@@ -145,6 +154,7 @@ class Flow:
             predictor.takes_tiles and config.decoder != "exact",
             batch_size,
             max(1, min(MAX_DECODE_THREADS, int(cpus) // len(units))),
+            decode_bytes(layout.read_cpus),
             config.decoder == "gpu" and predictor.takes_encoded,
         )
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import schema, sources
+from pipeline.budget import MemoryBudget
 from pipeline.config import Transform
 from pipeline.coverage import Ranges
 from pipeline.decode import Decoded, Encoded, decode, leave_encoded
@@ -28,6 +30,7 @@ class Loader:
     """How every shard of a run is read and decoded.
 
     keep: column of the shard → (column of the result, its type). rows_per_table: images in one table.
+    decode_bytes: what the images that are being decoded may take together; a larger one goes alone.
     leave_jpegs: the JPEGs that a GPU can decode stay as they are stored.
     """
 
@@ -40,6 +43,7 @@ class Loader:
     keep_tiles: bool
     rows_per_table: int
     threads: int
+    decode_bytes: int = 1 << 30
     leave_jpegs: bool = False
 
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
@@ -47,7 +51,8 @@ class Loader:
         items = sources.read(shard, todo, self.options)
         batch: list[_Row] = []
         left_bytes = 0
-        for row in ordered_map(self._decode, items, self.threads, 4 * self.threads, _encoded_bytes):
+        work = partial(self._decode, MemoryBudget(self.decode_bytes))
+        for row in ordered_map(work, items, self.threads, 4 * self.threads, _encoded_bytes):
             batch.append(row)
             left_bytes += len(row.image.data) if isinstance(row.image, Encoded) else 0
             if len(batch) == self.rows_per_table or left_bytes >= LEFT_TABLE_BYTES:
@@ -56,9 +61,10 @@ class Loader:
         if batch:
             yield self._table(shard, batch)
 
-    def _decode(self, item: Record | ShardEnd) -> "_Row":
+    def _decode(self, budget: MemoryBudget, item: Record | ShardEnd) -> "_Row":
         if isinstance(item, ShardEnd) or item.data is None:
-            return _Row(item, None, item.error if isinstance(item, Record) else None, 0.0)
+            return _Row(item, None, item.error if isinstance(item, Record) else None, 0.0, 0)
+        size_bytes, record = len(item.data), replace(item, data=None)  # encoded images do not wait for their table
         started = time.perf_counter()
         try:
             image = self._leave(item.data) or decode(
@@ -68,10 +74,11 @@ class Loader:
                 exif_rotate=self.exif_rotate,
                 exact=self.exact,
                 keep_tiles=self.keep_tiles,
+                reserve=budget.reserve,
             )
-            return _Row(item, image, None, time.perf_counter() - started)
+            return _Row(record, image, None, time.perf_counter() - started, size_bytes)
         except ImageError as error:
-            return _Row(item, None, error, time.perf_counter() - started)
+            return _Row(record, None, error, time.perf_counter() - started, size_bytes)
 
     def _leave(self, data: bytes) -> Encoded | None:
         if not self.leave_jpegs or len(data) > LEFT_BATCH_BYTES // self.rows_per_table:
@@ -98,6 +105,7 @@ class _Row:
     image: Decoded | Encoded | None
     error: ImageError | None
     decode_seconds: float
+    size_bytes: int
 
     def columns(self) -> dict[str, Any]:
         item, error = self.item, self.error
@@ -117,7 +125,7 @@ class _Row:
             "read_seconds": record.read_seconds if record else 0.0,
             "decode_seconds": self.decode_seconds,
             "predict_seconds": 0.0,
-            "size_bytes": len(record.data) if record and record.data else 0,
+            "size_bytes": self.size_bytes,
         }
 
 

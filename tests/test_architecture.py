@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    {"errors", "schema", "prefetch", "stores", "vision"},
+    {"errors", "schema", "prefetch", "budget", "stores", "vision"},
     {"config", "storage", "coverage"},
     {
         "plan",

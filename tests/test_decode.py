@@ -346,3 +346,51 @@ def test_fast_pixels_are_near_the_exact_ones(format: str, size: tuple[int, int],
     assert difference.mean() < 3
     if size[0] < 2 * 2 * SMALL.resize:
         assert difference.max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_blocks_at_the_edge_stay_in_their_place_when_turned(orientation: int) -> None:
+    """601 and 433 pixels are no whole number of blocks: the last block lies at another edge after a turn."""
+    data = images.oriented(orientation, "PNG", (601, 433), "urban")
+    exact, fast = (decode(data, SMALL, exact=each).pixels.astype(int) for each in (True, False))
+    assert np.abs(fast - exact).mean() < 1.5
+
+
+def of_every_mode(size: tuple[int, int]) -> dict[str, bytes]:
+    drawn = images.tile("urban", size=size)
+    grey = np.asarray(drawn.convert("L"))
+    rgba = drawn.copy()
+    rgba.putalpha(drawn.convert("L"))
+    return {
+        "1": images.encode(drawn.convert("1"), "PNG"),
+        "L": images.encode(drawn.convert("L"), "PNG"),
+        "P": images.encode(drawn.quantize(32), "PNG"),
+        "P, one colour clear": images.encode(drawn.quantize(8), "PNG", transparency=1),
+        "RGB, one colour clear": images.encode(drawn, "PNG", transparency=drawn.getpixel((4, 4))),
+        "LA": images.encode(rgba.convert("LA"), "PNG"),
+        "RGBA": images.encode(rgba, "PNG"),
+        "CMYK": images.encode(drawn.convert("CMYK"), "TIFF"),
+        "CMYK JPEG": images.encode(drawn.convert("CMYK"), "JPEG", quality=100, subsampling=0),
+        "YCbCr": images.encode(drawn.convert("YCbCr"), "TIFF"),
+        "I;16": images.grey_16(grey.astype(np.uint16) * 257),
+        "I;16B": big_endian_tiff(grey.astype(np.uint16) * 257),
+        "I": images.encode(Image.fromarray(grey.astype(np.int32) * 257), "TIFF"),
+        "F to 1": images.float_tiff(grey / 255),
+        "F to 255": images.float_tiff(grey.astype(np.float32)),
+    }
+
+
+@pytest.mark.parametrize("mode", of_every_mode((8, 8)))
+def test_a_mode_that_is_converted_in_bands_shows_no_seam(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = of_every_mode((131, 97))[mode]
+    whole = decode(data, SMALL).pixels
+    monkeypatch.setattr("pipeline.decode.BAND_PIXELS", 131 * 10)
+    np.testing.assert_array_equal(decode(data, SMALL).pixels, whole)
+
+
+@pytest.mark.parametrize("mode", of_every_mode((8, 8)))
+def test_fast_pixels_of_every_mode_are_near_the_exact_ones(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = of_every_mode((601, 433))[mode]
+    monkeypatch.setattr("pipeline.decode.BAND_PIXELS", 601 * 10)
+    exact, fast = (decode(data, SMALL, exact=each).pixels.astype(int) for each in (True, False))
+    assert np.abs(fast - exact).mean() < (4 if "JPEG" in mode else 2)

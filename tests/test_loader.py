@@ -1,10 +1,17 @@
 """read → decode as tables."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import images
 import numpy as np
 import pyarrow as pa
+import pytest
+from PIL import Image
 from whole import write_tar
 
 from pipeline import schema
@@ -86,3 +93,77 @@ def test_tiles_keep_their_size_where_the_network_enlarges_them(tmp_path: Path) -
     assert lengths == [8 * 8 * 3, 16 * 16 * 3, 8 * 8 * 3, 4 * 4 * 3, 16 * 16 * 3, None, None]
     tile = np.asarray(images.tile(size=(8, 8)).convert("RGB"))
     assert table[schema.PIXELS][2].as_py() == tile.tobytes()
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+LOAD_ALL = """
+import json, sys
+from pathlib import Path
+import pyarrow as pa
+from pipeline import schema
+from pipeline.config import Transform
+from pipeline.coverage import END
+from pipeline.loader import Loader
+from pipeline.plan import Shard
+from pipeline.sources import ReadOptions
+
+def peak_bytes():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
+
+folder, budget, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+loader = Loader(Transform(), ReadOptions(), {}, 200_000_000, True, False, False, 64, threads, budget)
+before = peak_bytes()
+keys = tuple(sorted(path.name for path in folder.iterdir()))
+table = pa.concat_tables(loader.load(Shard(0, "objects", str(folder), keys=keys), ((0, END),)))
+means = [sum(pixels) / len(pixels) for pixels in table[schema.PIXELS].to_pylist() if pixels]
+print(json.dumps({"means": means, "peak": peak_bytes() - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve of 100 megapixels: PNGs, TIFFs of two kinds, progressive JPEGs."""
+    folder = tmp_path_factory.mktemp("large")
+    drawn = Image.new("RGB", (10_000, 10_000), (90, 90, 90))
+    first = {
+        "a.png": images.encode(drawn, "PNG", compress_level=1),
+        "b.tif": images.encode(drawn, "TIFF", compression="tiff_lzw"),
+        "c.tif": images.encode(drawn.convert("L"), "TIFF", compression="tiff_adobe_deflate", tiffinfo={317: 2}),
+        "d.jpg": images.encode(drawn, "JPEG", progressive=True),
+    }
+    for name, data in first.items():
+        (folder / name).write_bytes(data)
+        for copy in range(2):
+            os.link(folder / name, folder / f"{copy}{name}")
+    return folder
+
+
+def load_apart(folder: Path, budget: int, threads: int) -> dict[str, Any]:
+    """All images of a folder in a process of its own: the mean value of each, and the peak of memory in bytes."""
+    arguments = [sys.executable, "-c", LOAD_ALL, str(folder), str(budget), str(threads)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@ON_LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "most"), [(1 << 20, 640 << 20), (1000 << 20, 1040 << 20)])
+def test_large_images_stay_within_the_budget_whatever_the_threads(large_images: Path, budget: int, most: int) -> None:
+    """most: the budget, or one image where that is more, which is 6 bytes a pixel of the JPEG; and 40 MB beside."""
+    found = load_apart(large_images, budget, threads=8)
+    assert found["means"] == pytest.approx([90] * 12, abs=1)
+    assert found["peak"] <= most
+
+
+@ON_LINUX
+def test_encoded_images_do_not_wait_for_their_table(tmp_path: Path) -> None:
+    data = images.encode(Image.effect_noise((2000, 2000), 90), "TIFF")
+    (tmp_path / "00.tif").write_bytes(data)
+    for number in range(1, 40):
+        os.link(tmp_path / "00.tif", tmp_path / f"{number:02}.tif")
+    found = load_apart(tmp_path, 1 << 30, threads=1)
+    assert len(found["means"]) == 40
+    assert found["peak"] < 25 * len(data), "a reader and a decoder hold four each"
