@@ -11,7 +11,6 @@ The job's own flags come after `--`. A connection that is lost is taken up again
 import argparse
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -61,11 +60,15 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags before `--`, and the job's own after it."""
+    end = list(words).index("--") if "--" in words else len(words)
+    return parser().parse_args(words[:end]), list(words[end + 1 :])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    end = words.index("--") if "--" in words else len(words)
-    given = parser().parse_args(words[:end])
-    return cli.guarded(lambda: work(given, words[end + 1 :]))
+    given, job_arguments = parse(sys.argv[1:] if arguments is None else arguments)
+    return cli.guarded(lambda: work(given, job_arguments))
 
 
 def work(given: argparse.Namespace, job_arguments: Sequence[str]) -> int:
@@ -122,7 +125,7 @@ def send(client: Client, given: argparse.Namespace, arguments: Sequence[str], va
     """Submit the job; returns its id."""
     folder = given.working_dir.resolve()
     submission_id = given.submission_id or f"nightshift-{given.job}-{uuid.uuid4().hex[:8]}"
-    entrypoint, secrets = without_secrets(["python", f"jobs/{given.job}.py", *arguments])
+    entrypoint, secrets = environment.without_secrets(["python", f"jobs/{given.job}.py", *arguments])
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "project.zip"
         pack(folder, archive)
@@ -143,24 +146,6 @@ def requirements(client: Client, given: argparse.Namespace, archive: Path) -> li
     if given.pip:
         return [text for text in required if environment.is_installable(text)]
     return environment.missing(client, required, {"working_dir": str(archive)})
-
-
-def without_secrets(words: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """A shell's command in which URIs with credentials stand as variables, and these.
-
-    Everyone who sees the dashboard or the log sees the command; the variables' values are not shown.
-    """
-    secrets: dict[str, str] = {}
-    shown = []
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if storage.redact(value) == value:
-            shown.append(shlex.quote(word))
-        else:
-            name = f"NIGHTSHIFT_URI_{len(secrets)}"
-            secrets[name] = value
-            shown.append(f'{flag}{equals}"${name}"')
-    return " ".join(shown), secrets
 
 
 def attend(follower: Follower) -> int:

@@ -79,7 +79,9 @@ def environment(s3: S3Server, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_nodes_are_lost_half_way_and_one_is_replaced(s3: S3Server, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_node_is_drained_and_lost_and_another_one_replaced(
+    s3: S3Server, environment: dict[str, str], tmp_path: Path
+) -> None:
     for number in range(4):
         members = {f"{number}-{i:04d}.jpg": jpeg(i) for i in range(IMAGES // 4)}
         storage.write(s3.uri(f"nodes/{number}.tar"), write_tar(tmp_path / "x.tar", members).read_bytes())
@@ -95,8 +97,9 @@ def test_nodes_are_lost_half_way_and_one_is_replaced(s3: S3Server, environment: 
         jobs = Jobs({**environment, "RAY_ADDRESS": cluster.cluster.address})
         job = jobs.start("embed", "--input", s3.uri("nodes/{0..3}.tar"), "--output", out, *settings.split())
         wait_for(lambda: commits() >= 2)
-        cluster.kill("127.0.0.2")  # it read and wrote
+        cluster.drain("127.0.0.2")  # it reads and writes
         wait_for(lambda: commits() >= 4)
+        cluster.kill("127.0.0.2")
         cluster.kill("127.0.0.3")  # the network was there, and nowhere else
         cluster.add("127.0.0.4", "--num-cpus", 1, "--num-gpus", 1)
         assert job.poll() is None, "it ended before the nodes were lost"

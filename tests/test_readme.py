@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 from small_run import SmallRun, run_python, small_run
 
-from jobs import bench_gpu, benchmark, verify
+from jobs import bench_gpu, benchmark, submit, verify
 from pipeline import Classifier, Embedder, NightshiftError, RunConfig, cli, errors, schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +78,10 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
         places = [word if word.startswith("--") else str(folder / word) for word in arguments]
         assert verify.main(places) == 2, "parsed, but nothing is there"
         return
+    if job == "submit":
+        given, job_arguments = submit.parse(arguments)
+        submit.check(given.job, job_arguments, given.working_dir)
+        return
     if job in BENCHMARKS:
         BENCHMARKS[job].parser().parse_args(arguments)
         return
@@ -97,6 +101,7 @@ def test_commands_are_accepted(page: str, tmp_path: Path) -> None:
 def test_flags_named_in_the_text_exist() -> None:
     flags = {field.name.replace("_", "-") for cls in (RunConfig, Embedder, Classifier) for field in fields(cls)}
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    flags |= {flag.removeprefix("--") for action in submit.parser()._actions for flag in action.option_strings}
     named = {flag for span in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"--([a-z][a-z-]*)", span)}
     assert "max-error-rate" in named
     assert named <= flags | {"help", "config"}

@@ -115,7 +115,9 @@ def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyP
 
 def test_credentials_do_not_stand_in_the_command() -> None:
     signed = "https://user:pass@host/list.csv?X-Amz-Signature=abc"
-    shown, secrets = submit.without_secrets(["python", "jobs/embed.py", "--input", signed, f"--labels={signed}", "a b"])
+    shown, secrets = environment.without_secrets(
+        ["python", "jobs/embed.py", "--input", signed, f"--labels={signed}", "a b"]
+    )
     assert shown == 'python jobs/embed.py --input "$NIGHTSHIFT_URI_0" --labels="$NIGHTSHIFT_URI_1" \'a b\''
     assert secrets == {"NIGHTSHIFT_URI_0": signed, "NIGHTSHIFT_URI_1": signed}
 

@@ -14,6 +14,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from jobs.submission.client import Client, submit
+from pipeline import storage
 from pipeline.errors import NightshiftError, SettingRefused
 
 PROBE = "jobs/submission/probe.py"
@@ -34,6 +35,24 @@ def variables(settings: Sequence[str]) -> dict[str, str]:
             raise SettingRefused(f"--env {name}: no variable of that name is set here; set it, or give {name}=VALUE")
         found[name] = value if is_given else os.environ[name]
     return found
+
+
+def without_secrets(words: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A shell's command in which URIs with credentials stand as variables, and these.
+
+    Everyone who sees the dashboard or the log sees the command; the variables' values are not shown.
+    """
+    secrets: dict[str, str] = {}
+    shown = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if storage.redact(value) == value:
+            shown.append(shlex.quote(word))
+        else:
+            name = f"NIGHTSHIFT_URI_{len(secrets)}"
+            secrets[name] = value
+            shown.append(f'{flag}{equals}"${name}"')
+    return " ".join(shown), secrets
 
 
 def required(folder: Path, more: Sequence[str] = ()) -> list[str]:
