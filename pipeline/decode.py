@@ -99,8 +99,10 @@ END_MARKERS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 """First bytes of a format → what its last 16 bytes hold."""
 
 Image.preinit()  # with the two imported above, all of FORMATS; otherwise Image.open() imports every plugin there is
-# These two are settings of the whole process. The limit here is `max_pixels`, checked on the header; Pillow's own would
-# warn or raise beside it.
+# These are settings of the whole process. Pillow's own blocks are of 16 MiB, which glibc may keep for the thread that
+# freed them; more than 32 MiB it gives back (mallopt(3), M_MMAP_THRESHOLD). The limit here is `max_pixels`, checked on
+# the header; Pillow's own would warn or raise beside it.
+Image.core.set_block_size(64 << 20)
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 

@@ -1,96 +1,103 @@
-"""A ResNet-18 that tells drawn scenes apart, trained in a minute, and how often a run names the reference's class.
+"""Drawn scenes, and a ResNet-18 that learns in a minute to tell them apart.
 
-A scene is one of KINDS with another shining through it, up to nearly as strong: the network is sure of some and in doubt
-about others, so that a difference in pixels or in number format can turn its answer.
+Random weights see hardly a difference between images, and a network that is certain of everything cannot be led astray.
+So a scene is one kind of tile with another shining through it, up to nearly as strong: the network is certain of some
+scenes and in doubt about others, where other pixels or another number format could turn its answer.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet18
+from torchvision.transforms.functional import to_tensor
 
 from jobs.make_demo_archive import KINDS, draw_tile
-from pipeline.config import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.config import Transform
+from pipeline.predictors import Classifier
 
-SIDE = 256
-"""Pixels of a drawn scene: what the transform's resize makes of an image, so that training and a run see one scale."""
+TRANSFORM = Transform()
+SIDE = TRANSFORM.resize  # of a scene: training and a run then see kinds at the same scale
+WEAKEST = 0.55  # the least share of the kind that gives a scene its name
+TILES = 48  # drawn of each kind; the scenes are mixed from them
+COARSE_SIDE, COARSE_SHARE = 64, 0.4  # scenes of small tiles, which a run enlarges
 
-TILE_SIDE = 64
-WEAKEST = 0.55
-"""The least share of the kind that a scene is called by."""
-
-POOL = 48  # drawn tiles of a kind, which the scenes are mixed from
 VIEW, STEPS, BATCH, PEAK_RATE = 96, 220, 32, 0.02
-CALIBRATION_BATCHES, CROP = 8, 224
+CALIBRATION_BATCHES = 8
+
+SIZES = {"tiles": (64, 64), "photos": (470, 400), "12 megapixels": (4000, 3000)}
+GRAIN = 8  # standard deviation of the noise that every written pixel gets
 
 
-@dataclass(frozen=True)
-class Drawings:
-    """uint8 [kinds, n, SIDE, SIDE, 3]: tiles of each kind, from which scenes are mixed."""
+class Scenes:
+    """An endless supply of scenes, the same for the same seed."""
 
-    tiles: np.ndarray
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.tiles = [[draw_tile(kind, self.rng, (SIDE, SIDE)) for _ in range(TILES)] for kind in KINDS]
 
-    @staticmethod
-    def of(seed: int, n: int = POOL) -> "Drawings":
-        rng = np.random.default_rng(seed)
-        return Drawings(np.stack([[np.asarray(draw_tile(k, rng, (SIDE, SIDE))) for _ in range(n)] for k in KINDS]))
+    def scene(self) -> tuple[Image.Image, int]:
+        """SIDE × SIDE pixels of two kinds, and the number of the stronger one."""
+        kind, other = self.rng.permutation(len(KINDS))[:2]
+        strong, weak = (self.tiles[each][self.rng.integers(TILES)] for each in (kind, other))
+        return Image.blend(weak, strong, self.rng.uniform(WEAKEST, 1)), int(kind)
 
-    def scene(self, rng: np.random.Generator) -> tuple[Image.Image, int]:
-        """A mixture of two kinds, and the number of the stronger one."""
-        kind, other = rng.permutation(len(KINDS))[:2]
-        first, second = (self.tiles[k, rng.integers(self.tiles.shape[1])] for k in (kind, other))
-        return Image.blend(Image.fromarray(second), Image.fromarray(first), rng.uniform(WEAKEST, 1)), int(kind)
+    def batch(self, count: int, side: int) -> tuple[Tensor, Tensor]:
+        """Normalised float32 [count, 3, side, side] of turned and cut scenes, some coarse; their int64 kinds."""
+        scenes = [self.scene() for _ in range(count)]
+        views = torch.stack([to_tensor(self._view(image, side)) for image, _ in scenes])
+        mean, std = (torch.tensor(each).reshape(3, 1, 1) for each in (TRANSFORM.mean, TRANSFORM.std))
+        return (views - mean) / std, torch.tensor([kind for _, kind in scenes])
+
+    def _view(self, image: Image.Image, side: int) -> Image.Image:
+        if self.rng.random() < COARSE_SHARE:
+            small = image.resize((COARSE_SIDE, COARSE_SIDE), Image.Resampling.BILINEAR)
+            image = small.resize(image.size, Image.Resampling.BILINEAR)
+        left, top = self.rng.integers(0, SIDE - side + 1, 2).tolist()
+        return image.crop((left, top, left + side, top + side)).transpose(self.rng.choice(list(Image.Transpose)))
+
+    def write(self, folder: Path, size: tuple[int, int], count: int) -> list[int]:
+        """JPEGs of so many scenes, grainy; the kind of each, by name's order."""
+        folder.mkdir(parents=True)
+        kinds = []
+        for number in range(count):
+            image, kind = self.scene()
+            grain = Image.effect_noise(size, GRAIN).convert("RGB")
+            grainy = ImageChops.add(ImageOps.fit(image, size, Image.Resampling.BICUBIC), grain, offset=-128)
+            grainy.save(folder / f"{number:06}.jpg", quality=90)
+            kinds.append(kind)
+        return kinds
 
 
-def examples(drawings: Drawings, rng: np.random.Generator, count: int, side: int) -> tuple[Tensor, Tensor]:
-    """Normalised float32 [count, 3, side, side] and int64 [count]: turned and cut scenes, some of them coarse."""
-    images, labels = [], []
-    for _ in range(count):
-        image, label = drawings.scene(rng)
-        if rng.random() < 0.4:
-            image = image.resize((TILE_SIDE, TILE_SIDE), Image.Resampling.BILINEAR).resize(
-                (SIDE, SIDE), Image.Resampling.BILINEAR
-            )
-        y, x = rng.integers(0, SIDE - side + 1, 2)
-        pixels = np.rot90(np.asarray(image)[y : y + side, x : x + side], rng.integers(4))
-        images.append(pixels[:, :: rng.choice((-1, 1))])
-        labels.append(label)
-    values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
-    mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((values - mean) / std).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
-
-
-def train(seed: int = 0) -> nn.Module:
+def train(folder: Path, seed: int = 0) -> Classifier:
+    """A classifier of KINDS with its weights and labels in `folder`, trained on the CPU in about a minute."""
     torch.manual_seed(seed)
-    rng, drawings = np.random.default_rng(seed), Drawings.of(seed)
-    network = resnet18(num_classes=len(KINDS)).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=PEAK_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    scenes = Scenes(seed)
+    network = resnet18(num_classes=len(KINDS)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(network.parameters(), PEAK_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, STEPS)
-    for step in range(STEPS):
-        images, labels = examples(drawings, rng, BATCH, VIEW)
-        loss = functional.cross_entropy(network(images), labels)
+    for _ in range(STEPS):
+        views, kinds = scenes.batch(BATCH, VIEW)
         optimizer.zero_grad()
-        loss.backward()
+        functional.cross_entropy(network(views.to(memory_format=torch.channels_last)), kinds).backward()
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            print(step, loss.item(), time.process_time(), flush=True)
-    calibrate(network, drawings, rng)
-    return network.eval()
+    _calibrate(network, scenes)
+    weights, labels = folder / "weights.pt", folder / "labels.txt"
+    torch.save(network.state_dict(), weights)
+    labels.write_text("\n".join(KINDS))
+    return Classifier(model="resnet18", weights=str(weights), labels=str(labels))
 
 
-def calibrate(network, drawings, rng):
+def _calibrate(network: nn.Module, scenes: Scenes) -> None:
+    """Batch statistics of whole crops: small views have more of the padding in them."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-            module.momentum = None
+            module.momentum = None  # a plain average
     with torch.no_grad():
         for _ in range(CALIBRATION_BATCHES):
-            network(examples(drawings, rng, BATCH // 2, CROP)[0])
+            network(scenes.batch(BATCH, TRANSFORM.crop)[0])
