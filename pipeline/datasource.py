@@ -26,7 +26,7 @@ class ShardDatasource(Datasource):
         self.output, self.tasks, self.loader, self.signed_keys = output, tasks, loader, signed_keys
 
     def get_name(self) -> str:
-        return "ReadDecode"
+        return " and decode"  # Ray puts "Read" before it
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None

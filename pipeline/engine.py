@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from pipeline import output, schema
+from pipeline import metrics, output, schema
 from pipeline.config import RunConfig
 from pipeline.coverage import END, count
 from pipeline.datasource import ShardDatasource, SignedKeys, Unit
@@ -129,6 +129,7 @@ class Flow:
     layout: Layout
     batch_size: int
     rows_per_part: int
+    labels: Mapping[str, str]
 
     @staticmethod
     def of(
@@ -160,7 +161,10 @@ class Flow:
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
         signed_keys = archive.signed_keys(plan)
-        return Flow(config.output, units, signed_keys, loader, predictor, sink, layout, batch_size, rows_per_part)
+        labels = metrics.labels(config, predictor)
+        return Flow(
+            config.output, units, signed_keys, loader, predictor, sink, layout, batch_size, rows_per_part, labels
+        )
 
     def commits(self) -> Iterator[Commit]:
         """Run the flow; yield each commit as it is made."""
@@ -172,14 +176,15 @@ class Flow:
             num_cpus=self.layout.read_cpus,
         )
         dataset = dataset.map_batches(
-            Predict,
-            fn_constructor_args=(self.predictor, dict(self.loader.keep.values())),
+            _named(ModelActor, self.predictor),
+            fn_constructor_args=(self.predictor, dict(self.loader.keep.values()), self.labels),
             batch_size=self.batch_size,
             batch_format="pyarrow",
             compute=self._actors(),
             num_cpus=self.layout.actor_cpus,
             num_gpus=self.layout.actor_gpus,
         )
+        dataset.set_name(self.labels["run"])
         with _told_plainly():
             yield from self._written(_cut(dataset.iter_internal_ref_bundles(), self.rows_per_part))
 
@@ -197,10 +202,10 @@ class Flow:
 
     def _written(self, parts: "Iterator[list[ray.ObjectRef[pa.Table]]]") -> Iterator[Commit]:
         """Write each part in a task of its own; yield the commits as they are done."""
-        sink = ray.put(self.sink)
+        sink, write_part = ray.put(self.sink), write.options(name="Write part")
         writing: list[ray.ObjectRef[str | None]] = []
         for blocks in parts:
-            writing.append(write.remote(sink, *blocks))
+            writing.append(write_part.remote(sink, *blocks))
             done, writing = ray.wait(writing, timeout=None if len(writing) > self.layout.writers else 0)
             yield from _commits(done)
         while writing:
@@ -226,6 +231,26 @@ class Flow:
             self.batch_size, min(self.rows_per_part, MIN_BLOCK_BYTES // image_bytes)
         )
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
+
+
+class ModelActor(Predict):
+    """The predict stage in its actor, which tells how full its batches are and what it holds of its GPU."""
+
+    def __init__(self, predictor: Predictor, keep: Mapping[str, pa.DataType], labels: Mapping[str, str]) -> None:
+        super().__init__(predictor, keep)
+        self.metrics = metrics.ActorMetrics(labels)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        found = super().__call__(table)
+        images = len(table) - table[schema.PIXELS].null_count
+        self.metrics.add(images, self.predictor.batch_size or images, self.predictor.gpu_memory_bytes())
+        return found
+
+
+def _named(actor: type[ModelActor], predictor: Predictor) -> type[ModelActor]:
+    """The class under the name that Ray shows the stage by: "Embedder resnet50". In ASCII, since Ray takes no other."""
+    name = f"{type(predictor).__name__} {predictor.settings().get('model', '')}".rstrip()
+    return type(ascii(name)[1:-1], (actor,), {})
 
 
 @ray.remote(num_cpus=0, max_retries=-1)  # it must never wait for a CPU that readers hold: it is what frees memory

@@ -6,6 +6,7 @@ Importing this costs nothing: torch comes in when a predictor is prepared or loa
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -86,6 +87,11 @@ class Predictor:
     def decode(self, jpegs: "Sequence[Encoded]") -> tuple[Any, dict[int, DecodeError]]:
         """JPEGs → what `predict` takes of those that are images, in order, and the errors of the others by place."""
         raise NotImplementedError(f"{type(self).__qualname__} has no decode()")
+
+    def gpu_memory_bytes(self) -> int | None:
+        """What this process holds of its GPU's memory, as torch knows it; None without a GPU."""
+        torch = sys.modules.get("torch")
+        return int(torch.cuda.memory_reserved()) if torch and torch.cuda.is_initialized() else None
 
     def predict(self, pixels: np.ndarray) -> Columns:
         """uint8 [N, crop, crop, 3] RGB → N values of each column."""

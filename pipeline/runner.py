@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from pipeline.update import Change
 
 if TYPE_CHECKING:
     from pipeline.datasource import Unit
+    from pipeline.metrics import RunMetrics
 
 
 def run(config: RunConfig, predictor: Predictor) -> Report:
@@ -31,7 +32,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
     Raises the errors of `pipeline.errors`; what was committed before stays, and the same call goes on from there.
     """
     prepared = beside(predictor.prepare)
-    from pipeline import engine  # Ray; like torch, which the predictor imports meanwhile, it takes its time
+    from pipeline import engine, metrics  # Ray; like torch, which the predictor imports meanwhile, it takes its time
 
     archive = Archive(config)
     with _interruptible() as catch_signals, Lock(config.output) as lock:
@@ -48,8 +49,9 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
         with _reported(config, predictor, plan, ledger, change), report.meter(plan, ledger) as meter:
             engine.connect()
             catch_signals()
-            while units := list(plan.remaining(ledger.coverage)):
-                _work(config, predictor, archive, plan, ledger, lock, meter, units)
+            with metrics.exported(config, predictor, plan, ledger) as exported:
+                while units := list(plan.remaining(ledger.coverage)):
+                    _work(config, predictor, archive, plan, ledger, lock, (meter, exported), units)
             ledgers.sweep(ledger)
         output.finish(config.output)
         return Report.load(config.output)
@@ -62,7 +64,7 @@ def _work(
     plan: Plan,
     ledger: Ledger,
     lock: Lock,
-    meter: Meter,
+    watchers: "Sequence[Meter | RunMetrics]",
     units: "list[Unit]",
 ) -> None:
     """One pass over what remains. Whatever a pass leaves uncovered, the next one does."""
@@ -74,7 +76,8 @@ def _work(
         lock.check()
         if not ledger.accept(commit):
             sinks.remove(config.output, commit)
-        meter.update()
+        for watcher in watchers:
+            watcher.update()
         if not plan.uncounted_shards:
             _check_errors(config, plan, ledger)
     if len(ledger.names) == commits_before:

@@ -27,12 +27,12 @@ LAYERS = [
         "gpu_decode",
     },
     {"sources", "predictors", "sink", "loader", "report"},
-    {"datasource", "predict", "output", "verify"},
+    {"datasource", "predict", "output", "verify", "metrics"},
     {"engine"},
     {"runner"},
     {"cli"},
 ]
-MAY_IMPORT_RAY = {"engine", "datasource"}
+MAY_IMPORT_RAY = {"engine", "datasource", "metrics"}
 MAY_IMPORT_TORCH = {"head", "families", "models", "lane", "network", "gpu_decode", "weights", "vision", "predictors"}
 
 

@@ -85,7 +85,7 @@ def worker_processes(title: str, driver: int) -> list[psutil.Process]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("title", ["Predict", "ReadDecode", "write"])
+@pytest.mark.parametrize("title", ["Embedder", "Read and decode", "Write part"])
 def test_a_killed_worker_costs_nothing(
     jobs: Jobs,
     folder: Path,
@@ -95,7 +95,7 @@ def test_a_killed_worker_costs_nothing(
 ) -> None:
     out = tmp_path / "out"
     process = jobs.start("embed", "--input", folder, "--output", out, *SETTINGS)
-    if title != "ReadDecode":  # which has soon read so few images, and is caught at its start
+    if title != "Read and decode":  # which has soon read so few images, and is caught at its start
         wait_for(lambda: count_commits(out) >= 1)
     killed = 0
     while not killed and process.poll() is None:
