@@ -1,9 +1,10 @@
-"""The `nightshift` command: `nightshift embed …`, `… classify …`, `… verify OUTPUT`, `… submit JOB -- …`."""
+"""The `nightshift` command: `nightshift embed …`, `… classify …`, `… plan …`, `… verify OUTPUT`,
+`… submit JOB -- …`."""
 
 import sys
 from importlib import import_module
 
-COMMANDS = ("embed", "classify", "verify", "submit")
+COMMANDS = ("embed", "classify", "plan", "verify", "submit")
 
 
 def main() -> int:

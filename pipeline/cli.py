@@ -53,12 +53,14 @@ def tell(message: str) -> None:
 
 
 def parse(
-    predictor_class: type, description: str, arguments: Sequence[str] | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flags win over `--config FILE.yaml`, which wins over the defaults. Returns the fields of both dataclasses."""
-    flags = {
-        field.name: field for cls in (RunConfig, predictor_class) for field in fields(cls) if "help" in field.metadata
-    }
+    predictor_class: type, description: str, arguments: Sequence[str] | None, *own: type
+) -> tuple[dict[str, Any], ...]:
+    """Flags win over `--config FILE.yaml`, which wins over the defaults.
+
+    own: dataclasses with further flags of a job. Returns the fields of RunConfig, of the predictor and of each of them.
+    """
+    classes = (RunConfig, predictor_class, *own)
+    flags = {field.name: field for cls in classes for field in fields(cls) if "help" in field.metadata}
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,11 +71,7 @@ def parse(
         _add_flag(parser, name, field)
     given = vars(parser.parse_args(arguments))
     values = {**_read_config(given.pop("config", None), flags), **given}
-    run_names = {field.name for field in fields(RunConfig)}
-    return (
-        {name: value for name, value in values.items() if name in run_names},
-        {name: value for name, value in values.items() if name not in run_names},
-    )
+    return tuple({field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes)
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: "Field[Any]") -> None:

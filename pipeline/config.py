@@ -70,6 +70,10 @@ class RunConfig:
     max_error_rate: float = _flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")
     overwrite: bool = _flag("remove an earlier run's output first", False)
     update: bool = _flag("add what is new or replaced in the archive to a finished output", False)
+    cluster: str | None = _flag(
+        "machines that the job runs on, for its cost: 8xg6.2xlarge, 4xg6.2xlarge+2xc7i.4xlarge", None, metavar="SHAPE"
+    )
+    prices: str | None = _flag("machines and prices (default: pipeline/prices.yaml)", None, metavar="FILE.yaml")
     dry_run: bool = _flag("show the plan and the settings, do no work", False)
 
     def __post_init__(self) -> None:

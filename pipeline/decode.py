@@ -102,7 +102,7 @@ Image.preinit()  # with the two imported above, all of FORMATS; otherwise Image.
 # These are settings of the whole process. Pillow's own blocks are of 16 MiB, which glibc may keep for the thread that
 # freed them; more than 32 MiB it gives back (mallopt(3), M_MMAP_THRESHOLD). The limit here is `max_pixels`, checked on
 # the header; Pillow's own would warn or raise beside it.
-Image.core.set_block_size(64 << 20)
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 

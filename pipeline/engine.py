@@ -79,6 +79,14 @@ class Layout:
         actor_cpus = math.floor(actor_cpus * 0.95 * 100) / 100
         return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
 
+    def batch_size(self, config: RunConfig) -> int:
+        return config.batch_size or (256 if self.actor_gpus else 64)
+
+    def read_tasks(self, cpus: float, units: int) -> tuple[int, int]:
+        """How many run at once beside the actors, with so many units of work, and the decode threads of each."""
+        free = cpus - self.actors[1] * self.actor_cpus
+        return max(1, min(units, int(free / self.read_cpus))), max(1, min(MAX_DECODE_THREADS, int(cpus) // units))
+
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as `ray job submit` does), else start one on this machine. Quietly.
@@ -138,26 +146,12 @@ class Flow:
         """Size the stages for the work and for the cluster that Ray is connected to."""
         cpus, gpus = cluster_size()
         layout = Layout.of(config, cpus, gpus)
-        batch_size = config.batch_size or (256 if layout.actor_gpus else 64)
+        batch_size = layout.batch_size(config)
         predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
         predictor.gpu_share = layout.actor_gpus or None
         predictor.images = _expected(plan, units) // layout.actors[1]
-        names = config.keep_names()
-        keep = {name: (names[name], plan.keep.field(name).type) for name in plan.keep.names}
-        result = schema.result(predictor.columns, dict(keep.values()))
-        loader = Loader(
-            predictor.transform,
-            archive.options(),
-            keep,
-            config.max_pixels,
-            config.exif_rotate,
-            config.decoder == "exact",
-            predictor.takes_tiles and config.decoder != "exact",
-            batch_size,
-            max(1, min(MAX_DECODE_THREADS, int(cpus) // len(units))),
-            decode_bytes(layout.read_cpus),
-            config.decoder == "gpu" and predictor.takes_encoded,
-        )
+        loader = loader_of(config, predictor, archive, plan, batch_size, layout, layout.read_tasks(cpus, len(units))[1])
+        result = schema.result(predictor.columns, dict(loader.keep.values()))
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
         signed_keys = archive.signed_keys(plan)
@@ -251,6 +245,32 @@ def _named(actor: type[ModelActor], predictor: Predictor) -> type[ModelActor]:
     """The class under the name that Ray shows the stage by: "Embedder resnet50". In ASCII, since Ray takes no other."""
     name = f"{type(predictor).__name__} {predictor.settings().get('model', '')}".rstrip()
     return type(ascii(name)[1:-1], (actor,), {})
+
+
+def loader_of(
+    config: RunConfig,
+    predictor: Predictor,
+    archive: Archive,
+    plan: Plan,
+    batch_size: int,
+    layout: Layout,
+    threads: int,
+) -> Loader:
+    """How the shards of a plan are read and decoded for a predictor."""
+    names = config.keep_names()
+    return Loader(
+        predictor.transform,
+        archive.options(),
+        {name: (names[name], plan.keep.field(name).type) for name in plan.keep.names},
+        config.max_pixels,
+        config.exif_rotate,
+        config.decoder == "exact",
+        predictor.takes_tiles and config.decoder != "exact",
+        batch_size,
+        threads,
+        decode_bytes(layout.read_cpus),
+        config.decoder == "gpu" and predictor.takes_encoded,
+    )
 
 
 @ray.remote(num_cpus=0, max_retries=-1)  # it must never wait for a CPU that readers hold: it is what frees memory

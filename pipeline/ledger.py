@@ -37,6 +37,8 @@ class Commit:
     ranges: rows covered, by shard. totals: number of rows of the shards whose end was seen.
     seconds: wall time by stage, summed over images. errors_by_type: `<stage>/<error_type>` → images.
     networks: how the network ran (device, number format) → images.
+    core_seconds: CPU time of the worker processes. gpu_seconds: in which a GPU had a batch under way, times its share.
+    bytes_read: of encoded images. bytes_written: of the part and its errors.
     """
 
     name: str
@@ -51,6 +53,9 @@ class Commit:
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     networks: dict[str, int] = field(default_factory=dict)
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    bytes_written: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -74,6 +79,9 @@ class Tally:
     errors_by_type: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     networks: Counter[str] = field(default_factory=Counter)
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    bytes_written: int = 0
 
     def add(self, commit: Commit) -> None:
         self.rows += commit.rows
@@ -83,6 +91,9 @@ class Tally:
         self.errors_by_type.update(commit.errors_by_type)
         self.seconds.update(commit.seconds)
         self.networks.update(commit.networks)
+        self.core_seconds += commit.core_seconds
+        self.gpu_seconds += commit.gpu_seconds
+        self.bytes_written += commit.bytes_written
 
 
 class Ledger:

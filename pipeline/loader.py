@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import schema, sources
+from pipeline import schema, sources, usage
 from pipeline.budget import MemoryBudget
 from pipeline.config import Transform
 from pipeline.coverage import Ranges
@@ -89,12 +89,14 @@ class Loader:
         columns: dict[str, Any] = {
             "shard": np.full(len(batch), shard.index, np.int32),
             schema.PIXELS: _pixel_column([row.image for row in batch]),
+            "gpu_seconds": np.zeros(len(batch), np.float32),
         }
         rows = [row.columns() for row in batch]
         for name in rows[0]:
             columns[name] = [row[name] for row in rows]
         for name, (alias, type_) in self.keep.items():
             columns[alias] = pa.array([_kept(row.item, name) for row in batch], type_)
+        columns["core_seconds"] = np.full(len(batch), usage.take_core_seconds() / len(batch), np.float32)
         types = schema.loaded(dict(self.keep.values()))
         return pa.table({name: columns[name] for name in types.names}, schema=types)
 

@@ -115,6 +115,16 @@ def build(spec: ModelSpec) -> Network:
     return Network(body, spec.head, spec.num_classes).eval()
 
 
+def count_flops(spec: ModelSpec) -> int:
+    """Floating-point operations of the whole network for one image, a multiply-add as two. Raises WeightsRefused."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports torch's compiler, which no job needs for this
+
+    image = torch.zeros(1, spec.in_channels, spec.transform.crop, spec.transform.crop)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build(spec)(image)
+    return int(counter.get_total_flops())
+
+
 def _check_state(
     family: Family,
     network: nn.Module,

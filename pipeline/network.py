@@ -234,3 +234,9 @@ def _folded(network: Network, spec: ModelSpec) -> Network:
         if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
             network.body = folded
     return network
+
+
+def gpus_here() -> tuple[int, str]:
+    """How many GPUs this machine has, and the first one's name; (0, "") without any."""
+    count = torch.cuda.device_count()
+    return count, torch.cuda.get_device_name(0) if count else ""

@@ -5,6 +5,8 @@ import json
 import platform
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -89,11 +91,16 @@ def is_finished(output: str) -> bool:
     return True
 
 
+@contextmanager
+def draft(archive: Archive) -> Iterator[Plan]:
+    """The plan of a run that has not begun, in a temporary folder as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+        yield plans.make(folder, archive.shards(), archive.keep_types)
+
+
 def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     """The plan's totals and the settings, without writing to the output."""
-    archive = Archive(config)
-    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
-        plan = plans.make(folder, archive.shards(), archive.keep_types)
+    with draft(Archive(config)) as plan:
         kinds = dict(Counter(shard.kind for shard in plans.read_shards(plan)))
     return {
         "shards": plan.shards,

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import schema
+from pipeline import schema, usage
 from pipeline.decode import Encoded
 from pipeline.errors import ImageError, NightshiftError, PredictError
 from pipeline.predictors import Predictor
@@ -24,6 +24,7 @@ class Predict:
         self.predictor = predictor
         self.schema = schema.predicted(predictor.columns, keep)
         self.most: int | None = None  # images that fit the memory at once, where a batch did not
+        self.busy = usage.BusyClock()
         self.refusal: NightshiftError | None = None
         try:
             predictor.load()
@@ -35,6 +36,7 @@ class Predict:
         if self.refusal:
             raise self.refusal
         started = time.perf_counter()
+        self.busy.start()
         groups, errors = self._images(table)
         found = [self._predict(pixels) for _, pixels in groups]
         places = np.concatenate([np.empty(0, np.int64), *(places for places, _ in groups)])
@@ -48,7 +50,8 @@ class Predict:
             for (group, _), (_, found_errors) in zip(groups, found, strict=True)
             for i, error in found_errors.items()
         }
-        return self._merge(table, columns, errors, places, seconds)
+        merged = self._merge(table, columns, errors, places, seconds)
+        return _with_usage(merged, usage.take_core_seconds(), self.busy.stop() * (self.predictor.gpu_share or 0.0))
 
     def _images(self, table: pa.Table) -> tuple[list[tuple[np.ndarray, Any]], dict[int, ImageError]]:
         """The places and pixels of images of one size, most often all of them; and the errors of JPEGs by their places.
@@ -138,6 +141,14 @@ class Predict:
                     values[place] = getattr(error, value)
                 merged[name] = pa.array(values, pa.string())
         return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
+
+
+def _with_usage(table: pa.Table, core_seconds: float, gpu_seconds: float) -> pa.Table:
+    """What this process used for a table, added to what others did."""
+    for name, seconds in {"core_seconds": core_seconds, "gpu_seconds": gpu_seconds}.items():
+        used = pc.add(table[name], pa.scalar(seconds / max(len(table), 1), pa.float32()))
+        table = table.set_column(table.schema.get_field_index(name), name, used)
+    return table
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import storage
 from pipeline.errors import printable
 from pipeline.ledger import Ledger
+from pipeline.machines import Cluster
 from pipeline.plan import Plan
 from pipeline.update import Change
 
@@ -28,6 +30,9 @@ class Report:
     status: done, or why it is not. planned: images, None while shards are left that nobody has counted.
     wall_seconds, images_per_second: of this attempt. stage_seconds: summed over images and workers, whole run.
     networks: how the network ran (device, number format, compiled or not) → images.
+    core_seconds: CPU time of the workers. gpu_seconds: in which a GPU had a batch under way. bytes_read: of encoded
+    images. bytes_written: of parts and errors. All of them of the whole run.
+    cost: of this attempt on the machines of --cluster, None where they or their prices are not known.
     unchanged, removed: images (or whole shards) that the last --update skipped, and that it no longer found.
     """
 
@@ -48,10 +53,20 @@ class Report:
     networks: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     removed: int = 0
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    bytes_written: int = 0
+    cost: dict[str, Any] | None = None
 
     @staticmethod
     def of(
-        plan: Plan, ledger: Ledger, model: str, status: str, wall_seconds: float, change: Change | None = None
+        plan: Plan,
+        ledger: Ledger,
+        model: str,
+        status: str,
+        wall_seconds: float,
+        change: Change | None = None,
+        cluster: Cluster | None = None,
     ) -> "Report":
         earlier, current = ledger.earlier, ledger.current
         seconds = earlier.seconds + current.seconds
@@ -74,6 +89,10 @@ class Report:
             networks=dict((earlier.networks + current.networks).most_common()),
             unchanged=change.unchanged if change else 0,
             removed=change.removed if change else 0,
+            core_seconds=round(earlier.core_seconds + current.core_seconds, 3),
+            gpu_seconds=round(earlier.gpu_seconds + current.gpu_seconds, 3),
+            bytes_written=earlier.bytes_written + current.bytes_written,
+            cost=_cost(cluster, wall_seconds, images),
         )
 
     def save(self) -> None:
@@ -106,11 +125,32 @@ class Report:
             yield "resumed", f"{self.resumed_images:,} images were done before, by {attempts}"
         yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
         yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
+        gpu = f" · {self.gpu_seconds:,.1f} GPU-seconds" if self.gpu_seconds else ""
+        moved = f"{decimal(self.bytes_read)} read, {decimal(self.bytes_written)} written"
+        yield "used", f"{self.core_seconds:,.1f} core-seconds{gpu} · {moved}"
+        if self.cost:
+            million = self.cost["usd_per_million_images"]
+            each = f", ${million:,.2f} a million images" if million is not None else ""
+            yield "cost", f"${self.cost['usd']:,.2f} on demand for this attempt on {self.cost['cluster']}{each}"
         for network, count in self.networks.items():
             if network:
                 yield "network", f"{self.model}: {network}{f' ({count:,} images)' if len(self.networks) > 1 else ''}"
         yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"
         yield "open it", f'pandas.read_parquet("{self.output}")'
+
+
+def _cost(cluster: Cluster | None, wall_seconds: float, images: int) -> dict[str, Any] | None:
+    """All machines of the cluster, on demand, for as long as this attempt took."""
+    if cluster is None or cluster.usd_per_hour is None:
+        return None
+    usd = wall_seconds / 3600 * cluster.usd_per_hour
+    return {
+        "cluster": str(cluster),
+        "usd_per_hour": cluster.usd_per_hour,
+        "machine_hours": round(wall_seconds / 3600 * cluster.machines, 4),
+        "usd": round(usd, 4),
+        "usd_per_million_images": round(usd / images * 1e6, 4) if images else None,
+    }
 
 
 class Meter:

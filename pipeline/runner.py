@@ -14,6 +14,7 @@ from pipeline import sink as sinks
 from pipeline.config import RunConfig
 from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageRefused, TooManyErrors
 from pipeline.ledger import Ledger, Lock
+from pipeline.machines import Cluster, Prices
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.prefetch import beside
@@ -31,6 +32,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
 
     Raises the errors of `pipeline.errors`; what was committed before stays, and the same call goes on from there.
     """
+    cluster = Prices.load(config.prices).cluster(config.cluster) if config.cluster else None
     prepared = beside(predictor.prepare)
     from pipeline import engine, metrics  # Ray; like torch, which the predictor imports meanwhile, it takes its time
 
@@ -46,7 +48,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
             return Report.load(config.output).with_change(change)
         ledger = ledgers.begin(config.output, partial(sinks.retire, config.output, plan.retired))
         ledgers.sweep(ledger)
-        with _reported(config, predictor, plan, ledger, change), report.meter(plan, ledger) as meter:
+        with _reported(config, predictor, plan, ledger, change, cluster), report.meter(plan, ledger) as meter:
             engine.connect()
             catch_signals()
             with metrics.exported(config, predictor, plan, ledger) as exported:
@@ -96,7 +98,12 @@ def _check_errors(config: RunConfig, plan: Plan, ledger: Ledger) -> None:
 
 @contextmanager
 def _reported(
-    config: RunConfig, predictor: Predictor, plan: Plan, ledger: Ledger, change: Change | None
+    config: RunConfig,
+    predictor: Predictor,
+    plan: Plan,
+    ledger: Ledger,
+    change: Change | None,
+    cluster: Cluster | None,
 ) -> Iterator[None]:
     """However the work ends, `_report.json` and the attempt's record say so; unless another driver has the output."""
     started = time.monotonic()
@@ -111,7 +118,7 @@ def _reported(
     finally:
         if status != OutputLocked.__name__:
             model = str(predictor.settings().get("model", ""))
-            made = Report.of(plan, ledger, model, status, time.monotonic() - started, change)
+            made = Report.of(plan, ledger, model, status, time.monotonic() - started, change, cluster)
             # Where the work failed since nothing can be written, that is what the user must be told.
             with contextlib.nullcontext() if status == "done" else contextlib.suppress(OSError, StorageRefused):
                 made.save()

@@ -35,6 +35,9 @@ FAULT = pa.schema([("stage", pa.string()), ("error_type", pa.string()), ("messag
 SECONDS = pa.schema(
     [("read_seconds", pa.float32()), ("decode_seconds", pa.float32()), ("predict_seconds", pa.float32())]
 )
+USAGE = pa.schema([("core_seconds", pa.float32()), ("gpu_seconds", pa.float32())])
+"""What the workers used for a table, spread over its rows; see `pipeline.usage`."""
+
 PIXELS = "pixels"
 ORIENTATION = "jpeg_orientation"
 """EXIF orientation of a JPEG that was left encoded, so that `pixels` holds its bytes. Null on all other rows."""
@@ -46,13 +49,22 @@ def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """Rows on their way from decode to predict. pixels: uint8 [side, side, 3], null where the row is an error."""
     pixels = pa.schema([(PIXELS, pa.binary()), (ORIENTATION, pa.int8())])
     return pa.schema(
-        [*IDENTITY, *_kept(keep), *pixels, *FAULT, (SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64())]
+        [
+            *IDENTITY,
+            *_kept(keep),
+            *pixels,
+            *FAULT,
+            (SHARD_ROWS, pa.int64()),
+            *SECONDS,
+            *USAGE,
+            ("size_bytes", pa.int64()),
+        ]
     )
 
 
 def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """Rows on their way from predict to the sink: the result columns in place of the pixels. network: how it ran."""
-    rest = [(SHARD_ROWS, pa.int64()), *SECONDS, ("size_bytes", pa.int64()), ("network", pa.string())]
+    rest = [(SHARD_ROWS, pa.int64()), *SECONDS, *USAGE, ("size_bytes", pa.int64()), ("network", pa.string())]
     return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 

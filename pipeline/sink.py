@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import coverage, schema, storage
+from pipeline import coverage, schema, storage, usage
 from pipeline.ledger import Commit, commit_uri
 
 ROW_GROUP_ROWS = 20_000
@@ -43,10 +43,13 @@ class Sink:
         is_error = pc.is_valid(table["error_type"])
         rows = table.filter(pc.and_(is_image, pc.invert(is_error)))
         errors = table.filter(is_error)
+        files: dict[str, bytes] = {}
         if len(rows):
-            storage.write(storage.join(self.output, file_name), self._part(rows))
+            files[file_name] = self._part(rows)
         if len(errors):
-            storage.write(storage.join(self.output, f"_errors/{file_name}"), self._errors(errors))
+            files[f"_errors/{file_name}"] = self._errors(errors)
+        for file, data in files.items():
+            storage.write(storage.join(self.output, file), data)
         images = table.filter(is_image)
         commit = Commit(
             name=name,
@@ -61,6 +64,9 @@ class Sink:
             seconds={name.removesuffix("_seconds"): _sum(table[name]) for name in schema.SECONDS.names},
             bytes_read=int(_sum(table["size_bytes"])),
             networks=dict(Counter(rows["network"].to_pylist())),
+            core_seconds=_sum(table["core_seconds"]) + usage.take_core_seconds(),
+            gpu_seconds=_sum(table["gpu_seconds"]),
+            bytes_written=sum(map(len, files.values())),
         )
         commit.seconds["write"] = time.perf_counter() - started
         return self._commit(commit)

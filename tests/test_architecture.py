@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    {"errors", "schema", "prefetch", "budget", "stores", "vision"},
+    {"errors", "schema", "prefetch", "budget", "stores", "vision", "usage", "machines"},
     {"config", "storage", "coverage"},
     {
         "plan",
@@ -26,10 +26,10 @@ LAYERS = [
         "network",
         "gpu_decode",
     },
-    {"sources", "predictors", "sink", "loader", "report"},
-    {"datasource", "predict", "output", "verify", "metrics"},
+    {"sources", "predictors", "sink", "loader", "report", "estimate"},
+    {"datasource", "predict", "output", "verify", "metrics", "sample"},
     {"engine"},
-    {"runner"},
+    {"runner", "forecast"},
     {"cli"},
 ]
 MAY_IMPORT_RAY = {"engine", "datasource", "metrics"}

@@ -13,7 +13,7 @@ from pipeline.predictors import Classifier, Embedder
 FLAGS = {
     "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate",
     "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
-    "--update", "--dry-run",
+    "--update", "--cluster", "--prices", "--dry-run",
 }  # fmt: skip
 NETWORK_FLAGS = {"--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype"}
 

@@ -99,6 +99,10 @@ def check_files(out: Path) -> None:
         assert footer["model"] == "tiny:network"
     report = json.loads((out / "_report.json").read_text())
     assert (report["planned"], report["rows"], report["errors"], report["status"]) == (80, 80, 0, "done")
+    assert report["core_seconds"] > sum(report["stage_seconds"].values()) / 10, "of processes, with all they did"
+    assert report["gpu_seconds"] == 0
+    assert report["bytes_written"] == sum(path.stat().st_size for path in out.glob("part-*.parquet"))
+    assert report["cost"] is None
     assert set(report["stage_seconds"]) == {"read", "decode", "predict", "write"}
     assert (out / "_SUCCESS").exists()
     assert next(verify(str(out)).lines()).startswith(f"{out}: planned 80 = 80 rows + 0 errors, in ")
@@ -108,10 +112,14 @@ def check_files(out: Path) -> None:
 def test_classify_with_labels_kept_columns_and_embeddings(jobs: Jobs, archive: Path, tmp_path: Path) -> None:
     out, labels = tmp_path / "out", tmp_path / "labels.txt"
     labels.write_text("forest\nwater\nurban\nfield\ndesert\n")
-    jobs.run(
+    done = jobs.run(
         "classify", "--input", archive / "shard-{0000..0001}.tar", "--output", out, *TINY,
-        "--labels", labels, "--top-k", 3, "--embeddings", "--keep", "cls:truth",
+        "--labels", labels, "--top-k", 3, "--embeddings", "--keep", "cls:truth", "--cluster", "3xg6.xlarge",
     )  # fmt: skip
+    report = json.loads((out / "_report.json").read_text())
+    assert report["cost"]["usd"] == pytest.approx(3 * 0.8048 * report["wall_seconds"] / 3600, abs=1e-4)
+    assert report["cost"]["usd_per_million_images"] == pytest.approx(report["cost"]["usd"] / 20 * 1e6, rel=0.05)
+    assert "on demand for this attempt on 3xg6.xlarge" in done.stdout
     table = pd.read_parquet(out)
     own = ["label", "label_id", "score", "top_labels", "top_label_ids", "top_scores", "embedding"]
     assert list(table.columns) == [*COLUMNS, *own, "truth"]
@@ -263,6 +271,7 @@ def test_two_drivers_on_one_output(jobs: Jobs, tmp_path: Path) -> None:
         (("--actors", "0"), "--actors is '0'"),
         ((*TINY, "--gpus-per-actor", "1"), "the cluster has 0 GPUs"),
         (("--config", "none.yaml"), "none.yaml"),
+        ((*TINY, "--cluster", "8xg6.2xlrge"), "g6.2xlarge"),
     ],
 )
 def test_bad_settings_end_in_seconds_with_a_sentence(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ class LedgerContract:
             "part-0001-000002-00000000", 1, None, "e.parquet", {2: ((0, 3), (5, 6))}, {2: 6}, 0, 4, {"read/null": 4}
         )
         assert Commit.from_json(made.to_json()) == made
+
+    def test_a_commit_of_before_usage_was_counted_reads_as_none_used(self, output: str) -> None:
+        made = Commit("part-0001-000002-00000000", 1, "p.parquet", None, {2: ((0, 3),)}, {}, 3, 0, core_seconds=2.5)
+        record = json.loads(made.to_json())
+        for name in ("core_seconds", "gpu_seconds", "bytes_written"):
+            del record[name]
+        assert Commit.from_json(json.dumps(record)) == replace(made, core_seconds=0.0)
 
     def test_attempts_add_up(self, output: str) -> None:
         first = ledgers.begin(output)

@@ -1,10 +1,12 @@
 """The predict stage over tables: rows stay who they are, whatever happens to their neighbours."""
 
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import schema
+from pipeline import schema, usage
 from pipeline.config import Transform
 from pipeline.predict import Predict
 from pipeline.predictors import Predictor
@@ -60,6 +62,29 @@ def test_each_row_gets_its_own_result() -> None:
     assert [row["vector"] for row in rows] == [[5, 5], None, [7, 7], [9, 9], None]
     assert [row["error_type"] for row in rows] == [None, "empty", None, None, "empty"]
     assert predictor.batches == [3]
+
+
+@pytest.mark.parametrize(("gpu_share", "gpu_seconds"), [(None, 0.0), (0.5, 0.5 * 0.05)])
+def test_what_a_table_used_goes_along_with_its_rows(gpu_share: float | None, gpu_seconds: float) -> None:
+    class Slow(Mean):
+        def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+            time.sleep(0.05)
+            return super().predict(pixels)
+
+    predictor = Slow()
+    predictor.gpu_share = gpu_share
+    rows = table([5, None, 7])
+    for name in schema.USAGE.names:
+        used = pa.array([10.0] * len(rows), pa.float32())
+        rows = rows.set_column(rows.schema.get_field_index(name), name, used)
+    stage = Predict(predictor, {})
+    before = time.process_time()
+    usage.take_core_seconds()
+    found = stage(rows)
+    core_seconds, gpu = (sum(found[name].to_pylist()) - 30 for name in schema.USAGE.names)
+    assert -1e-4 < core_seconds <= time.process_time() - before + 0.02
+    assert gpu_seconds <= gpu + 1e-4, "as long as the batch took, by the share of a GPU"
+    assert gpu == pytest.approx(0, abs=1e-4) or gpu_share
 
 
 def test_a_slice_of_a_table_gives_its_own_rows() -> None:

@@ -16,12 +16,13 @@ import torchvision
 from PIL import Image
 from small_run import SmallRun, run_python, small_run
 
-from jobs import bench_gpu, benchmark, submit, verify
+from jobs import bench_estimate, bench_gpu, benchmark, plan, submit, verify
 from pipeline import Classifier, Embedder, NightshiftError, RunConfig, cli, errors, schema
+from pipeline.machines import LOCAL, Prices
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md")
-BENCHMARKS = {"benchmark": benchmark, "bench_gpu": bench_gpu}
+BENCHMARKS = {"benchmark": benchmark, "bench_gpu": bench_gpu, "bench_estimate": bench_estimate}
 PREDICTORS = {"embed": Embedder, "classify": Classifier}
 
 
@@ -85,6 +86,12 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
     if job in BENCHMARKS:
         BENCHMARKS[job].parser().parse_args(arguments)
         return
+    if job == "plan":
+        run_values, network_values, _ = cli.parse(Embedder, "", arguments, plan.Own)
+        config = RunConfig(**{"output": "unused", **run_values})
+        Prices.load().cluster(config.cluster or LOCAL)
+        Embedder(**network_values)
+        return
     run_values, predictor_values = cli.parse(PREDICTORS[job], "", arguments)
     RunConfig(**run_values)
     PREDICTORS[job](**predictor_values)
@@ -99,7 +106,9 @@ def test_commands_are_accepted(page: str, tmp_path: Path) -> None:
 
 
 def test_flags_named_in_the_text_exist() -> None:
-    flags = {field.name.replace("_", "-") for cls in (RunConfig, Embedder, Classifier) for field in fields(cls)}
+    flags = {
+        field.name.replace("_", "-") for cls in (RunConfig, Embedder, Classifier, plan.Own) for field in fields(cls)
+    }
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     flags |= {flag.removeprefix("--") for action in submit.parser()._actions for flag in action.option_strings}
     named = {flag for span in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"--([a-z][a-z-]*)", span)}

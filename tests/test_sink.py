@@ -23,7 +23,7 @@ def rows(*keys: tuple[int, int], errors: tuple[int, ...] = (), ends: dict[int, i
             "embedding": None if place in errors else [float(shard), float(row)],
             "stage": "decode" if place in errors else None,
             "error_type": "empty" if place in errors else None,
-            "read_seconds": 0.5, "size_bytes": 10,
+            "read_seconds": 0.5, "size_bytes": 10, "core_seconds": 100.0, "gpu_seconds": 2.0,
         }
         for place, (shard, row) in enumerate(keys)
     ]  # fmt: skip
@@ -51,6 +51,8 @@ def test_a_part_its_errors_and_its_commit(sink: Sink, tmp_path: Path) -> None:
     assert (commit.totals, commit.rows, commit.errors) == ({1: 6}, 4, 1)
     assert commit.errors_by_type == {"decode/empty": 1}
     assert (commit.seconds["read"], commit.bytes_read) == (2.5, 50)
+    assert 500 < commit.core_seconds < 600, "five rows' and the writer's own"
+    assert commit.gpu_seconds == 10
     part = pq.read_table(tmp_path / str(commit.part))
     assert part.schema.remove_metadata() == RESULT
     keys = list(zip(part["shard"].to_pylist(), part["row"].to_pylist(), strict=True))
@@ -58,6 +60,8 @@ def test_a_part_its_errors_and_its_commit(sink: Sink, tmp_path: Path) -> None:
     assert json.loads(part.schema.metadata[b"nightshift"]) == {"fingerprint": "f"}
     errors = pq.read_table(tmp_path / "_errors" / str(commit.errors_part))
     assert errors.schema.remove_metadata() == schema.ERRORS
+    sizes = [(tmp_path / name).stat().st_size for name in (str(commit.part), f"_errors/{commit.errors_part}")]
+    assert commit.bytes_written == sum(sizes)
     assert errors["image_id"].to_pylist() == ["1/2"]
 
 

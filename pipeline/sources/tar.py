@@ -65,6 +65,25 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     yield from rows.finish(fault)
 
 
+def bytes_per_image(shard: Shard, most_bytes: int) -> float | None:
+    """Stored bytes of an image with its header, padding and sidecars, over about the first `most_bytes` of a shard.
+
+    None where there is no image to be found. Raises OSError.
+    """
+    images, taken = 0, 0
+    with storage.open_read(shard.uri, shard.etag) as file, contextlib.ExitStack() as stack:
+        archive = _open(file, shard.uri, ReadOptions(), stack)
+        with contextlib.suppress(ReadError):
+            for member in archive.images():
+                images += 1
+                assert archive.tar is not None
+                taken = file.tell() if archive.size is None else archive.tar.offset
+                if taken >= most_bytes:
+                    break
+                archive.skip(member)
+    return taken / images if images else None
+
+
 def _explained(fault: ReadError, rows: Rows) -> ReadError:
     where = f", in the middle of member {rows.member}" if rows.member else ""
     return ReadError(fault.error_type, f"{fault.message}{where}: {rows.row} images were read before")

@@ -1,0 +1,133 @@
+"""The arithmetic of a plan, recomputed by hand."""
+
+import pytest
+
+from pipeline import estimate as estimates
+from pipeline.errors import SettingRefused
+from pipeline.estimate import RESNET50_FLOPS, STARTUP_SECONDS, Costs, Parallelism, Workload
+from pipeline.machines import Machine, Prices
+
+PRICES = Prices.load()
+L4 = PRICES.gpus["L4"].images_per_second["resnet50"]
+PHOTO = Costs(
+    read=0.0002, decode=0.003, write=0.00005, predict=0.05, read_seconds=0.0002, load_seconds=0.0033,
+    predict_seconds=0.025, encoded_bytes=110_000, pixel_bytes=150_528, result_bytes=2_100, flops=RESNET50_FLOPS,
+)  # fmt: skip
+
+
+def every_core(vcpus: int, gpus: int) -> Parallelism:
+    return Parallelism(read_tasks=vcpus, threads=1, actors=max(1, gpus))
+
+
+def workload(costs: Costs = PHOTO, images: int = 1_000_000, model: str = "resnet50") -> Workload:
+    return Workload(model, images, costs, PRICES, every_core)
+
+
+def with_costs(**changes: float) -> Costs:
+    return Costs(**{**{name: getattr(PHOTO, name) for name in PHOTO.__dataclass_fields__}, **changes})
+
+
+def test_decoding_holds_up_a_gpu_with_few_cores() -> None:
+    found = workload().on(PRICES.cluster("8xg6.2xlarge"))
+    assert found.bottleneck == estimates.CPU
+    core_seconds = 0.0002 + 0.003 + 0.00005 + PHOTO.ray
+    assert found.images_per_second == pytest.approx(8 * 8 / 2 / core_seconds)
+    assert found.limits[estimates.GPU] == pytest.approx(8 * L4)
+    seconds = STARTUP_SECONDS + 1_000_000 / found.images_per_second
+    assert found.hours == pytest.approx(seconds / 3600)
+    assert found.usd == pytest.approx(8 * 0.9776 * seconds / 3600)
+    assert found.spot_usd == pytest.approx(0.4 * 8 * 0.9776 * seconds / 3600)
+    assert found.usd_per_million == pytest.approx(8 * 0.9776 / 3600 / found.images_per_second * 1e6)
+    assert found.busy[estimates.CPU] == 1
+
+
+def test_without_a_gpu_the_network_is_the_cpus() -> None:
+    found = workload().on(PRICES.cluster("2xc7i.4xlarge"))
+    assert estimates.GPU not in found.limits
+    assert found.limits[estimates.CPU] == pytest.approx(16 / (0.05325 + PHOTO.ray))
+    assert found.limits[estimates.ACTORS] == pytest.approx(1 / 0.025)
+
+
+def test_a_large_network_keeps_the_gpus_busy() -> None:
+    found = workload(with_costs(flops=10 * RESNET50_FLOPS), model="resnet500").on(PRICES.cluster("8xg6.2xlarge"))
+    assert found.bottleneck == estimates.GPU
+    assert found.images_per_second == pytest.approx(8 * L4 / 10)
+    assert "from ResNet-50 by floating-point operations" in found.gpu_source
+
+
+def test_a_network_of_the_table_has_its_own_rate() -> None:
+    rates = PRICES.gpus["L4"].images_per_second
+    assert workload(model="resnet18").gpu_rate("L4") == rates["resnet18"] > rates["resnet50"]
+    assert workload(model="resnet18").gpu_rate("T4") == PRICES.gpus["T4"].images_per_second["resnet50"]
+
+
+def test_more_decode_threads_shorten_a_stream_by_what_decoding_takes_of_it() -> None:
+    assert PHOTO.loading(1) == pytest.approx(0.0033)
+    assert PHOTO.loading(4) == pytest.approx(0.0033 * (0.0002 + 0.003 / 4) / 0.0032)
+
+
+def test_a_gpu_that_was_measured_needs_no_table() -> None:
+    desk = Machine("local", 16, 1, gpus=2, gpu="RTX 9000")
+    found = workload(with_costs(gpu_seconds={"RTX 9000": 1 / 4000}, flops=None)).on(PRICES.cluster("local", desk))  # type: ignore[arg-type]
+    assert found.limits[estimates.GPU] == pytest.approx(8000)
+    assert found.gpu_source == "RTX 9000, measured here"
+    assert found.usd is None
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
+    desk = Machine("local", 16, 1, gpus=1, gpu="RTX 9000")
+    with pytest.raises(SettingRefused, match=r"'RTX 9000': add it under `gpus:`.*L4"):
+        workload().on(PRICES.cluster("local", desk))
+    with pytest.raises(SettingRefused, match="cannot be counted"):
+        workload(with_costs(flops=None), model="mine:net").on(PRICES.cluster("g6.xlarge"))  # type: ignore[arg-type]
+
+
+def test_few_shards_and_a_slow_store_hold_up_the_readers() -> None:
+    few = Workload("resnet50", 1000, PHOTO, PRICES, lambda vcpus, gpus: Parallelism(2, 4, gpus))
+    found = few.on(PRICES.cluster("8xg6.2xlarge"))
+    assert found.bottleneck == estimates.READERS
+    slow = workload(with_costs(read_seconds=0.5)).on(PRICES.cluster("8xg6.2xlarge"))
+    assert (slow.bottleneck, slow.images_per_second) == (estimates.STORE, pytest.approx(64 / 0.5))
+
+
+def test_network_cards_carry_images_in_and_pixels_across() -> None:
+    """On one machine pixels stay where they are; beside it, they come from the machines that decode."""
+    large = with_costs(encoded_bytes=4_000_000)
+    alone = workload(large).on(PRICES.cluster("g6.2xlarge"))
+    assert alone.limits[estimates.NETWORK] == pytest.approx(5e9 / 8 / 4_000_000)
+    apart = workload().on(PRICES.cluster("g6.2xlarge+4xc7i.16xlarge"))
+    own = 4 / (4 + 4 * 32)
+    assert apart.limits[estimates.NETWORK] == pytest.approx(5e9 / 8 / (own * 110_000 + (1 - own) * 150_528))
+
+
+def test_a_better_shape_is_cheaper_and_no_slower() -> None:
+    """Four cores keep an L4 waiting for photos: more cores beside each GPU cost less in all."""
+    given = workload().on(PRICES.cluster("8xg6.xlarge"))
+    better = workload().better(given)
+    assert better is not None
+    assert given.usd is not None
+    assert better.usd is not None
+    assert better.hours <= given.hours * 1.001
+    assert better.usd < 0.95 * given.usd
+    again = workload().better(better)
+    assert again is None or (again.usd or 0) < better.usd
+
+
+def test_no_shape_is_better_than_the_best() -> None:
+    found = workload().on(PRICES.cluster("8xg6.xlarge"))
+    for _ in range(20):
+        better = workload().better(found)
+        if better is None:
+            return
+        found = better
+    pytest.fail("it never came to an end")
+
+
+def test_for_the_machine_at_hand_the_cheapest_one_that_is_no_slower() -> None:
+    given = workload().on(PRICES.cluster("local", Machine("local", 2, 1)))
+    better = workload().better(given)
+    assert better is not None
+    assert better.cluster.machines == 1
+    assert better.hours <= given.hours
+    others = [workload().on(PRICES.cluster(name)) for name in PRICES.machines]
+    assert better.usd == min(each.usd for each in others if each.hours <= given.hours and each.usd)

@@ -1,0 +1,112 @@
+"""Machines, prices and shapes of clusters, from the file that users edit."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import SettingRefused
+from pipeline.machines import LOCAL, PRICES, Machine, Prices
+
+ONE = "machines: {a: {vcpus: 4}}\n"
+
+
+@pytest.fixture(scope="module")
+def prices() -> Prices:
+    return Prices.load()
+
+
+def test_the_file_that_comes_along_is_whole(prices: Prices) -> None:
+    for machine in prices.machines.values():
+        assert machine.usd_per_hour, machine.name
+        assert machine.spot_usd_per_hour == pytest.approx(0.4 * machine.usd_per_hour)
+        assert machine.network_gbit, machine.name
+        assert not machine.gpus or machine.gpu in prices.gpus, machine.name
+    assert all(rate.source.startswith(("published: ", "scaled: ")) for rate in prices.gpus.values())
+
+
+def test_scaled_rates_are_a_relatives_by_bandwidth(prices: Prices) -> None:
+    """The figures in the sources are those that the rates were made of."""
+    scaled = [rate for rate in prices.gpus.values() if rate.source.startswith("scaled: ")]
+    assert scaled
+    for rate in scaled:
+        relative, _, figures = rate.source.removeprefix("scaled: ").partition(" by memory, ")
+        own, its = map(float, figures.removesuffix(" GB/s").split(" / "))
+        for model, images_per_second in rate.images_per_second.items():
+            assert images_per_second == pytest.approx(
+                prices.gpus[relative].images_per_second[model] * own / its, rel=0.01
+            )
+
+
+def test_a_shape_is_a_sum_of_machines(prices: Prices) -> None:
+    cluster = prices.cluster("4xg6.2xlarge + 2xc7i.4xlarge")
+    assert str(cluster) == "4xg6.2xlarge+2xc7i.4xlarge"
+    assert (cluster.machines, cluster.vcpus, cluster.cores, cluster.gpus) == (6, 64, 32, 4)
+    assert cluster.usd_per_hour == pytest.approx(4 * 0.9776 + 2 * 0.714)
+    assert str(prices.cluster("g6.xlarge")) == "1xg6.xlarge"
+
+
+def test_the_machine_at_hand_has_no_price(prices: Prices) -> None:
+    cluster = prices.cluster(LOCAL)
+    assert cluster.is_local
+    assert cluster.vcpus == Machine.local().vcpus >= 1
+    assert cluster.usd_per_hour is None
+    assert prices.cluster("local+1xg6.xlarge").usd_per_hour is None
+    assert prices.cluster(LOCAL, Machine(LOCAL, 64, gpus=2, gpu="T4")).gpus == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("8xg6.2xlrge", r"what 'g6\.2xlrge' is\. Near it: .*g6\.2xlarge"),
+        ("0xg6.xlarge", "write how many of which machine"),
+        ("8x", "write how many of which machine"),
+        ("", "write how many of which machine"),
+        ("2xg6.xlarge+", "write how many of which machine"),
+    ],
+)
+def test_a_shape_that_says_nothing_is_refused(prices: Prices, shape: str, said: str) -> None:
+    with pytest.raises(SettingRefused, match=said):
+        prices.cluster(shape)
+
+
+def test_prices_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text(
+        "machines:\n  desk: {vcpus: 12, vcpus_per_core: 1, usd_per_hour: 0.1, spot_usd_per_hour: 0.02}\n"
+        "  shed: {vcpus: 4}\n"
+    )
+    cluster = Prices.load(str(file)).cluster("3xdesk")
+    assert (cluster.cores, cluster.usd_per_hour, cluster.spot_usd_per_hour) == (36, pytest.approx(0.3), 0.06)
+    assert Prices.load(str(file)).cluster("desk+shed").usd_per_hour is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("machines: {a: {vcpus: 0}}", "machine a: vcpus is 0"),
+        ("machines: {a: {vcpus: four}}", "machine a"),
+        ("machines: {a: {cpus: 4}}", r"machine a.*cpus"),
+        ("machines: {a: {vcpus: 4, usd_per_hour: -1}}", "usd_per_hour is -1"),
+        ("machines: {a: {vcpus: 4, gpus: 1}}", "gpus without a gpu"),
+        (f"{ONE}gpus: {{T9: {{images_per_second: {{resnet50: 0}}, source: x}}}}", "GPU T9: images_per_second is"),
+        (f"{ONE}gpus: {{T9: {{images_per_second: {{resnet18: 9}}, source: x}}}}", "GPU T9.*lacks resnet50"),
+        (f"{ONE}gpus: {{T9: {{images_per_second: 9, source: x}}}}", "GPU T9"),
+        ("- 1", "no `machines:`"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_refused_by_what_is_wrong_in_it(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingRefused, match=said):
+        Prices.load(str(file))
+    with pytest.raises(SettingRefused, match=r"none\.yaml cannot be read"):
+        Prices.load(str(tmp_path / "none.yaml"))
+
+
+def test_the_file_is_part_of_the_package() -> None:
+    assert PRICES.parent.name == "pipeline"
+    assert (
+        '[tool.setuptools.package-data]\npipeline = ["prices.yaml"]'
+        in (PRICES.parents[1] / "pyproject.toml").read_text()
+    )

@@ -1,0 +1,170 @@
+"""The sample of an archive: how many images it holds, and what one of them costs."""
+
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from zipfile import ZipFile
+
+import images
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+from whole import jpeg, write_folder, write_tar
+
+from pipeline import output, sample
+from pipeline.config import RunConfig, Transform
+from pipeline.errors import InputRefused
+from pipeline.loader import Loader
+from pipeline.machines import Machine
+from pipeline.plan import Plan
+from pipeline.predictors import Predictor
+from pipeline.sample import Sample
+from pipeline.sources.discover import Archive
+
+SIDE = 16
+
+
+@dataclass
+class Warming(Predictor):
+    """Is slow, and says so, until it has seen `warm_up` batches."""
+
+    columns: ClassVar[pa.Schema] = pa.schema([("mean", pa.float32())])
+    transform: ClassVar[Transform] = Transform(resize=SIDE, crop=SIDE)
+    warm_up: int = 0
+    batches: int = 0
+
+    def describe(self) -> str:
+        return "warm" if self.batches > self.warm_up else "cold"
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        self.batches += 1
+        return {"mean": pixels.mean(axis=(1, 2, 3), dtype="float32")}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "PREDICT_SECONDS", 0.05)
+    monkeypatch.setattr(sample, "IMAGES_PER_SHARD", 16)
+
+
+@contextmanager
+def planned(folder: Path, **settings: object) -> Iterator[tuple[Plan, Loader]]:
+    config = RunConfig(input=str(folder), output=str(folder / "out"), **settings)  # type: ignore[arg-type]
+    archive = Archive(config)
+    with output.draft(archive) as plan:
+        keep = {name: (name, plan.keep.field(name).type) for name in plan.keep.names}
+        yield plan, Loader(Warming.transform, archive.options(), keep, 10**6, True, True, False, 8, 1)
+
+
+def measured(
+    folder: Path, predictor: Predictor | None = None, machine: Machine | None = None, **settings: object
+) -> Sample:
+    with planned(folder, **settings) as (plan, loader):
+        made = machine or Machine("local", 2, 1)
+        return sample.measure(plan, loader, predictor or Warming(), made, 8, 1, lambda _: None)
+
+
+def members(count: int, sidecars: int) -> dict[str, bytes]:
+    found = {}
+    for i in range(count):
+        found |= {f"{i:05d}.jpg": jpeg(i)} | {f"{i:05d}.{n}": b"x" * 700 for n in range(sidecars)}
+    return found
+
+
+def test_a_folder_is_counted_and_what_an_image_costs_is_measured(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", 40)
+    found = measured(folder)
+    assert (found.images, found.sampled, found.shards, found.error_rate) == (40, 16, 1, 0)
+    assert 40 <= found.width <= 48
+    assert found.height == 48
+    costs = found.costs
+    sizes = [path.stat().st_size for path in sorted(folder.iterdir())[:16]]
+    assert costs.encoded_bytes == pytest.approx(np.mean(sizes))
+    assert costs.pixel_bytes == SIDE * SIDE * 3
+    for name in (
+        "read",
+        "decode",
+        "predict",
+        "write",
+        "read_seconds",
+        "load_seconds",
+        "predict_seconds",
+        "result_bytes",
+    ):
+        assert getattr(costs, name) > 0, name
+    assert costs.gpu_seconds == {}
+    assert found.read_bytes_per_second > 0
+
+
+@pytest.mark.parametrize("sidecars", [0, 3])
+def test_tars_are_counted_by_the_bytes_that_an_image_takes_in_them(tmp_path: Path, sidecars: int) -> None:
+    for number, count in enumerate((200, 300, 100)):
+        write_tar(tmp_path / f"{number}.tar", members(count, sidecars))
+    found = measured(tmp_path)
+    assert found.images == pytest.approx(600, rel=0.03)
+    assert found.sampled == 48
+
+
+def test_compressed_tars_and_zips_are_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", members(200, 0))
+    (tmp_path / "a.tar.zst").write_bytes(zstandard.ZstdCompressor().compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "a.tar").unlink()
+    assert measured(tmp_path).images == pytest.approx(200, rel=0.1)
+    with ZipFile(tmp_path / "b.zip", "w") as file:
+        for name, data in members(150, 2).items():
+            file.writestr(name, data)
+    (tmp_path / "a.tar.zst").unlink()
+    assert measured(tmp_path).images == 150
+
+
+def test_a_shard_that_is_read_to_its_end_is_counted_exactly(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", members(11, 1))
+    assert measured(tmp_path).images == 11
+
+
+def test_bad_images_are_a_share_and_cost_no_prediction(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", 12)
+    for i in range(4):
+        (folder / f"bad{i}.jpg").write_bytes(b"no image")
+    found = measured(folder)
+    assert found.error_rate == 0.25
+    assert found.sampled == 16
+
+
+def test_an_archive_without_one_good_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(InputRefused, match=r"no image could be decoded in .*see their _errors/"):
+        measured(tmp_path)
+    (tmp_path / "bad.jpg").unlink()
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(InputRefused, match="no image could be decoded"):
+        measured(tmp_path)
+
+
+def test_what_warms_up_is_left_out(tmp_path: Path) -> None:
+    """Two batches at once may be under way; a network that is compiled meanwhile changes what it says of itself."""
+    folder = write_folder(tmp_path / "photos", 16)
+    predictor = Warming(warm_up=6)
+    found = measured(folder, predictor)
+    assert found.network == "warm"
+    assert predictor.batches > 6 + sample.LEAST_BATCHES
+    assert predictor.images == 16
+
+
+def test_a_gpu_of_the_machine_is_measured(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", 16)
+    found = measured(folder, machine=Machine("local", 4, 2, gpus=1, gpu="T4"))
+    assert found.costs.gpu_seconds == {"T4": found.costs.predict_seconds}
+
+
+def test_shards_are_taken_from_all_over_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        write_tar(tmp_path / f"{number}.tar", {"a.png": images.encode(images.tile("urban", number), "PNG")})
+    monkeypatch.setattr(sample, "SHARDS", 3)
+    with planned(tmp_path) as (plan, _):
+        assert sample._spread(plan) == [1, 4, 7]

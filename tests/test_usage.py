@@ -1,0 +1,38 @@
+"""CPU time and the time of a GPU: each second once."""
+
+import threading
+import time
+
+from pipeline import usage
+
+
+def burn(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def test_core_seconds_are_taken_once() -> None:
+    usage.take_core_seconds()
+    before = time.process_time()
+    threads = [threading.Thread(target=burn, args=(0.1,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = usage.take_core_seconds(), usage.take_core_seconds()
+    assert first >= 0.2, "of all threads"
+    assert first + second <= time.process_time() - before + 0.02, "nothing twice"
+
+
+def test_a_busy_clock_counts_overlapping_work_once() -> None:
+    clock = usage.BusyClock()
+    time.sleep(0.05)  # idle: counts for nothing
+    began = time.perf_counter()
+    clock.start()
+    clock.start()
+    time.sleep(0.05)
+    first = clock.stop()
+    time.sleep(0.05)
+    second = clock.stop()
+    assert 0.1 <= first + second <= time.perf_counter() - began
