@@ -143,7 +143,22 @@ def markdown(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
 
 def tables() -> list[str]:
     """The page's, in its order."""
-    return [_billion(), _apart(), _published()]
+    return [_inputs(), _billion(), _apart(), _driver(), _published()]
+
+
+def _inputs() -> str:
+    """Of COSTS."""
+    rows = (
+        ("GET of a 110 KB object", COSTS.get, "an image"),
+        ("read a tar, decode, resize to 224 × 224, alone", COSTS.decode, "an image"),
+        ("more of it in Ray's workers", COSTS.ray_decoding, "an image"),
+        ("GCS and raylets, each node with its own GPU", COSTS.daemons, "an image"),
+        ("more of them where every pixel crosses nodes", COSTS.transfer, "an image"),
+        ("actors, with a network that does nothing", COSTS.actor, "an image"),
+        ("driver", COSTS.driver_per_batch, f"a batch of {BATCH_SIZE}"),
+        ("driver", COSTS.driver_per_task, "a read task"),
+    )
+    return markdown(("measured", "core-ms", ""), ((what, f"{ms:.2f}", each) for what, ms, each in rows))
 
 
 def _billion() -> str:
@@ -159,6 +174,16 @@ def _apart() -> str:
     return markdown(
         header, ((f"{names}{count} × {DECODER.name}", each.name, *_cells(run)) for each, run, count in runs)
     )
+
+
+def _driver() -> str:
+    rows = (
+        ("core-hours a billion images", f"{driver_core_hours():.0f}"),
+        (f"of them for {READ_TASKS:,} read tasks", f"{READ_TASKS * COSTS.driver_per_task / 3_600_000:.2f}"),
+        ("images/s that fill one core of it", f"{driver_limit():,.0f}"),
+        ("hours a billion images take at least, with one driver", f"{BILLION / driver_limit() / 3600:.1f}"),
+    )
+    return markdown(("the driver, computed", ""), iter(rows))
 
 
 def _published() -> str:
@@ -185,7 +210,6 @@ def _cells(run: Run) -> tuple[str, ...]:
 
 def main() -> int:
     print("\n\n".join(tables()))
-    print(f"\nthe driver: {driver_core_hours():.0f} core-hours; of a core it needs 1 at {driver_limit():,.0f} images/s")
     return 0
 
 
