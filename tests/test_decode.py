@@ -60,18 +60,21 @@ def test_every_format_and_filter_gives_torchvisions_pixels(format: str, interpol
     height=st.integers(1, 400),
     sizes=st.sampled_from([(48, 40), (64, 64), (33, 32), (32, 47), (30, 75)]),
     interpolation=st.sampled_from(sorted(FILTERS)),
+    format=st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"]),
+    mode=st.sampled_from(["RGB", "L"]),
     seed=st.integers(0, 9),
 )
-@example(width=300, height=48, sizes=(48, 40), interpolation="bicubic", seed=0)  # no resize in either axis
-@example(width=20, height=400, sizes=(256, 224), interpolation="lanczos", seed=0)  # Pillow turns its two passes around
-@example(width=301, height=300, sizes=(255, 224), interpolation="bilinear", seed=0)  # half a pixel, rounded to even
-def test_every_size_gives_torchvisions_pixels(
-    width: int, height: int, sizes: tuple[int, int], interpolation: str, seed: int
+@example(300, 48, (48, 40), "bicubic", "BMP", "RGB", 0)  # no resize in either axis
+@example(20, 400, (256, 224), "lanczos", "BMP", "RGB", 0)  # Pillow turns its two passes around
+@example(301, 300, (255, 224), "bilinear", "BMP", "RGB", 0)  # half a pixel, rounded to even
+@example(401, 7, (256, 224), "bilinear", "JPEG", "RGB", 0)  # wide, enlarged 37 times, no whole block high
+def test_every_size_of_every_format_gives_torchvisions_pixels(
+    width: int, height: int, sizes: tuple[int, int], interpolation: str, format: str, mode: str, seed: int
 ) -> None:
     noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    data = images.encode(noise.convert(mode), format)
     transform = Transform(resize=sizes[0], crop=sizes[1], interpolation=interpolation)
-    expected = reference(noise, transform)
-    np.testing.assert_array_equal(pixels(images.encode(noise, "BMP"), transform), expected)
+    np.testing.assert_array_equal(pixels(data, transform), reference(by_pillow(data), transform))
 
 
 @pytest.mark.parametrize("size", [(1, 900), (900, 1), (2, 1900), (1900, 2)])
