@@ -29,7 +29,7 @@ class Nodes:
 
     def add(self, address: str, *resources: object) -> None:
         self.workers[address] = start_ray_worker(self.cluster, address, *resources)
-        wait_for(lambda: address in self.alive())
+        wait_for(lambda: address in self.alive(), seconds=180)
 
     def kill(self, address: str) -> None:
         process = self.workers.pop(address)
@@ -38,16 +38,12 @@ class Nodes:
 
     def drain(self, address: str) -> None:
         """A pre-emption as a cloud's notice of it reaches Ray: no new work, and gone in a minute."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
-        reason = (
-            "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message",
-            "spot",
-            "--deadline-remaining-seconds",
-            "60",
-        )
-        subprocess.run([*command, "--node-id", self.alive()[address], *reason], check=True, capture_output=True)
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address),
+            *("--node-id", self.alive()[address], "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
+            *("--reason-message", "spot", "--deadline-remaining-seconds", "60"),
+        ]
+        subprocess.run(command, check=True, capture_output=True)
 
     def alive(self) -> dict[str, str]:
         """Address → id of the nodes that the cluster takes for alive."""
@@ -74,6 +70,7 @@ def environment(s3: S3Server, tmp_path: Path) -> dict[str, str]:
     return {
         **s3.environment,
         "RAY_AUTH_MODE": "disabled",
+        "RAY_raylet_start_wait_time_s": "180",  # several nodes that start on two cores
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "COUNTED_IMAGES": str(tmp_path / "counted"),
     }
