@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline import metrics, output, schema
@@ -54,12 +55,14 @@ class Layout:
     writers: int
 
     @staticmethod
-    def of(config: RunConfig, cpus: float, gpus: float) -> "Layout":
+    def of(config: RunConfig, cpus: float, gpus: float, grows: bool = False) -> "Layout":
+        """For a cluster of so many logical CPUs and GPUs. grows: an autoscaler adds nodes where actors ask for them."""
         share = config.gpu_share()
         if share is None:
             share = 1.0 if gpus >= 1 else 0.0
-        if share > gpus:
-            raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs")
+        if share > gpus and not (grows and config.actor_range()):
+            remedy = "; say with --actors MIN:MAX how many actors it may start GPUs for" if grows else ""
+            raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs{remedy}")
         if config.decoder == "gpu" and not share:
             raise SettingRefused(
                 f"--decoder gpu decodes on the network's GPU, and the network has none: the cluster has {gpus:g} GPUs, "
@@ -120,8 +123,13 @@ def cluster_size() -> tuple[float, float]:
 def decode_bytes(read_cpus: float) -> int:
     """What one read task may decode at once, on the node with the least memory a CPU."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    per_cpu = min(node["memory"] / node["CPU"] for node in nodes if node.get("CPU") and "memory" in node)
-    return max(LEAST_DECODE_BYTES, int(DECODE_SHARE * read_cpus * per_cpu))
+    per_cpu = [node["memory"] / node["CPU"] for node in nodes if node.get("CPU") and "memory" in node]
+    return max(LEAST_DECODE_BYTES, int(DECODE_SHARE * read_cpus * min(per_cpu, default=0)))
+
+
+def cluster_grows() -> bool:
+    """Whether an autoscaler adds nodes to this cluster. Version 2 is what `ray up` and KubeRay's manifests here start."""
+    return bool(is_autoscaler_v2(fetch_from_server=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +153,13 @@ class Flow:
     ) -> "Flow":
         """Size the stages for the work and for the cluster that Ray is connected to."""
         cpus, gpus = cluster_size()
-        layout = Layout.of(config, cpus, gpus)
+        layout = Layout.of(config, cpus, gpus, cluster_grows())
         batch_size = layout.batch_size(config)
         predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
         predictor.gpu_share = layout.actor_gpus or None
         predictor.images = _expected(plan, units) // layout.actors[1]
-        loader = loader_of(config, predictor, archive, plan, batch_size, layout, layout.read_tasks(cpus, len(units))[1])
+        threads = layout.read_tasks(cpus, len(units))[1]
+        loader = loader_of(config, predictor, archive, plan, batch_size, threads, decode_bytes(layout.read_cpus))
         result = schema.result(predictor.columns, dict(loader.keep.values()))
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
@@ -253,8 +262,8 @@ def loader_of(
     archive: Archive,
     plan: Plan,
     batch_size: int,
-    layout: Layout,
     threads: int,
+    decode_bytes: int,
 ) -> Loader:
     """How the shards of a plan are read and decoded for a predictor."""
     names = config.keep_names()
@@ -268,7 +277,7 @@ def loader_of(
         predictor.takes_tiles and config.decoder != "exact",
         batch_size,
         threads,
-        decode_bytes(layout.read_cpus),
+        decode_bytes,
         config.decoder == "gpu" and predictor.takes_encoded,
     )
 

@@ -144,7 +144,7 @@ def _sample(
     batch_size = layout.batch_size(config)
     predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
     predictor.gpu_share = layout.actor_gpus or None
-    loader = engine.loader_of(config, predictor, archive, plan, batch_size, layout, threads=1)
+    loader = engine.loader_of(config, predictor, archive, plan, batch_size, 1, engine.LEAST_DECODE_BYTES)
     found = sample.measure(plan, loader, predictor, machine, batch_size, layout.actors[1], say)
     return replace(found, costs=replace(found.costs, flops=models.count_flops(predictor.spec)))
 

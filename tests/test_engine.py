@@ -11,8 +11,8 @@ from pipeline.engine import Layout
 from pipeline.errors import SettingRefused
 
 
-def layout(cpus: float, gpus: float, **settings: str) -> Layout:
-    return Layout.of(RunConfig(input="a", output="b", **settings), cpus, gpus)
+def layout(cpus: float, gpus: float, grows: bool = False, **settings: str) -> Layout:
+    return Layout.of(RunConfig(input="a", output="b", **settings), cpus, gpus, grows)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 1000])
@@ -47,6 +47,15 @@ def test_gpus_are_all_taken_and_leave_the_cpus_to_decoding() -> None:
 def test_what_does_not_fit_is_refused(cpus: int, gpus: int, settings: dict[str, str], said: str) -> None:
     with pytest.raises(SettingRefused, match=said):
         layout(cpus, gpus, **settings)
+
+
+def test_a_cluster_that_grows_may_start_without_gpus() -> None:
+    found = layout(1, 0, grows=True, gpus_per_actor="1", actors="1:8")
+    assert (found.actors, found.actor_gpus, found.actor_cpus) == ((1, 8), 1.0, 0.0)
+    with pytest.raises(SettingRefused, match="the cluster has 0 GPUs; say with --actors MIN:MAX"):
+        layout(1, 0, grows=True, gpus_per_actor="1")
+    with pytest.raises(SettingRefused, match="the cluster has 0 GPUs"):
+        layout(1, 0, gpus_per_actor="1", actors="1:8")
 
 
 TWO_AT_ONCE = """

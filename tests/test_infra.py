@@ -211,7 +211,47 @@ def test_each_rule_can_be_broken(change: Callable[[Object], None], said: str) ->
     assert said in " ".join(broken_rules(job))
 
 
+# The guide
+
+
+def guide() -> str:
+    return (ROOT / "infra" / "README.md").read_text()
+
+
+def test_the_guides_own_kustomization_is_valid(tmp_path: Path) -> None:
+    """It lies in the reader's folder, beside infra/, and says what to run on what with which role."""
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", guide(), re.MULTILINE | re.DOTALL)
+    shutil.copytree(KUBERAY, tmp_path / "infra" / "kuberay")
+    (tmp_path / "tonight").mkdir()
+    (tmp_path / "tonight" / "kustomization.yaml").write_text(block)
+    objects = kustomize(tmp_path / "tonight")
+    (job,), (account,) = of_kind(objects, "RayJob"), of_kind(objects, "ServiceAccount")
+    assert set(re.findall(r"image: (\S+)", yaml.safe_dump(objects))) == {"REGISTRY/nightshift:0.1.0-cuda"}
+    assert "eks.amazonaws.com/role-arn" in account["metadata"]["annotations"]
+    assert broken_rules(job) == []
+    most = max(group["maxReplicas"] for group in cluster_spec(job)["workerGroupSpecs"] if group["groupName"] == "gpu")
+    assert RunConfig(**entrypoint(job)[1]).actor_range() == (1, most)
+    fits_crd(job)
+
+
+def test_the_files_that_the_guide_names_exist() -> None:
+    written_by_the_reader = {"tonight/kustomization.yaml"}
+    names = set(re.findall(r"`([\w./-]+(?:\.(?:yaml|sh|txt|md|py)|Dockerfile)|[\w.-]+/[\w./-]+)`", guide()))
+    names = {name for name in names if not name.startswith(("/", "~", "iam."))} - written_by_the_reader
+    assert len(names) > 10
+    known = [path.relative_to(ROOT).as_posix() for folder in ("infra", "jobs") for path in (ROOT / folder).rglob("*")]
+    for name in names:
+        assert (ROOT / name).exists() or any(f"/{path}".endswith(f"/{name}") for path in known), name
+
+
 # What the runs need
+
+
+def entrypoint(job: Object) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The job that a RayJob runs, and its flags, those of the run and those of the predictor."""
+    python, script, *arguments = job["spec"]["entrypoint"].split()
+    assert (python, (ROOT / script).is_file()) == ("python", True)
+    return Path(script).stem, *cli.parse(PREDICTORS[Path(script).stem], "", arguments)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -224,13 +264,12 @@ def test_the_version_is_that_of_the_packages(overlay: str) -> None:
 def test_a_job_resumes_by_its_output(overlay: str) -> None:
     """The entry point is a command of the jobs, with an output of a bucket, which every try finds again."""
     (job,) = ray_objects(overlay)
-    python, script, *arguments = job["spec"]["entrypoint"].split()
-    assert (python, (ROOT / script).is_file()) == ("python", True)
-    run_values, predictor_values = cli.parse(PREDICTORS[Path(script).stem], "", arguments)
-    assert RunConfig(**run_values).output.startswith("s3://")
-    PREDICTORS[Path(script).stem](**predictor_values)
+    name, run_values, predictor_values = entrypoint(job)
+    PREDICTORS[name](**predictor_values)
+    config = RunConfig(**run_values)
+    assert config.output.startswith("s3://")
+    assert not config.overwrite, "every try would begin anew"
     assert job["spec"]["backoffLimit"] >= 1
-    assert "--overwrite" not in arguments, "every try would begin anew"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline import Classifier, Embedder, NightshiftError, RunConfig, cli, erro
 from pipeline.machines import LOCAL, Prices
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "infra/README.md")
 BENCHMARKS = {"benchmark": benchmark, "bench_gpu": bench_gpu, "bench_estimate": bench_estimate}
 PREDICTORS = {"embed": Embedder, "classify": Classifier}
 
@@ -60,18 +61,61 @@ def check(words: list[str], folder: Path) -> None:
         case ["source", path]:
             assert path == ".venv/bin/activate"
         case ["ray", "job", "submit", *arguments]:
-            from ray.dashboard.modules.job.cli import submit
+            from ray.dashboard.modules.job.cli import submit as ray_submit
 
-            given = submit.make_context("submit", arguments).params
+            given = ray_submit.make_context("submit", arguments).params
             assert given["working_dir"] == ".", "without it the cluster has no jobs/"
             check(list(given["entrypoint"]), folder)
+        case ["python", "jobs/submit.py", *arguments]:
+            before, after = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+            given = submit.parser().parse_args(before)
+            check_job(given.job, after, folder)
         case ["python", script, *arguments]:
             assert (ROOT / script).is_file()
             check_job(Path(script).stem, arguments, folder)
         case ["nightshift", job, *arguments]:
             check_job(job, arguments, folder)
+        case ["ray", command, *arguments]:
+            from ray.scripts.scripts import cli as ray_cli
+
+            given = ray_cli.commands[command].make_context(command, _without_redirection(arguments)).params
+            assert "cluster_config_file" not in given or (ROOT / given["cluster_config_file"]).is_file()
+        case ["export", assignment]:
+            assert re.fullmatch(r"[A-Z_]+=\w+", assignment)
+        case ["pip", "install", "--constraint", "constraints.txt", "--editable", extra]:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            assert extra[2:-1] in project["optional-dependencies"]
+        case ["infra/bare/cluster.sh", command, hosts]:
+            done = subprocess.run([ROOT / words[0], command, folder / hosts], capture_output=True, text=True)
+            assert "cannot be read" in done.stderr, "parsed, but there is no such list"
+        case ["ssh", *arguments]:
+            _check_with("ssh", ["-G", *arguments])
+        case ["docker" | "kubectl" as program, *arguments]:
+            check_help(program, arguments)
         case _:
             pytest.fail(f"nothing here can check the command {shlex.join(words)}")
+
+
+def _without_redirection(arguments: list[str]) -> list[str]:
+    return arguments[: arguments.index(">")] if ">" in arguments else arguments
+
+
+def _check_with(program: str, arguments: list[str]) -> str:
+    """What the program prints; fail if it takes the arguments ill. Without the program nothing can be said."""
+    if not shutil.which(program):
+        return ""
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_help(program: str, arguments: list[str]) -> None:
+    """Fail unless the help of a subcommand knows every long flag."""
+    shown = _check_with(program, [arguments[0], "--help"])
+    if program == "kubectl":
+        shown += _check_with(program, ["options"])
+    for flag in (word.partition("=")[0] for word in arguments if word.startswith("--")):
+        assert not shown or re.search(rf"{flag}\b", shown), f"{program} {arguments[0]} has no {flag}"
 
 
 def check_job(job: str, arguments: list[str], folder: Path) -> None:
