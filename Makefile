@@ -3,17 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PROMETHEUS := $(VENV)/tools/usr/bin/prometheus
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults benchmark bench-scale check format clean
+.PHONY: help setup prometheus demo test test-faults benchmark bench-scale check format clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(READY) ## virtual environment with everything
+setup: $(READY) $(PROMETHEUS) ## virtual environment with everything
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -21,10 +22,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+prometheus: $(PROMETHEUS) ## Debian's Prometheus into .venv, for the tests of infra/observability; needs apt-get
+
+# Where there is none, setup goes on and those tests are skipped.
+$(PROMETHEUS): | $(READY)
+	@mkdir -p $(VENV)/tools
+	@cd $(VENV)/tools && apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb \
+		|| echo 'no Prometheus from apt-get here: the tests that need it are skipped'
+
 demo: $(READY) ## make a small archive, embed and classify it, look at the result (2-3 minutes)
 	$(BIN)/python jobs/demo.py demo
 
-test: $(READY) ## all tests but the long faults
+test: $(READY) $(PROMETHEUS) ## all tests but the long faults
 	$(BIN)/python -m pytest -m 'not faults'
 
 test-faults: $(READY) ## kills, lost workers, a store that fails, paused drivers (half an hour)

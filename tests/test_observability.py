@@ -223,10 +223,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 def test_the_numbers_are_those_of_the_report(watched: Watched) -> None:
     report, value = watched.report, watched.prometheus.value
     # The attempt that was killed took its last second with it; what it told is at most what the second one found.
-    second = 'WorkerId=~"02.*"'
+    second = 'WorkerId=~"02000000f+"'
     committed = report["planned"] - report["resumed_images"]
     assert value(f"ray_nightshift_images_total{{{second}}}") == committed
-    assert 0 < value('ray_nightshift_images_total{WorkerId=~"01.*"}') <= report["resumed_images"]
+    assert 0 < value('ray_nightshift_images_total{WorkerId=~"01000000f+"}') <= report["resumed_images"]
     assert report["planned"] == IMAGES + BAD_IMAGES
     assert report["errors_by_type"] == {"decode/not_an_image": BAD_IMAGES}
     assert value('sum(ray_nightshift_errors_total{stage="decode", error_type="not_an_image"})') == BAD_IMAGES
@@ -266,8 +266,7 @@ def test_a_killed_driver_is_lost_until_the_run_goes_on(watched: Watched) -> None
 def test_every_query_of_the_dashboard_has_data(watched: Watched, panel: str) -> None:
     expression = expressions()[panel]
     found = watched.prometheus.history(expression, watched.began)
-    needs_a_gpu = bool(metric_names(expression) & NEED_A_GPU)
-    assert bool(found) != needs_a_gpu or needs_a_gpu, f"{panel}: {expression} has no data"
+    assert found or metric_names(expression) & NEED_A_GPU, f"{panel}: {expression} has no data"
     for series in found:
         assert any(value != "NaN" for _, value in series["values"]), f"{panel}: {series['metric']}"
 
