@@ -34,7 +34,7 @@ IMAGES_PER_SHARD = 256
 SECONDS_PER_SHARD = 2.0
 WARM_UP_IMAGES = 8
 PREDICT_SECONDS = 10.0
-LEAST_BATCHES = 3
+LEAST_BATCHES = 2
 TABLES_BYTES = 256 << 20
 ROWS_WRITTEN = 2_048
 TAR_BYTES = 16 << 20
@@ -209,6 +209,8 @@ def _predict(predict: Predict, images: pa.Table, batch_size: int) -> tuple[float
     """Core-seconds and seconds of an image in whole batches, and results. What warms up or compiles is left out."""
     many = pa.concat_tables([images] * (-(-batch_size // len(images)) + 1))
     batches = [many.slice(start, batch_size) for start in range(0, len(many) - batch_size + 1, batch_size)]
+    predictor = predict.predictor
+    lanes = predictor.max_concurrency if predictor.gpu_share else 1
     warming, state, until = 0, "", 0.0
     spent: list[tuple[float, float]] = []
     results: list[pa.Table] = []
@@ -217,9 +219,9 @@ def _predict(predict: Predict, images: pa.Table, batch_size: int) -> tuple[float
         core_seconds, seconds, result = _timed(partial(predict, batch))
         results = [*results, result][: -(-ROWS_WRITTEN // batch_size)]
         spent.append((core_seconds, seconds))
-        if warming <= predict.predictor.max_concurrency or predict.predictor.describe() != state:
+        if warming <= lanes or predictor.describe() != state:
             warming += len(spent)
-            state, spent, until = predict.predictor.describe(), [], time.perf_counter() + PREDICT_SECONDS
+            state, spent, until = predictor.describe(), [], time.perf_counter() + PREDICT_SECONDS
     count = len(spent) * batch_size
     return sum(core for core, _ in spent) / count, sum(wall for _, wall in spent) / count, pa.concat_tables(results)
 

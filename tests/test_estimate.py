@@ -1,5 +1,7 @@
 """The arithmetic of a plan, recomputed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline import estimate as estimates
@@ -21,10 +23,6 @@ def every_core(vcpus: int, gpus: int) -> Parallelism:
 
 def workload(costs: Costs = PHOTO, images: int = 1_000_000, model: str = "resnet50") -> Workload:
     return Workload(model, images, costs, PRICES, every_core)
-
-
-def with_costs(**changes: float) -> Costs:
-    return Costs(**{**{name: getattr(PHOTO, name) for name in PHOTO.__dataclass_fields__}, **changes})
 
 
 def test_decoding_holds_up_a_gpu_with_few_cores() -> None:
@@ -49,7 +47,7 @@ def test_without_a_gpu_the_network_is_the_cpus() -> None:
 
 
 def test_a_large_network_keeps_the_gpus_busy() -> None:
-    found = workload(with_costs(flops=10 * RESNET50_FLOPS), model="resnet500").on(PRICES.cluster("8xg6.2xlarge"))
+    found = workload(replace(PHOTO, flops=10 * RESNET50_FLOPS), model="resnet500").on(PRICES.cluster("8xg6.2xlarge"))
     assert found.bottleneck == estimates.GPU
     assert found.images_per_second == pytest.approx(8 * L4 / 10)
     assert "from ResNet-50 by floating-point operations" in found.gpu_source
@@ -68,7 +66,7 @@ def test_more_decode_threads_shorten_a_stream_by_what_decoding_takes_of_it() -> 
 
 def test_a_gpu_that_was_measured_needs_no_table() -> None:
     desk = Machine("local", 16, 1, gpus=2, gpu="RTX 9000")
-    found = workload(with_costs(gpu_seconds={"RTX 9000": 1 / 4000}, flops=None)).on(PRICES.cluster("local", desk))  # type: ignore[arg-type]
+    found = workload(replace(PHOTO, gpu_seconds={"RTX 9000": 1 / 4000}, flops=None)).on(PRICES.cluster("local", desk))
     assert found.limits[estimates.GPU] == pytest.approx(8000)
     assert found.gpu_source == "RTX 9000, measured here"
     assert found.usd is None
@@ -79,20 +77,20 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SettingRefused, match=r"'RTX 9000': add it under `gpus:`.*L4"):
         workload().on(PRICES.cluster("local", desk))
     with pytest.raises(SettingRefused, match="cannot be counted"):
-        workload(with_costs(flops=None), model="mine:net").on(PRICES.cluster("g6.xlarge"))  # type: ignore[arg-type]
+        workload(replace(PHOTO, flops=None), model="mine:net").on(PRICES.cluster("g6.xlarge"))
 
 
 def test_few_shards_and_a_slow_store_hold_up_the_readers() -> None:
     few = Workload("resnet50", 1000, PHOTO, PRICES, lambda vcpus, gpus: Parallelism(2, 4, gpus))
     found = few.on(PRICES.cluster("8xg6.2xlarge"))
     assert found.bottleneck == estimates.READERS
-    slow = workload(with_costs(read_seconds=0.5)).on(PRICES.cluster("8xg6.2xlarge"))
+    slow = workload(replace(PHOTO, read_seconds=0.5)).on(PRICES.cluster("8xg6.2xlarge"))
     assert (slow.bottleneck, slow.images_per_second) == (estimates.STORE, pytest.approx(64 / 0.5))
 
 
 def test_network_cards_carry_images_in_and_pixels_across() -> None:
     """On one machine pixels stay where they are; beside it, they come from the machines that decode."""
-    large = with_costs(encoded_bytes=4_000_000)
+    large = replace(PHOTO, encoded_bytes=4_000_000)
     alone = workload(large).on(PRICES.cluster("g6.2xlarge"))
     assert alone.limits[estimates.NETWORK] == pytest.approx(5e9 / 8 / 4_000_000)
     apart = workload().on(PRICES.cluster("g6.2xlarge+4xc7i.16xlarge"))
