@@ -128,7 +128,7 @@ def decode_bytes(read_cpus: float) -> int:
 
 
 def cluster_grows() -> bool:
-    """Whether an autoscaler adds nodes to this cluster. Version 2 is what `ray up` and KubeRay's manifests here start."""
+    """Whether an autoscaler adds nodes to this cluster: version 2, which `ray up` and infra/kuberay/ start."""
     return bool(is_autoscaler_v2(fetch_from_server=True))
 
 
