@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup prometheus demo test test-faults benchmark bench-scale check format clean
+.PHONY: help setup prometheus demo test test-faults benchmark bench-scale bench-nodes check format clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ benchmark: $(READY) ## our job and its peers side by side, on drawn photos or on
 bench-scale: $(READY) ## memory and speed at ten thousand, a hundred thousand and a million images (an hour)
 	$(BIN)/python jobs/bench_scale.py
 	$(BIN)/python jobs/bench_commits.py
+
+bench-nodes: $(READY) ## what Ray costs an image and a task, on clusters of 1, 2 and 4 nodes (an hour)
+	$(BIN)/python jobs/bench_nodes.py
+	$(BIN)/python jobs/bench_nodes.py --case tiles --small 10000 --large 40000 --topology together
 
 check: $(READY) ## ruff, mypy strict, and the tests' fast part
 	$(BIN)/ruff check .

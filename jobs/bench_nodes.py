@@ -2,7 +2,7 @@
 
     python jobs/bench_nodes.py
     python jobs/bench_nodes.py --topology apart --nodes 4 --json nodes.json
-    python jobs/bench_nodes.py --case tiles --small 20000 --large 100000
+    python jobs/bench_nodes.py --case tiles --small 10000 --large 40000 --topology together
 
 The nodes are Ray's own, all on this machine and its cores: CPU time is what is measured, and images/s show no speed-up.
 Topologies: cpu, two CPUs a node; together, two CPUs and a GPU a node; apart, half of the nodes with two CPUs, half with
