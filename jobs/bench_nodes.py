@@ -90,7 +90,7 @@ def role(title: str) -> str | None:
         return "daemons"
     if title.startswith("ray::MapWorker"):
         return "actors"
-    if title.startswith(("ray::Read", "ray::write")):
+    if title.startswith(("ray::Read", "ray::Write")):
         return "decoders"
     return "agents" if title.startswith(("ray::_", "ray::Actor", "ray::Dash", "ray::Runtime")) else None
 

@@ -18,9 +18,9 @@ from jobs.bench_nodes import ROLES, Meter, Outcome, Spent, role
     [
         ("raylet", "daemons"),
         ("gcs_server", "daemons"),
-        ("ray::MapWorker(MapBatches(Predict)).submit", "actors"),
-        ("ray::ReadReadDecode", "decoders"),
-        ("ray::write", "decoders"),
+        ("ray::MapWorker(MapBatches(Embedder resnet50)).submit", "actors"),
+        ("ray::Read and decode", "decoders"),
+        ("ray::Write part", "decoders"),
         ("ray::_StatsActor.update_execution_metrics", "agents"),
         ("ray::DashboardAgent", "agents"),
         ("ray::IDLE", None),
