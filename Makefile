@@ -39,8 +39,8 @@ test: $(READY) $(PROMETHEUS) ## all tests but the long faults
 test-faults: $(READY) ## kills, lost workers, a store that fails, paused drivers (half an hour)
 	$(BIN)/python -m pytest -m faults
 
-benchmark: $(READY) ## our job and its peers side by side, on drawn photos or on IMAGES=folder (15 minutes)
-	$(BIN)/python jobs/benchmark.py --cases photos --small 200 --large 1000 --json benchmark.json --chart benchmark.png \
+benchmark: $(READY) ## our job and its peers side by side, on drawn images or on IMAGES=folder (half an hour); FORM=long: hours
+	$(BIN)/python jobs/benchmark.py --form $(or $(FORM),standard) --json benchmark.json --chart benchmark.png \
 		$(if $(IMAGES),--images '$(IMAGES)')
 
 bench-scale: $(READY) ## memory and speed at ten thousand, a hundred thousand and a million images (an hour)

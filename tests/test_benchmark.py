@@ -1,5 +1,6 @@
 """The benchmark: its arithmetic, what it takes for a command's own, and whole small ones. No speed is judged here."""
 
+import io
 import json
 import os
 import re
@@ -7,20 +8,23 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
+from rich.console import Console
 from whole import wait_for, write_folder
 
 from jobs import benchmark
-from jobs.bench import archives, chart, contest, measure
-from jobs.bench.archives import CASES, Archive
-from jobs.bench.contest import OURS, PEERS, Result, left_out, marginal_rate, startup_seconds
-from jobs.bench.measure import CommandFailed, Spent, spend
+from jobs.bench import archives, chart, contest, measure, show
+from jobs.bench.archives import CASES, Case
+from jobs.bench.contest import OURS, PEERS, Result, Run, left_out, marginal_rate, startup_seconds
+from jobs.bench.measure import COMMAND, CommandFailed, Spent, spend
+from jobs.bench.programme import FORMS, NULL, Entry
 from jobs.bench.record import Outcome
-from jobs.bench.roofline import Roofline
+from jobs.bench.roofline import Networks, Roofline, Speed, largest_ratio
 from pipeline.errors import InputRefused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +37,10 @@ def outcome(model: str = "resnet18", case: str = "photos") -> Outcome:
     slower = Result(100, 500, [Spent(10, 1, 4.0, 0.1)], [Spent(26, 1, 20.0, 0.1)])
     quick = Result(100, 500, [Spent(10, 1, 4.0, 0.1)], [Spent(9, 1, 4.0, 0.1)])
     stages = {"read": 0.001, "decode": 0.003, "predict": 0.012, "write": 0.002}
-    return Outcome(case, "made up", model, {OURS: ours, "dataloader": slower, "ray": quick}, Roofline(stages, 2))
+    speeds = {"eager": Speed(0.02, 100.0), "compiled": Speed(0.01, 200.0), "plain": Speed(0.04, 50.0)}
+    networks = Networks("float32", 2_000_000_000, speeds)
+    results = {OURS: ours, "dataloader": slower, "ray": quick}
+    return Outcome(case, "made up", model, results, Roofline(stages, 2, networks=networks))
 
 
 def test_the_marginal_rate_and_the_start_up() -> None:
@@ -56,6 +63,47 @@ def test_what_follows_from_the_runs() -> None:
     assert Roofline(found.roofline.stages, 2, gpus=1).share(50.0) is None
 
 
+def test_a_network_against_the_peak_of_the_machine() -> None:
+    networks = outcome().roofline.networks
+    assert networks is not None
+    assert networks.gflops("plain") == pytest.approx(100.0)
+    assert largest_ratio(networks, {"float32": 500.0, "bfloat16": 900.0}) == pytest.approx(9.0)
+    line = show.network_line(outcome(), networks, {"float32": 500.0})
+    assert "eager, alone, it runs at 200 of the machine's 500 GFLOP/s (40%), 2.00 times the peers' form" in line
+
+
+def test_how_the_network_ran_and_what_the_processes_did() -> None:
+    eager, compiled = "cpu, float32", "cpu, float32, compiled"
+    result = Result(100, 500)
+    small = Spent(10, 1, 4.0, 0.1, {"raylet": 1.0, "driver": 3.0})
+    large = Spent(20, 1, 12.0, 0.1, {"raylet": 2.0, "driver": 4.0, "ray::write": 6.0})
+    result.add(Run(small, 1, {eager: 100}), Run(large, 8, {eager: 200, compiled: 300}))
+    assert result.compiled_share == pytest.approx(0.75)
+    assert result.by_role == pytest.approx({"ray::write": 0.015, "raylet": 0.0025, "driver": 0.0025})
+    assert next(iter(result.by_role)) == "ray::write"
+    assert result.large_files == 8
+
+
+def test_memory_and_cpu_cost_are_told_for_all() -> None:
+    found = outcome(NULL)
+    found.ours.small[:] = [Spent(12, 2 << 20, 4.0, 0.1)]
+    assert show.memory_line(found).startswith("memory: +1 MiB (+50.0%) for 5 times the images; ")
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(show.cpu_table([found, outcome("resnet18")]))
+    lines = console.export_text().splitlines()
+    assert any("Nightshift" in line and "20.00" in line for line in lines)
+    assert any("PyTorch DataLoader" in line and "40.00" in line for line in lines)
+    assert sum("photos" in line for line in lines) == 1, "networks that do something are not in it"
+
+
+def test_a_form_says_what_runs() -> None:
+    entries = FORMS["standard"].entries([], [], None, None)
+    assert Entry("photos", "resnet18", 200, 1_000) in entries
+    assert Entry("photos-s3", NULL, 500, 3_000) in entries
+    assert {entry.case for form in FORMS.values() for entry in form.entries([], [], None, None)} == set(CASES)
+    assert FORMS["standard"].entries(["large"], ["resnet50"], 7, 9) == [Entry("large", "resnet50", 7, 9)]
+
+
 def test_a_command_is_all_of_its_processes() -> None:
     """One child is waited for, another left to itself; each burns a second, and the command itself none."""
     child = f"[sys.executable, '-c', {BURN!r}]"
@@ -64,6 +112,8 @@ def test_a_command_is_all_of_its_processes() -> None:
     assert 1.7 < spent.core_seconds < 3.0
     assert spent.peak_memory_bytes > 5 << 20
     assert spent.seconds > 3
+    assert sum(spent.by_role.values()) == pytest.approx(spent.core_seconds, abs=1.0)
+    assert spent.by_role[COMMAND] < 0.5
 
 
 def test_a_command_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,20 +134,23 @@ def test_a_failing_command_shows_its_last_words() -> None:
     assert len(failed.value.output) <= measure.TAIL_CHARACTERS
 
 
-def test_drawn_archives_are_what_they_say(tmp_path: Path) -> None:
-    photos, _ = archives.make(CASES["photos"], tmp_path / "photos", 4, 6)
-    sizes = [path.stat().st_size for path in photos.folder.iterdir()]
-    assert len(sizes) == 4
-    assert 90_000 < sum(sizes) / 4 < 130_000
-    tiles, more = archives.make(CASES["tiles"], tmp_path / "tiles", 3, archives.TILES_PER_TAR + 1)
-    assert tiles.in_tars
-    assert not photos.in_tars
-    assert len(list(more.folder.iterdir())) == 2
-    with tarfile.open(next(tiles.folder.iterdir())) as tar:
-        members = tar.getmembers()
-        assert len({member.name for member in members}) == 3
-        assert all(2_000 < member.size < 4_500 for member in members)
-        assert Image.open(tar.extractfile(members[0])).size == (64, 64)
+def test_drawn_archives_are_what_they_say() -> None:
+    with archives.made(CASES["photos"], 4, 6) as (photos, _):
+        sizes = [path.stat().st_size for path in photos.folder.iterdir()]
+        assert len(sizes) == 4
+        assert 90_000 < sum(sizes) / 4 < 130_000
+        assert not photos.in_tars
+    assert not photos.folder.exists()
+    with archives.made(CASES["tiles"], 3, archives.TILES_PER_TAR + 1) as (tiles, more):
+        assert tiles.in_tars
+        assert len(list(more.folder.iterdir())) == 2
+        with tarfile.open(next(tiles.folder.iterdir())) as tar:
+            members = tar.getmembers()
+            assert len({member.name for member in members}) == 3
+            assert all(2_000 < member.size < 4_500 for member in members)
+            assert Image.open(tar.extractfile(members[0])).size == (64, 64)
+    with archives.made(CASES["one-tar"], 3, archives.TILES_PER_TAR + 1) as (_, more):
+        assert len(list(more.folder.iterdir())) == 1
     data = archives.encoded_large(0)
     assert 3_000_000 < len(data) < 4_500_000
 
@@ -105,16 +158,23 @@ def test_drawn_archives_are_what_they_say(tmp_path: Path) -> None:
 def test_images_of_ones_own_are_links_in_order_of_names(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine" / "deep", 5).parent
     (source / "notes.txt").write_text("no image")
-    small, large = archives.make(archives.own_images(source), tmp_path / "made", 2, 5)
-    assert [path.name for path in sorted(small.folder.iterdir())] == ["0000000.jpg", "0000001.jpg"]
-    assert (large.folder / "0000004.jpg").samefile(source / "deep" / "0004.jpg")
-    with pytest.raises(InputRefused, match="holds 5 images"):
-        archives.make(archives.own_images(source), tmp_path / "more", 2, 6)
+    images = archives.own(source)
+    with archives.made(replace(CASES["photos"], images=images), 2, 5) as (small, large):
+        assert [path.name for path in sorted(small.folder.iterdir())] == ["0000000.jpg", "0000001.jpg"]
+        assert (large.folder / "0000004.jpg").read_bytes() == (source / "deep" / "0004.jpg").read_bytes()
+    with (
+        archives.made(replace(CASES["photo-tars"], images=images), 5) as (tars,),
+        tarfile.open(tars.folder / "images-00000.tar") as tar,
+    ):
+        assert tar.getnames() == [f"{i:08d}.jpg" for i in range(5)]
+    with pytest.raises(InputRefused, match="holds 5 images"), archives.made(Case(images, "loose"), 2, 6):
+        pass
 
 
 def test_who_is_left_out_and_why() -> None:
     assert left_out("dataloader", "resnet18", in_tars=True) is None
-    assert "ResNets" in str(left_out("ray", "tiny:network", in_tars=False))
+    assert left_out("dataloader", NULL, on_s3=True) is None
+    assert "ResNets" in str(left_out("ray", "tiny:network"))
     assert left_out("daft", "resnet18", in_tars=True), "no tars, or not installed"
 
 
@@ -146,22 +206,21 @@ def test_the_chart_is_a_png_for_any_number_of_panels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["photos", "tiles"])
+@pytest.mark.parametrize(("kind", "model"), [("photos", "resnet18"), ("tiles", NULL), ("photos-s3", NULL)])
 @pytest.mark.parametrize("peer", list(PEERS))
-def test_each_peer_writes_a_row_an_image(peer: str, kind: str, tmp_path: Path) -> None:
-    small, _ = archives.make(CASES[kind], tmp_path / "archive", 6, 7)
-    if why := left_out(peer, "resnet18", small.in_tars):
-        pytest.skip(why)
-    spent, files = contest._run(peer, "resnet18", small, 4)
-    assert files >= 1
-    assert spent.core_seconds > 0
+def test_each_peer_writes_a_row_an_image(peer: str, kind: str, model: str) -> None:
+    with archives.made(CASES[kind], 6) as (archive,):
+        if why := left_out(peer, model, archive.in_tars, archive.on_s3):
+            pytest.skip(why)
+        run = contest._run(peer, model, archive, 4)
+    assert run.files >= 1
+    assert run.spent.core_seconds > 0
 
 
 @pytest.mark.slow
-def test_a_peer_that_drops_images_is_found_out(tmp_path: Path) -> None:
-    small, _ = archives.make(CASES["photos"], tmp_path / "archive", 4, 5)
-    with pytest.raises(CommandFailed, match="4 rows for 5 images"):
-        contest._run("dataloader", "resnet18", Archive(small.folder, 5), 4)
+def test_a_peer_that_drops_images_is_found_out() -> None:
+    with archives.made(CASES["photos"], 4) as (archive,), pytest.raises(CommandFailed, match="4 rows for 5 images"):
+        contest._run("dataloader", NULL, replace(archive, images=5), 4)
 
 
 def start_benchmark(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
@@ -181,21 +240,38 @@ def test_a_whole_benchmark(tmp_path: Path) -> None:
     figures, bars = tmp_path / "figures.json", tmp_path / "bars.png"
     sizes = ("--small", 8, "--large", 24, "--rounds", 1)
     done = run_benchmark(
-        "--cases", "photos,tiles", "--model", "tiny:network", *sizes, "--json", figures, "--chart", bars
+        *("--cases", "photos,tiles", "--model", "tiny:network", NULL, "--peers", "daft,dataloader"),
+        *(*sizes, "--json", figures, "--chart", bars),
     )
     assert done.returncode == 0, done.stderr
-    for said in ("marginal", "everything else", "roofline: ", "fidelity: ", "Daft is left out", "Ray Data is left out"):
+    for said in (
+        "marginal",
+        "everything else",
+        "roofline: ",
+        "memory: ",
+        "network: ",
+        "fidelity: ",
+        "CPU cost outside",
+    ):
         assert said in done.stdout
+    assert "Daft is left out" in done.stdout
     record = json.loads(figures.read_text())
     assert record["machine"]["cores"] >= 1
+    assert record["machine"]["peak_gflops"]["float32"] > 0
     assert {"ray", "torch"} <= set(record["machine"]["versions"])
     assert [(each["case"], each["model"]) for each in record["outcomes"]] == [
         ("photos", "tiny:network"),
+        ("photos", NULL),
         ("tiles", "tiny:network"),
+        ("tiles", NULL),
     ]
     for each in record["outcomes"]:
         assert (each["small_images"], each["large_images"]) == (8, 24)
-        assert list(each["contestants"]) == [OURS]
+        is_null = each["model"] == NULL
+        assert set(each["contestants"]) - {"daft"} == {OURS, *(["dataloader"] if is_null else [])}
+        assert sum(each["contestants"][OURS]["networks"]["large"].values()) == 24
+        assert "raylet" in each["contestants"][OURS]["core_seconds_per_image_by_role"]
+        assert (each["network"] is None) == is_null
         runs = each["contestants"][OURS]["runs"]
         assert all(run["seconds"] > 0 and run["peak_memory_bytes"] > 0 for run in runs["small"] + runs["large"])
         assert list(each["roofline"]["core_seconds_per_image"]) == [

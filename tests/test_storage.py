@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from conftest import S3Server
 
+from jobs.bench import s3
 from pipeline import storage
 from pipeline.prefetch import ordered_map
 
@@ -109,6 +110,21 @@ class TestS3(StorageContract):
 
         list(ordered_map(lambda i: storage.write(f"{base}/{i:05d}", b"1"), range(1100), 8, 64))
         assert [info.uri[-5:] for info in storage.list_objects(base)] == [f"{i:05d}" for i in range(1100)]
+
+
+def test_a_server_that_lists_etags_without_their_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quotes").mkdir()
+    (tmp_path / "quotes" / "x").write_bytes(b"one")
+    with s3.serve(tmp_path) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        (listed,) = storage.list_objects("s3://quotes")
+        assert storage.read("s3://quotes/x", listed.etag) == b"one"
+        with storage.open_read("s3://quotes/x", listed.etag) as file:
+            assert file.read() == b"one"
+        (tmp_path / "quotes" / "x").write_bytes(b"other")
+        with pytest.raises(storage.Changed):
+            storage.read("s3://quotes/x", listed.etag)
 
 
 class TestFsspec(StorageContract):

@@ -1,51 +1,124 @@
-"""The archives that benchmarks run on: drawn, or links to images of one's own."""
+"""The archives that benchmarks run on: drawn images or one's own, as loose files, in tars, on a local S3 server."""
 
 import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from jobs.bench import s3
 from jobs.make_demo_archive import KINDS, add_member, draw_tile
 from pipeline.errors import InputRefused
 
 PHOTO = (470, 400)
 LARGE = (4000, 3000)
 LARGE_DRAWN = (1000, 750)
-DISTINCT_PHOTOS, DISTINCT_LARGE, DISTINCT_TILES = 100, 5, 500
-TILES_PER_TAR = 2_000
+PHOTOS_PER_TAR, TILES_PER_TAR = 250, 2_000
 GRAIN = 10.0
 """Standard deviation of the noise that gives a drawn photo the bytes of a real one: about 110 KB at 470 × 400."""
 
 OWN_SUFFIXES = (".jpg", ".jpeg", ".png")  # what every contestant reads
 
+Files = Callable[[Path, int], list[Path]]
+"""(scratch folder, images wanted) → the files to fill an archive with; where there are fewer, they repeat."""
+
 
 @dataclass(frozen=True)
-class Archive:
-    """A folder of this many images, loose or in tars."""
-
-    folder: Path
-    images: int
-
-    @property
-    def in_tars(self) -> bool:
-        return any(self.folder.glob("*.tar"))
+class Images:
+    what: str
+    files: Files
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of archive. small, large: how many images the two archives of a measurement hold."""
+    """A kind of archive. images_per_tar: None for loose images. on_s3: loose, on a server of this machine."""
 
-    make: Callable[[Path, int], None]
-    small: int
-    large: int
-    what: str
+    images: Images
+    layout: str
+    images_per_tar: int | None = None
+    on_s3: bool = False
+
+    def make(self, folder: Path, count: int) -> None:
+        """Fill an empty folder. Raises InputRefused."""
+        with tempfile.TemporaryDirectory(prefix="nightshift-") as scratch:
+            paths = self.images.files(Path(scratch), count)
+            _fill(folder, [paths[i % len(paths)] for i in range(count)], self.images_per_tar)
+
+    @property
+    def what(self) -> str:
+        return f"{self.images.what}, {self.layout}"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """So many images in a folder. bucket_uri: where a server has them. environment: what a reader there needs."""
+
+    folder: Path
+    images: int
+    in_tars: bool = False
+    bucket_uri: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        """What a command is told to read."""
+        return self.bucket_uri or str(self.folder)
+
+    @property
+    def on_s3(self) -> bool:
+        return self.bucket_uri is not None
+
+
+def drawn(encoded: Callable[[int], bytes], distinct: int) -> Files:
+    """At most `distinct` images are drawn; encoded: seed → JPEG."""
+
+    def files(scratch: Path, count: int) -> list[Path]:
+        paths = [scratch / f"{seed:05d}.jpg" for seed in range(min(distinct, count))]
+        for seed, path in enumerate(paths):
+            path.write_bytes(encoded(seed))
+        return paths
+
+    return files
+
+
+def own(source: Path) -> Images:
+    """The images of a folder, whatever lies below it, in the order of their names."""
+    if not source.is_dir():
+        raise InputRefused(f"--images {source} is no folder")
+
+    def files(scratch: Path, count: int) -> list[Path]:
+        paths = list(islice(_images_of(source), count))
+        if len(paths) < count:
+            names = ", ".join(OWN_SUFFIXES)
+            raise InputRefused(
+                f"--images {source} holds {len(paths)} images ({names}), and {count} are asked for: "
+                "give smaller numbers as --small and --large"
+            )
+        for path in paths:
+            path.read_bytes()  # into the page cache, so that the first contestant is no worse off than the next
+        return paths
+
+    return Images(f"the images of {source.resolve().name}/", files)
+
+
+def repeated_images(source: Path) -> Case:
+    """Loose, the images of a folder, which begin anew after the last one."""
+
+    def files(scratch: Path, count: int) -> list[Path]:
+        paths = list(islice(_images_of(source), count))
+        if not paths:
+            raise InputRefused(f"--images {source} holds no image ({', '.join(OWN_SUFFIXES)})")
+        return paths
+
+    return Case(Images(f"the images of {source.resolve().name}/", files), "loose")
 
 
 def encoded_photo(seed: int) -> bytes:
@@ -62,94 +135,79 @@ def encoded_large(seed: int) -> bytes:
     return _encoded(_grainy(drawn, rng, 6.0), quality=90)
 
 
-def encoded_tiles() -> list[bytes]:
-    """DISTINCT_TILES JPEGs of 64 × 64 pixels."""
-    tiles = (
-        draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (64, 64)) for seed in range(DISTINCT_TILES)
-    )
-    return [_encoded(tile, quality=96) for tile in tiles]
+def encoded_tile(seed: int) -> bytes:
+    """About 3 KB of JPEG, 64 × 64 pixels."""
+    return _encoded(draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (64, 64)), quality=96)
 
 
-def write_tars(folder: Path, count: int, tiles: list[bytes], per_tar: int = TILES_PER_TAR) -> None:
-    """Tars of `per_tar` images each; the tiles repeat, every one under a name of its own."""
-    for first in range(0, count, per_tar):
-        with tarfile.open(folder / f"tiles-{first // per_tar:05d}.tar", "w") as tar:
-            for i in range(first, min(first + per_tar, count)):
-                add_member(tar, f"{i:08d}.jpg", tiles[i % len(tiles)])
-                tar.members = []
+DISTINCT_PHOTOS, DISTINCT_TILES, DISTINCT_LARGE = 100, 500, 5  # then they repeat
 
-
-def _draw_loose(folder: Path, count: int, encoded: Callable[[int], bytes], distinct: int) -> None:
-    """Loose JPEGs; after `distinct` they repeat, as links."""
-    for i in range(count):
-        path = folder / f"{i:07d}.jpg"
-        if i < distinct:
-            path.write_bytes(encoded(i))
-        else:
-            _link(folder / f"{i % distinct:07d}.jpg", path)
-
-
-def _draw_photos(folder: Path, count: int) -> None:
-    _draw_loose(folder, count, encoded_photo, DISTINCT_PHOTOS)
-
-
-def _draw_large(folder: Path, count: int) -> None:
-    _draw_loose(folder, count, encoded_large, DISTINCT_LARGE)
-
-
-def _draw_tiles(folder: Path, count: int) -> None:
-    write_tars(folder, count, encoded_tiles())
-
+PHOTOS = Images("JPEGs near 470 × 400, 110 KB", drawn(encoded_photo, DISTINCT_PHOTOS))
+TILES = Images("64 × 64 JPEGs of 3 KB", drawn(encoded_tile, DISTINCT_TILES))
+LARGE_PHOTOS = Images("12-megapixel JPEGs, 3-4 MB", drawn(encoded_large, DISTINCT_LARGE))
 
 CASES = {
-    "photos": Case(_draw_photos, 500, 3_000, "loose JPEGs near 470 × 400, 110 KB"),
-    "tiles": Case(_draw_tiles, 20_000, 100_000, f"64 × 64 JPEGs of 3 KB, {TILES_PER_TAR:,} a tar"),
-    "large": Case(_draw_large, 60, 200, "loose 12-megapixel JPEGs, 3-4 MB"),
+    "photos": Case(PHOTOS, "loose"),
+    "photo-tars": Case(PHOTOS, f"{PHOTOS_PER_TAR} a tar", PHOTOS_PER_TAR),
+    "photos-s3": Case(PHOTOS, "loose on S3 (rclone on this machine)", on_s3=True),
+    "tiles": Case(TILES, f"{TILES_PER_TAR:,} a tar", TILES_PER_TAR),
+    "one-tar": Case(TILES, "all in one tar", 1 << 31),
+    "large": Case(LARGE_PHOTOS, "loose"),
 }
 
 
-def make(case: Case, folder: Path, small: int, large: int) -> tuple[Archive, Archive]:
-    """The two archives of a case, in FOLDER/small and FOLDER/large."""
-    archives = Archive(folder / "small", small), Archive(folder / "large", large)
+def make(case: Case, folder: Path, *counts: int) -> list[Archive]:
+    """Archives of so many images below a folder, which nobody serves. Raises InputRefused."""
+    archives = [Archive(folder / f"images-{count}", count, case.images_per_tar is not None) for count in counts]
     for archive in archives:
         archive.folder.mkdir(parents=True)
         case.make(archive.folder, archive.images)
     return archives
 
 
-def own_images(source: Path) -> Case:
-    """A case of the images of a folder, whatever lies below it, in the order of their names."""
-
-    def make_links(folder: Path, count: int) -> None:
-        paths = list(islice(_images_of(source), count))
-        if len(paths) < count:
-            names = ", ".join(OWN_SUFFIXES)
-            raise InputRefused(
-                f"--images {source} holds {len(paths)} images ({names}), and {count} are asked for: "
-                "give smaller numbers as --small and --large"
-            )
-        for i, path in enumerate(paths):
-            _link(path, folder / f"{i:07d}{path.suffix.lower()}")
-            path.read_bytes()  # into the page cache, so that the first contestant is no worse off than the next
-
-    if not source.is_dir():
-        raise InputRefused(f"--images {source} is no folder")
-    photos = CASES["photos"]
-    return Case(make_links, photos.small, photos.large, f"the images of {source.resolve().name}/")
+def encoded_tiles() -> list[bytes]:
+    return [encoded_tile(seed) for seed in range(DISTINCT_TILES)]
 
 
-def repeated_images(source: Path) -> Case:
-    """As `own_images`, but the images begin anew after the last one."""
+@contextmanager
+def made(case: Case, *counts: int) -> Iterator[list[Archive]]:
+    """The archives of a case, as long as the context lasts. Raises InputRefused and SettingRefused."""
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as temporary:
+        bucket = Path(temporary) / "archive"
+        archives = make(case, bucket, *counts)
+        if not case.on_s3:
+            yield archives
+            return
+        with s3.serve(bucket.parent) as environment:
+            uris = [f"s3://{bucket.name}/{each.folder.name}" for each in archives]
+            yield [
+                replace(each, bucket_uri=uri, environment=environment) for each, uri in zip(archives, uris, strict=True)
+            ]
 
-    def make_links(folder: Path, count: int) -> None:
-        paths = list(islice(_images_of(source), count))
-        if not paths:
-            raise InputRefused(f"--images {source} holds no image ({', '.join(OWN_SUFFIXES)})")
-        for i in range(count):
-            path = paths[i % len(paths)]
-            _link(path, folder / f"{i:07d}{path.suffix.lower()}")
 
-    return replace(own_images(source), make=make_links)
+def write_tars(folder: Path, count: int, images: Sequence[bytes], per_tar: int) -> None:
+    """Tars of `per_tar` JPEGs each; the images repeat, every one under a name of its own."""
+    _pack(folder, ((".jpg", images[i % len(images)]) for i in range(count)), per_tar)
+
+
+def _pack(folder: Path, images: Iterable[tuple[str, bytes]], per_tar: int) -> None:
+    """images: (suffix, bytes)."""
+    remaining = enumerate(images)
+    for number, first in enumerate(remaining):
+        with tarfile.open(folder / f"images-{number:05d}.tar", "w") as tar:
+            for i, (suffix, data) in chain([first], islice(remaining, per_tar - 1)):
+                add_member(tar, f"{i:08d}{suffix}", data)
+                tar.members = []
+
+
+def _fill(folder: Path, paths: list[Path], images_per_tar: int | None) -> None:
+    suffixes = [".png" if path.suffix.lower() == ".png" else ".jpg" for path in paths]
+    if images_per_tar is not None:
+        images = ((suffix, path.read_bytes()) for suffix, path in zip(suffixes, paths, strict=True))
+        _pack(folder, images, images_per_tar)
+        return
+    for i, (suffix, path) in enumerate(zip(suffixes, paths, strict=True)):
+        _link(path, folder / f"{i:07d}{suffix}")
 
 
 def _images_of(source: Path) -> Iterator[Path]:

@@ -1,9 +1,11 @@
 """Contestants and their contest: each one's command on a small and on a large archive, in turn, several rounds."""
 
 import importlib.util
+import json
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,34 +15,47 @@ import pyarrow.parquet as pq
 
 from jobs.bench.archives import Archive
 from jobs.bench.measure import CommandFailed, Spent, spend
+from jobs.bench.programme import NULL
 
 JOBS = Path(__file__).resolve().parents[1]
 OURS = "nightshift"
-PEER_NETWORKS = ("resnet", "resnext", "wide_resnet")  # the recipes replace `network.fc`
+OUR_NULL = "jobs.bench.networks:null"
+PEER_NETWORKS = (NULL, "resnet", "resnext", "wide_resnet")  # the recipes replace `network.fc`
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A recipe below jobs/peers, and the package that it needs."""
+    """A recipe below jobs/peers, and the packages that it needs, the last one to read from S3."""
 
     title: str
     script: str
     package: str
+    s3_package: str
     reads_tars: bool = True
 
 
 PEERS = {
-    "dataloader": Peer("PyTorch DataLoader", "dataloader.py", "torchvision"),
-    "ray": Peer("Ray Data", "ray_data.py", "ray"),
-    "daft": Peer("Daft", "daft_udf.py", "daft", reads_tars=False),
+    "dataloader": Peer("PyTorch DataLoader", "dataloader.py", "torchvision", "boto3"),
+    "ray": Peer("Ray Data", "ray_data.py", "ray", "pyarrow"),
+    "daft": Peer("Daft", "daft_udf.py", "daft", "daft", reads_tars=False),
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command. files: Parquet files with results. networks: how ours says its network ran → images."""
+
+    spent: Spent
+    files: int
+    networks: dict[str, int]
 
 
 @dataclass
 class Result:
     """What a contestant took on each archive, a run a round.
 
-    large_files: Parquet files that its last run on the large archive left.
+    large_files: Parquet files that its last run on the large archive left. small_networks, large_networks: how ours
+    says that its network ran in the last round → images.
     """
 
     small_images: int
@@ -48,6 +63,14 @@ class Result:
     small: list[Spent] = field(default_factory=list)
     large: list[Spent] = field(default_factory=list)
     large_files: int = 0
+    small_networks: dict[str, int] = field(default_factory=dict)
+    large_networks: dict[str, int] = field(default_factory=dict)
+
+    def add(self, small: Run, large: Run) -> None:
+        """One more round."""
+        self.small.append(small.spent)
+        self.large.append(large.spent)
+        self.large_files, self.small_networks, self.large_networks = large.files, small.networks, large.networks
 
     @property
     def small_seconds(self) -> float:
@@ -73,6 +96,30 @@ class Result:
         return more / (self.large_images - self.small_images) if more > 0 else None
 
     @property
+    def by_role(self) -> dict[str, float]:
+        """Marginal core-seconds an image by what processes did, means over the rounds; the largest first."""
+        more = self.large_images - self.small_images
+        found: dict[str, float] = defaultdict(float)
+        for sign, runs in ((1, self.large), (-1, self.small)):
+            for spent in runs:
+                for role, seconds in spent.by_role.items():
+                    found[role] += sign * seconds / len(runs) / more
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def compiled_share(self) -> float:
+        """Of the marginal images, those whose network ran compiled; more than 1 where the small run compiled late."""
+        compiled = [
+            sum(images for how, images in networks.items() if how.split(", ")[-1] == "compiled")
+            for networks in (self.small_networks, self.large_networks)
+        ]
+        return (compiled[1] - compiled[0]) / (self.large_images - self.small_images)
+
+    @property
+    def small_memory_bytes(self) -> float:
+        return median(spent.peak_memory_bytes for spent in self.small)
+
+    @property
     def peak_memory_bytes(self) -> float:
         return median(spent.peak_memory_bytes for spent in self.large)
 
@@ -87,11 +134,12 @@ def startup_seconds(images: int, seconds: float, rate: float | None) -> float | 
     return None if rate is None else seconds - images / rate
 
 
-def left_out(peer: str, model: str, in_tars: bool) -> str | None:
+def left_out(peer: str, model: str, in_tars: bool = False, on_s3: bool = False) -> str | None:
     """Why a peer cannot take part, as a sentence; None where it can."""
     found = PEERS[peer]
-    if importlib.util.find_spec(found.package) is None:
-        return f"{found.title} is left out: it is not installed (pip install -e '.[bench]')"
+    for package in (found.package, *([found.s3_package] if on_s3 else [])):
+        if importlib.util.find_spec(package) is None:
+            return f"{found.title} is left out: {package} is not installed (pip install -e '.[bench]')"
     if in_tars and not found.reads_tars:
         return f"{found.title} is left out of tars: it has no reader for them"
     if not model.startswith(PEER_NETWORKS):
@@ -102,11 +150,17 @@ def left_out(peer: str, model: str, in_tars: bool) -> str | None:
 def command(name: str, model: str, archive: Archive, output: Path, peer_batch_size: int) -> list[str]:
     """The command line of Nightshift, with its default settings, or of a peer."""
     if name == OURS:
-        paths = ["--input", str(archive.folder), "--output", str(output)]
-        return [sys.executable, str(JOBS / "embed.py"), *paths, "--model", model, "--weights", "random"]
+        paths = ["--input", archive.uri, "--output", str(output)]
+        network = ["--model", our_name(model), "--weights", "random"]
+        return [sys.executable, str(JOBS / "embed.py"), *paths, *network]
     script = str(JOBS / "peers" / PEERS[name].script)
     settings = ["--model", model, "--batch-size", str(peer_batch_size)]
-    return [sys.executable, script, str(archive.folder), str(output), *settings]
+    return [sys.executable, script, archive.uri, str(output), *settings]
+
+
+def our_name(model: str) -> str:
+    """A network as `--model` of our jobs takes it."""
+    return OUR_NULL if model == NULL else model
 
 
 def contest(
@@ -123,23 +177,24 @@ def contest(
     for number in range(rounds):
         first = number % len(names)
         for name in [*names[first:], *names[:first]]:
-            for archive, spent in ((small, results[name].small), (large, results[name].large)):
+            runs = []
+            for archive in (small, large):
                 say(f"round {number + 1} of {rounds}: {name}, {archive.images:,} images")
-                took, files = _run(name, model, archive, peer_batch_size)
-                spent.append(took)
-            results[name].large_files = files
+                runs.append(_run(name, model, archive, peer_batch_size))
+            results[name].add(*runs)
     return results
 
 
-def _run(name: str, model: str, archive: Archive, peer_batch_size: int) -> tuple[Spent, int]:
-    """Also the number of Parquet files with results."""
+def _run(name: str, model: str, archive: Archive, peer_batch_size: int) -> Run:
+    """One command. Raises CommandFailed where it fails, or does not write a row for each image."""
     quiet = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "DAFT_ANALYTICS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         output = Path(folder) / "output"
         line = command(name, model, archive, output, peer_batch_size)
-        spent = spend(line, {**os.environ, **quiet})
+        spent = spend(line, {**os.environ, **quiet, **archive.environment})
         results = list(output.glob("*.parquet"))
         rows = sum(pq.read_metadata(path).num_rows for path in [*results, *output.glob("_errors/*.parquet")])
         if rows != archive.images:
-            raise CommandFailed(f"{name} wrote {rows} rows for {archive.images} images of {archive.folder}")
-        return spent, len(results)
+            raise CommandFailed(f"{name} wrote {rows} rows for {archive.images} images of {archive.uri}")
+        report = output / "_report.json"
+        return Run(spent, len(results), json.loads(report.read_text())["networks"] if report.is_file() else {})

@@ -1,10 +1,12 @@
 """Run a whole command and say what it took: seconds, the memory and the CPU time of all its processes."""
 
 import os
+import re
 import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ SAMPLE_SECONDS = 0.5
 SAMPLES_A_MEMORY = 4  # for proportional sets the kernel walks over every page table
 TAIL_CHARACTERS = 2_000
 LEAVE_SECONDS = 20.0
+COMMAND = "the command itself"
 
 
 class CommandFailed(NightshiftError):
@@ -35,13 +38,15 @@ class Spent:
 
     peak_memory_bytes: largest sum over its processes of their proportional sets (PSS: a shared page is split among
         those that share it), or of their unique sets where the system tells no PSS.
-    core_seconds: CPU time of all its processes. sampling_core_seconds: what watching them took, not part of it.
+    core_seconds: CPU time of all its processes. by_role: the same by what they did when they were looked at; less than
+        the whole by what short-lived ones used unseen. sampling_core_seconds: what watching took, not part of it.
     """
 
     seconds: float
     peak_memory_bytes: int
     core_seconds: float
     sampling_core_seconds: float
+    by_role: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,9 +56,14 @@ class Watch:
     core_seconds: CPU time by process, as last seen; so a process that ended counts up to its last sample.
     """
 
-    core_seconds: dict[psutil.Process, float] = field(default_factory=dict)
+    command: psutil.Process
+    core_seconds: dict[psutil.Process, float] = field(init=False)
+    by_role: Counter[str] = field(default_factory=Counter)
     peak_memory_bytes: int = 0
     samples: int = 0
+
+    def __post_init__(self) -> None:
+        self.core_seconds = {self.command: 0.0}
 
     def sample(self) -> None:
         self._find()
@@ -62,12 +72,24 @@ class Watch:
         for process in self.core_seconds:
             try:
                 times = process.cpu_times()
-                self.core_seconds[process] = times.user + times.system
+                used = times.user + times.system
+                self.by_role[self._role(process)] += used - self.core_seconds[process]
+                self.core_seconds[process] = used
                 memory += _own_bytes(process) if with_memory else 0
             except psutil.Error:
                 continue
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
         self.samples += 1
+
+    def _role(self, process: psutil.Process) -> str:
+        """What a process is: Ray's workers say in their title what they do at the moment."""
+        if process == self.command:
+            return COMMAND
+        title, *arguments = process.cmdline() or [process.name()]
+        if title.startswith("ray::"):
+            return re.sub(r"\.\w+$", "", " ".join([title, *arguments]).strip())
+        scripts = [Path(word).name for word in arguments if word.endswith(".py")]
+        return scripts[0] if scripts else Path(title).name
 
     def end(self) -> None:
         """Leave nothing behind: wait for what is ending already, then kill what this command left running."""
@@ -108,7 +130,7 @@ def spend(command: Sequence[str], environment: Mapping[str, str] | None = None) 
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
-        watch = Watch({psutil.Process(process.pid): 0.0})
+        watch = Watch(psutil.Process(process.pid))
         stop, sampling = threading.Event(), [0.0]
         sampler = threading.Thread(target=_watch, args=(watch, stop, sampling))
         sampler.start()
@@ -127,7 +149,7 @@ def spend(command: Sequence[str], environment: Mapping[str, str] | None = None) 
             raise CommandFailed(f"{_shown(command)} ended with {process.returncode}", _tail(output))
     # The kernel counts to the last tick, but only what was waited for; the samples see every process, but not its end.
     core_seconds = max(usage.ru_utime + usage.ru_stime, sum(watch.core_seconds.values()))
-    return Spent(seconds, watch.peak_memory_bytes, core_seconds, sampling[0])
+    return Spent(seconds, watch.peak_memory_bytes, core_seconds, sampling[0], dict(watch.by_role))
 
 
 def _watch(watch: Watch, stop: threading.Event, sampling: list[float]) -> None:

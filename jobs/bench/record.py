@@ -27,7 +27,7 @@ class Outcome:
         return None if ours is None or theirs is None else ours / theirs
 
     def as_json(self) -> dict[str, Any]:
-        roofline, rate = self.roofline, self.ours.rate
+        roofline, rate, networks = self.roofline, self.ours.rate, self.roofline.networks
         return {
             "case": self.case,
             "what": self.what,
@@ -44,6 +44,12 @@ class Outcome:
                 "share": roofline.share(rate),
                 "gpus": roofline.gpus,
             },
+            "network": networks
+            and {
+                **asdict(networks),
+                "gflops": {form: networks.gflops(form) for form in networks.speeds},
+                "compiled_share": roofline.compiled_share,
+            },
         }
 
     def _contestant(self, name: str) -> dict[str, Any]:
@@ -57,8 +63,11 @@ class Outcome:
             "large_seconds": result.large_seconds,
             "marginal_images_per_second": result.rate,
             "startup_seconds": result.startup_seconds,
+            "small_memory_bytes": result.small_memory_bytes,
             "peak_memory_bytes": result.peak_memory_bytes,
             "core_seconds_per_image": result.core_seconds_per_image,
+            "core_seconds_per_image_by_role": result.by_role,
+            "networks": {"small": result.small_networks, "large": result.large_networks},
             "ours_times_faster": self.times_faster(name),
         }
 

@@ -1,14 +1,20 @@
 """The benchmark's tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from jobs.bench.contest import OURS
+from jobs.bench.programme import NULL
 from jobs.bench.record import Outcome, title
+from jobs.bench.roofline import Networks, largest_ratio
 
 WIDTH = 120
+MOST_ROLES = 8
+FORMS = {"eager": "Nightshift's, eager", "compiled": "Nightshift's, compiled", "plain": "the peers' form"}
+ROLES = {"ray::IDLE": "Ray workers, idle or starting", "default_worker.py": "Ray workers, being started"}
 
 
 def console() -> Console:
@@ -25,6 +31,11 @@ def versions_line(machine: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
 
 
+def peak_line(peak_gflops: Mapping[str, float]) -> str:
+    found = ", ".join(f"{dtype} {gflops:,.0f}" for dtype, gflops in peak_gflops.items())
+    return f"peak GFLOP/s of a matrix product: {found}"
+
+
 def contest_table(outcome: Outcome) -> Table:
     small, large = outcome.ours.small_images, outcome.ours.large_images
     table = Table(title=f"{outcome.case}, {outcome.model}: {outcome.what}", title_justify="left")
@@ -34,8 +45,9 @@ def contest_table(outcome: Outcome) -> Table:
         f"{large:,} images\ns",
         "marginal\nimages/s",
         "start-up\ns",
-        "peak memory\nMiB",
-        "core-seconds\nan image",
+        f"peak MiB\n{small:,} images",
+        f"peak MiB\n{large:,} images",
+        "core-ms\nan image",
         "Nightshift's rate\n/ this one's",
     ):
         table.add_column(header, justify="right")
@@ -46,26 +58,55 @@ def contest_table(outcome: Outcome) -> Table:
             number(result.large_seconds, ".1f"),
             number(result.rate, ",.1f"),
             number(result.startup_seconds, ".1f"),
+            number(result.small_memory_bytes / 2**20, ",.0f"),
             number(result.peak_memory_bytes / 2**20, ",.0f"),
-            number(result.core_seconds_per_image, ".4f"),
+            milliseconds(result.core_seconds_per_image),
             number(outcome.times_faster(name), ".2f"),
         )
     return table
 
 
+def memory_line(outcome: Outcome) -> str:
+    ours = outcome.ours
+    more = ours.peak_memory_bytes - ours.small_memory_bytes
+    growth = f"{more / 2**20:+,.0f} MiB ({more / ours.small_memory_bytes:+.1%})"
+    images = f"{ours.large_images / ours.small_images:.0f} times the images"
+    peers = [
+        f"{ours.peak_memory_bytes / result.peak_memory_bytes:.2f} of {title(name)}'s"
+        for name, result in outcome.results.items()
+        if name != OURS
+    ]
+    return f"memory: {growth} for {images}; " + (f"{', '.join(peers)}" if peers else "no peer beside it")
+
+
 def roofline_table(outcome: Outcome) -> Table:
+    """The run's core-seconds, first by stage (each measured alone), then by process (measured in the run)."""
     roofline, ours = outcome.roofline, outcome.ours
     total = ours.core_seconds_per_image
-    table = Table(title=f"{outcome.case}, {outcome.model}: where Nightshift's core-seconds go", title_justify="left")
-    table.add_column("", min_width=36)
-    table.add_column("core-seconds\nan image", justify="right")
+    table = Table(title=f"{outcome.case}, {outcome.model}: where Nightshift's CPU time goes", title_justify="left")
+    table.add_column("", min_width=44)
+    table.add_column("core-ms\nan image", justify="right")
     table.add_column("share of\nthe run", justify="right")
     stages = {f"{name}, alone": seconds for name, seconds in roofline.stages.items()}
-    rows = {**stages, "everything else": roofline.everything_else(total), "the run, marginal": total}
+    _add_shares(table, {**stages, "everything else": roofline.everything_else(total)}, total)
+    table.add_section()
+    _add_shares(table, _main_roles(ours.by_role), total)
+    table.add_section()
+    _add_shares(table, {"the run, marginal": total}, total)
+    return table
+
+
+def _add_shares(table: Table, rows: Mapping[str, float | None], total: float | None) -> None:
     for name, seconds in rows.items():
         share = None if seconds is None or total is None else seconds / total
-        table.add_row(name, number(seconds, ".5f"), number(share, ".0%"))
-    return table
+        table.add_row(name, milliseconds(seconds), number(share, ".0%"))
+
+
+def _main_roles(by_role: Mapping[str, float]) -> dict[str, float]:
+    """The roles that took most, and the others together."""
+    names = list(by_role)
+    main = {ROLES.get(name, name): by_role[name] for name in names[:MOST_ROLES]}
+    return {**main, "other processes": sum(by_role[name] for name in names[MOST_ROLES:])}
 
 
 def roofline_line(outcome: Outcome) -> str:
@@ -78,11 +119,61 @@ def roofline_line(outcome: Outcome) -> str:
     )
 
 
+def network_table(outcome: Outcome, networks: Networks, peak_gflops: Mapping[str, float]) -> Table:
+    name = f"{outcome.model} alone, {networks.flops_per_image / 1e9:.2f} GFLOP an image"
+    table = Table(title=name, title_justify="left")
+    table.add_column("", min_width=28)
+    for header in ("core-ms\nan image", "images/s", "GFLOP/s", "of the peak"):
+        table.add_column(header, justify="right")
+    for form, speed in networks.speeds.items():
+        dtype = "float32" if form == "plain" else networks.dtype
+        gflops, peak = networks.gflops(form), peak_gflops.get(dtype)
+        table.add_row(
+            f"{FORMS[form]}, {dtype}",
+            milliseconds(speed.core_seconds),
+            number(speed.images_per_second, ",.1f"),
+            number(gflops, ",.1f"),
+            number(peak and gflops / peak, ".0%"),
+        )
+    return table
+
+
+def network_line(outcome: Outcome, networks: Networks, peak_gflops: Mapping[str, float]) -> str:
+    """What stands in the way of a larger ratio over the peers: the machine itself."""
+    share = outcome.roofline.compiled_share
+    form = "compiled" if share > 0.5 else "eager"
+    gflops, peak = networks.gflops(form), peak_gflops.get(networks.dtype)
+    of_peak = f" of the machine's {peak:,.0f} GFLOP/s ({gflops / peak:.0%})" if peak else " GFLOP/s"
+    return (
+        f"network: {share:.0%} of the marginal images ran compiled; {form}, alone, it runs at {gflops:,.0f}{of_peak}, "
+        f"{gflops / networks.gflops('plain'):.2f} times the peers' form; "
+        f"at the machine's peak it would be {largest_ratio(networks, peak_gflops):.2f} times"
+    )
+
+
+def cpu_table(outcomes: Sequence[Outcome]) -> Table:
+    """CPU cost outside the network: runs with the one that does nothing."""
+    shown = [outcome for outcome in outcomes if outcome.model == NULL]
+    table = Table(title="CPU cost outside the network: core-ms an image, marginal, all processes", title_justify="left")
+    table.add_column("a network that does nothing")
+    for outcome in shown:
+        table.add_column(outcome.case, justify="right")
+    names = dict.fromkeys(name for outcome in shown for name in outcome.results)
+    for name in names:
+        found = [outcome.results.get(name) for outcome in shown]
+        table.add_row(title(name), *(milliseconds(result and result.core_seconds_per_image) for result in found))
+    return table
+
+
 def fidelity_line(found: Mapping[str, Any]) -> str:
     return (
         f"fidelity: error in spread of the default settings against float32 and torchvision's transform, "
         f"{found['images']} images: median {found['median']:.2g}, worst {found['worst']:.2g}"
     )
+
+
+def milliseconds(seconds: float | None) -> str:
+    return number(seconds if seconds is None else 1000 * seconds, ",.2f")
 
 
 def number(value: float | None, format: str) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 import daft
 import numpy as np
 import torch
-import torchvision
 from daft import functions
 from torchvision import transforms
 
+from jobs.bench.networks import named
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("input", metavar="INPUT", type=Path)
+parser.add_argument("input", metavar="INPUT")
 parser.add_argument("output", metavar="OUTPUT", type=Path)
 parser.add_argument("--model", default="resnet18")
 parser.add_argument("--batch-size", type=int, default=64)
@@ -31,7 +32,7 @@ transform = transforms.Compose(
     ]
 )
 with torch.device("meta"):
-    width = torchvision.models.get_model(given.model).fc.in_features
+    width = named(given.model).fc.in_features
 
 
 @daft.cls
@@ -39,7 +40,7 @@ class Embed:
     def __init__(self, model: str) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
-        network = torchvision.models.get_model(model)
+        network = named(model)
         network.fc = torch.nn.Identity()
         self.network = network.eval().to(self.device)
 

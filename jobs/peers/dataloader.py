@@ -1,22 +1,25 @@
-"""Peer: a torchvision ResNet under a plain PyTorch DataLoader, over loose images or tars.
+"""Peer: a torchvision ResNet under a plain PyTorch DataLoader, over loose images or tars of a folder, or a bucket.
 
 python jobs/peers/dataloader.py INPUT OUTPUT --model resnet18 --batch-size 64
 """
 
 import argparse
+import io
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
+
+from jobs.bench.networks import named
 
 preprocess = transforms.Compose(
     [
@@ -39,6 +42,24 @@ class Files(Dataset):
         return str(self.paths[i]), preprocess(Image.open(self.paths[i]).convert("RGB"))
 
 
+class Objects(Dataset):
+    """Of a bucket; each worker has a client of its own, which is not to be forked."""
+
+    def __init__(self, uri: str) -> None:
+        self.bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        self.client: Any = None
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{prefix}/")
+        self.keys = [each["Key"] for page in pages for each in page["Contents"]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> tuple[str, Tensor]:
+        self.client = self.client or _client()
+        data = self.client.get_object(Bucket=self.bucket, Key=self.keys[i])["Body"].read()
+        return f"s3://{self.bucket}/{self.keys[i]}", preprocess(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
 class Tars(IterableDataset):
     """Each worker reads every n-th tar."""
 
@@ -54,9 +75,22 @@ class Tars(IterableDataset):
                     yield f"{path}#{member.name}", preprocess(Image.open(tar.extractfile(member)).convert("RGB"))
 
 
+def _client() -> Any:
+    import boto3  # for buckets only
+
+    return boto3.client("s3")
+
+
+def dataset(uri: str) -> Dataset:
+    if uri.startswith("s3://"):
+        return Objects(uri)
+    tars = sorted(Path(uri).glob("*.tar"))
+    return Tars(tars) if tars else Files(sorted(Path(uri).iterdir()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="INPUT", type=Path)
+    parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT", type=Path)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -64,15 +98,14 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    network = torchvision.models.get_model(given.model)
+    network = named(given.model)
     network.fc = torch.nn.Identity()
     network = network.eval().to(device)
 
-    tars = sorted(given.input.glob("*.tar"))
-    dataset = Tars(tars) if tars else Files(sorted(given.input.iterdir()))
+    workers = os.cpu_count() or 1
     names, found = [], []
     with torch.inference_mode():
-        for paths, pixels in DataLoader(dataset, batch_size=given.batch_size, num_workers=os.cpu_count() or 1):
+        for paths, pixels in DataLoader(dataset(given.input), batch_size=given.batch_size, num_workers=workers):
             names += paths
             found.append(network(pixels.to(device)).cpu())
     given.output.mkdir(parents=True, exist_ok=True)

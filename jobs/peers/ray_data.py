@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import torchvision
 from torchvision import transforms
+
+from jobs.bench.networks import named
 
 transform = transforms.Compose(
     [
@@ -29,7 +30,7 @@ def preprocess_file(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocess_sample(row: dict[str, Any]) -> dict[str, Any]:
-    return {"path": row["__key__"], "image": transform(row["jpg"]).numpy()}
+    return {"path": row["__key__"], "image": transform(row["jpg" if "jpg" in row else "png"]).numpy()}
 
 
 class Embed:
@@ -37,7 +38,7 @@ class Embed:
         torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor of one CPU one thread
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
-        network = torchvision.models.get_model(model)
+        network = named(model)
         network.fc = torch.nn.Identity()
         self.network = network.eval().to(self.device)
 
@@ -49,7 +50,7 @@ class Embed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="INPUT", type=Path)
+    parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT", type=Path)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -57,11 +58,11 @@ def main() -> None:
 
     ray.init(include_dashboard=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    tars = [str(path) for path in sorted(given.input.glob("*.tar"))]
+    tars = [str(path) for path in sorted(Path(given.input).glob("*.tar"))]
     if tars:
         images = ray.data.read_webdataset(tars).map(preprocess_sample)
     else:
-        images = ray.data.read_images(str(given.input), mode="RGB", include_paths=True).map(preprocess_file)
+        images = ray.data.read_images(given.input, mode="RGB", include_paths=True).map(preprocess_file)
     images.map_batches(
         Embed,
         fn_constructor_args=(given.model,),

@@ -62,7 +62,8 @@ class Store(Protocol):
 
 
 def check(info: ObjectInfo, etag: str) -> ObjectInfo:
-    if etag and info.etag != etag:
+    """Some servers (rclone) give an etag in quotes with the object, and without them in a list."""
+    if etag and info.etag.strip('"') != etag.strip('"'):
         raise Changed(f"{redact(info.uri)} was replaced after it was planned")
     return info
 
