@@ -25,7 +25,7 @@ WEAKEST = 0.55  # the least share of the kind that gives a scene its name
 TILES = 48  # drawn of each kind; the scenes are mixed from them
 COARSE_SIDE, COARSE_SHARE = 64, 0.4  # scenes of small tiles, which a run enlarges
 
-VIEW, STEPS, BATCH, PEAK_RATE = 96, 220, 32, 0.02
+VIEW, STEPS, BATCH, PEAK_RATE = 64, 150, 24, 0.02
 CALIBRATION_BATCHES = 8
 
 SIZES = {"tiles": (64, 64), "photos": (470, 400), "12 megapixels": (4000, 3000)}
