@@ -93,6 +93,10 @@ BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
 
+MOST_PIXELS_LEFT = 1 << 26
+"""Larger JPEGs are not left to a GPU: resizing takes twelve bytes of its memory a pixel; `decode` has them made smaller
+as they are decoded."""
+
 START_OF_SCAN, SCAN_BYTES = b"\xff\xda", 10  # the least that a scan's header takes (T.81, B.2.3)
 
 END_MARKERS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
@@ -105,11 +109,6 @@ Image.preinit()  # with the two imported above, all of FORMATS; otherwise Image.
 Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-MOST_PIXELS_LEFT = 1 << 26
-"""Larger JPEGs are not left to a GPU: resizing takes twelve bytes of its memory a pixel; `decode` has them made smaller
-as they are decoded."""
 
 
 @dataclass(frozen=True, slots=True)
