@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline import plan as plans
 from pipeline import schema, sources
+from pipeline.coverage import END
 from pipeline.errors import InputRefused
 from pipeline.estimate import Costs
 from pipeline.ledger import Commit
@@ -175,12 +176,12 @@ def _first_records(shard: Shard, options: ReadOptions) -> tuple[list[Record], bo
     """Records from the front until there are enough or it takes too long; True if they are all of the shard."""
     until = time.perf_counter() + SECONDS_PER_SHARD
     found: list[Record] = []
-    for item in sources.read(shard, ((0, IMAGES_PER_SHARD),), options):
+    for item in sources.read(shard, ((0, END if shard.rows is None else shard.rows),), options):
         if isinstance(item, ShardEnd):
             return found, True
-        found.append(item)
         if len(found) == IMAGES_PER_SHARD or time.perf_counter() > until:
             break
+        found.append(item)
     return found, False
 
 
