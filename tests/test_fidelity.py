@@ -5,7 +5,7 @@ import pytest
 from jobs import fidelity
 from jobs.fidelity import Agreement, Way
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # it trains a network
 
 
 @pytest.fixture(scope="module")
