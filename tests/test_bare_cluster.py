@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -116,6 +117,9 @@ def test_a_cluster_starts_says_so_and_stops(machines: Machines) -> None:
     status = machines.cluster("status")
     assert status.returncode == 0, status.stderr
     assert status.stdout.startswith("head@127.0.0.1: runs\nworker@127.0.0.1: runs\n")
+    until = time.monotonic() + 60
+    while "2.0 CPU" not in status.stdout and time.monotonic() < until:  # the head counts its nodes every few seconds
+        status = machines.cluster("status")
     assert "2.0 CPU" in status.stdout
 
     stopped = machines.cluster("stop")
