@@ -13,7 +13,6 @@ runs all the same, on few images: that shows that it works, not how fast anythin
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,14 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.bench import archives, embed_job, machine, show
+from jobs.bench import archives, command, embed_job, machine, show
 from jobs.bench.feed import Feed
 from jobs.bench.gpu_monitor import GpuMonitor
 from jobs.bench.gpu_table import NO_GPU, Figure, table
-from jobs.bench.measure import CommandFailed
-from pipeline import cli
 from pipeline.config import RunConfig
-from pipeline.errors import SettingRefused, printable
+from pipeline.errors import SettingRefused
 from pipeline.loader import Loader
 from pipeline.sources.discover import Archive
 
@@ -54,16 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-
-    def work() -> int:
-        try:
-            return GpuBenchmark.of(given).run()
-        except CommandFailed as error:
-            for line in error.output.splitlines():
-                _say(f"  {printable(line)}")
-            raise
-
-    return cli.guarded(work)
+    return command.guarded(lambda: GpuBenchmark.of(given).run())
 
 
 @dataclass
@@ -101,10 +89,9 @@ class GpuBenchmark:
                 raise SettingRefused(f"{flag} is {value}: it must be more than 0")
         if given.images and not given.images.is_dir():
             raise SettingRefused(f"--images {given.images} is no folder")
-        if given.json and not given.json.absolute().parent.is_dir():
-            raise SettingRefused(f"{given.json} cannot be written: there is no folder {given.json.parent}")
+        command.check_writable(given.json)
         if not found:
-            _say("no GPU: the numbers show that it runs here, not how fast anything is")
+            command.say("no GPU: the numbers show that it runs here, not how fast anything is")
         ray = not given.without_ray
         return GpuBenchmark(given.images, count, given.model, batch_sizes, given.seconds, ray, given.json, found)
 
@@ -115,7 +102,7 @@ class GpuBenchmark:
         with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
             archive = Path(folder) / "archive"
             archive.mkdir()
-            _say(f"making an archive of {self.count:,} images")
+            command.say(f"making an archive of {self.count:,} images")
             case = archives.repeated_images(self.images) if self.images else archives.CASES["photos"]
             case.make(archive, self.count)
             self._network_alone()
@@ -234,7 +221,7 @@ class GpuBenchmark:
     def _add(self, figure: Figure) -> None:
         """Also into the file, so that a stop loses little."""
         self.figures.append(figure)
-        _say(f"{figure.what}, {figure.setting}: {figure.rate} images/s")
+        command.say(f"{figure.what}, {figure.setting}: {figure.rate} images/s")
         if self.json:
             figures = [each.as_json() for each in self.figures]
             settings = {"model": self.model, "count": self.count, "batch_size": self.batch_size}
@@ -242,12 +229,6 @@ class GpuBenchmark:
             self.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _say(line: str) -> None:
-    """Progress: the table alone is standard output."""
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    for stop in (signal.SIGINT, signal.SIGTERM):  # leave as a failure leaves: no process and no archive stays behind
-        signal.signal(stop, lambda number, _: sys.exit(128 + number))
+    command.leave_on_signals()
     sys.exit(main())

@@ -12,7 +12,6 @@ hours, quick minutes: it only shows that everything runs.
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,14 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.bench import archives, machine, roofline, s3, show
+from jobs.bench import archives, command, machine, roofline, s3, show
 from jobs.bench.archives import CASES, PHOTOS, Archive, Case
 from jobs.bench.contest import OURS, PEERS, contest, left_out, our_name
-from jobs.bench.measure import CommandFailed
 from jobs.bench.programme import FORMS, NULL, Entry
 from jobs.bench.record import Outcome
-from pipeline import cli
-from pipeline.errors import SettingRefused, printable
+from pipeline.errors import SettingRefused
 
 FIDELITY_IMAGES = 100
 
@@ -53,16 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-
-    def work() -> int:
-        try:
-            return Benchmark.of(given).run()
-        except CommandFailed as error:
-            for line in error.output.splitlines():
-                _say(f"  {printable(line)}")
-            raise
-
-    return cli.guarded(work)
+    return command.guarded(lambda: Benchmark.of(given).run())
 
 
 @dataclass
@@ -105,10 +93,9 @@ class Benchmark:
         if any(cases[entry.case].on_s3 for entry in entries):
             s3.rclone()
         for path in (given.json, given.chart):
-            if path and not path.absolute().parent.is_dir():
-                raise SettingRefused(f"{path} cannot be written: there is no folder {path.parent}")
+            command.check_writable(path)
         if given.form == "quick":
-            _say("--form quick: the numbers show that it runs here, not how fast anything is")
+            command.say("--form quick: the numbers show that it runs here, not how fast anything is")
         peers = _chosen("--peers", given.peers, PEERS) if given.peers else []
         return Benchmark(cases, entries, peers, rounds, given.batch_size, given.json, given.chart)
 
@@ -118,7 +105,7 @@ class Benchmark:
         self.peak_gflops = roofline.peaks()
         self._print(show.peak_line(self.peak_gflops))
         for entry in self.entries:
-            _say(f"{entry.case}: making archives of {entry.small:,} and {entry.large:,} images")
+            command.say(f"{entry.case}: making archives of {entry.small:,} and {entry.large:,} images")
             with archives.made(self.cases[entry.case], entry.small, entry.large) as (small, large):
                 self._compare(entry, small, large)
             self._save()
@@ -129,9 +116,11 @@ class Benchmark:
     def _compare(self, entry: Entry, small: Archive, large: Archive) -> None:
         """All contestants that can take part, then our stages alone, then what the speed costs in truth."""
         case, model = entry.case, entry.model
-        results = contest(self._names(model, small), model, small, large, self.rounds, self.peer_batch_size, _say)
+        results = contest(
+            self._names(model, small), model, small, large, self.rounds, self.peer_batch_size, command.say
+        )
         ours = results[OURS]
-        _say(f"{case}, {model}: the stages alone")
+        command.say(f"{case}, {model}: the stages alone")
         rows_per_part = max(1, large.images // max(1, ours.large_files))
         cores, is_real = self.machine["cores"], model != NULL
         alone = roofline.measure(small, our_name(model), rows_per_part, cores, ours.compiled_share, is_real)
@@ -203,12 +192,6 @@ def _chosen(flag: str, names: str, known: Mapping[str, object]) -> list[str]:
     return chosen
 
 
-def _say(line: str) -> None:
-    """Progress: the tables alone are standard output."""
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    for stop in (signal.SIGINT, signal.SIGTERM):  # leave as a failure leaves: no process and no archive stays behind
-        signal.signal(stop, lambda number, _: sys.exit(128 + number))
+    command.leave_on_signals()
     sys.exit(main())

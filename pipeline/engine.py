@@ -82,8 +82,12 @@ class Layout:
         actor_cpus = math.floor(actor_cpus * 0.95 * 100) / 100
         return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
 
-    def batch_size(self, config: RunConfig) -> int:
-        return config.batch_size or (256 if self.actor_gpus else 64)
+    def fit(self, predictor: Predictor, batch_size: int | None) -> int:
+        """Tell a predictor what each of its actors gets; returns the images a batch, where None are asked for too."""
+        chosen = batch_size or (256 if self.actor_gpus else 64)
+        predictor.threads, predictor.batch_size = self.actor_threads, chosen
+        predictor.gpu_share = self.actor_gpus or None
+        return chosen
 
     def read_tasks(self, cpus: float, units: int) -> tuple[int, int]:
         """How many run at once beside the actors, with so many units of work, and the decode threads of each."""
@@ -154,9 +158,7 @@ class Flow:
         """Size the stages for the work and for the cluster that Ray is connected to."""
         cpus, gpus = cluster_size()
         layout = Layout.of(config, cpus, gpus, cluster_grows())
-        batch_size = layout.batch_size(config)
-        predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
-        predictor.gpu_share = layout.actor_gpus or None
+        batch_size = layout.fit(predictor, config.batch_size)
         predictor.images = _expected(plan, units) // layout.actors[1]
         threads = layout.read_tasks(cpus, len(units))[1]
         loader = loader_of(config, predictor, archive, plan, batch_size, threads, decode_bytes(layout.read_cpus))

@@ -141,9 +141,7 @@ def _sample(
 ) -> Sample:
     """With the stages of a job on this machine alone."""
     layout = engine.Layout.of(config, machine.vcpus, machine.gpus)
-    batch_size = layout.batch_size(config)
-    predictor.threads, predictor.batch_size = layout.actor_threads, batch_size
-    predictor.gpu_share = layout.actor_gpus or None
+    batch_size = layout.fit(predictor, config.batch_size)
     loader = engine.loader_of(config, predictor, archive, plan, batch_size, 1, engine.LEAST_DECODE_BYTES)
     found = sample.measure(plan, loader, predictor, machine, batch_size, layout.actors[1], say)
     return replace(found, costs=replace(found.costs, flops=models.count_flops(predictor.spec)))

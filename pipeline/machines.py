@@ -44,9 +44,13 @@ class Machine:
     @staticmethod
     def local(gpus: int = 0, gpu: str = "") -> "Machine":
         """The machine at hand: the CPUs that this process may use, and the GPUs that it is told of."""
-        affinity = getattr(os, "sched_getaffinity", None)
-        vcpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return Machine(LOCAL, vcpus, 2 if _threads_share_cores() else 1, gpus=gpus, gpu=gpu)
+        return Machine(LOCAL, cpus_here(), 2 if _threads_share_cores() else 1, gpus=gpus, gpu=gpu)
+
+
+def cpus_here() -> int:
+    """CPUs that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _threads_share_cores() -> bool:

@@ -6,6 +6,7 @@ https://prometheus.io/docs/practices/naming/; infra/observability/README.md list
 
 import re
 import string
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from pipeline.config import RunConfig, fingerprint
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
+
+REPEAT_SECONDS = 1  # below the shortest interval at which Ray reports
 
 
 def labels(config: RunConfig, predictor: Predictor) -> dict[str, str]:
@@ -43,13 +46,13 @@ class RunMetrics:
         self.bytes_read = _Total("bytes_read_total", "Bytes of encoded images", labels)
         self.seconds = _Total("stage_seconds_total", "Seconds of workers' time, by stage", labels, "stage")
         self.commits = _Total("commits_total", "Parts that were written and committed", labels)
-        self.active = _gauge("run_active", "1 while the driver works, 0 once it has ended", labels)
-        self.done_images = _gauge("done_images", "Images that are accounted for, by all attempts", labels)
-        self.planned_images = _gauge("planned_images", "Images of the plan, once they are all counted", labels)
-        self.done_bytes = _gauge("done_bytes", "Bytes of encoded images read, by all attempts", labels)
-        self.planned_bytes = _gauge("planned_bytes", "Bytes of the plan's shards as they are stored", labels)
-        self.last_commit = _gauge("last_commit_timestamp_seconds", "Unix time of the last commit, or the start", labels)
-        self.max_error_ratio = _gauge("max_error_ratio", "Share of bad images that ends the run", labels)
+        self.active = _Level("run_active", "1 while the driver works, 0 once it has ended", labels)
+        self.done_images = _Level("done_images", "Images that are accounted for, by all attempts", labels)
+        self.planned_images = _Level("planned_images", "Images of the plan, once they are all counted", labels)
+        self.done_bytes = _Level("done_bytes", "Bytes of encoded images read, by all attempts", labels)
+        self.planned_bytes = _Level("planned_bytes", "Bytes of the plan's shards as they are stored", labels)
+        self.last_commit = _Level("last_commit_timestamp_seconds", "Unix time of the last commit, or the start", labels)
+        self.max_error_ratio = _Level("max_error_ratio", "Share of bad images that ends the run", labels)
         self.active.set(1)
         self.max_error_ratio.set(config.max_error_rate)
         self.update()
@@ -72,14 +75,29 @@ class RunMetrics:
         self.planned_bytes.set(self.plan.size_bytes)
         self.last_commit.set(time.time())
 
+    def repeat(self) -> None:
+        """Tell every gauge again: Ray forgets one that was not set for two of its report intervals."""
+        for level in vars(self).values():
+            if isinstance(level, _Level):
+                level.repeat()
+
 
 @contextmanager
 def exported(config: RunConfig, predictor: Predictor, plan: Plan, ledger: Ledger) -> Iterator[RunMetrics]:
     """A run's metrics, as long as it works."""
-    run = RunMetrics(config, plan, ledger, labels(config, predictor))
+    run, ended = RunMetrics(config, plan, ledger, labels(config, predictor)), threading.Event()
+
+    def keep_alive() -> None:
+        while not ended.wait(REPEAT_SECONDS):
+            run.repeat()
+
+    heart = threading.Thread(target=keep_alive, name="metrics", daemon=True)
+    heart.start()
     try:
         yield run
     finally:
+        ended.set()
+        heart.join()
         run.active.set(0)
 
 
@@ -111,6 +129,22 @@ class _Total:
         if total > self.told[key]:
             self.counter.inc(total - self.told[key], tags)
             self.told[key] = total  # type: ignore[assignment]  # seconds are no whole numbers
+
+
+class _Level:
+    """A gauge that remembers what it was told."""
+
+    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
+        self.gauge = _gauge(name, description, labels)
+        self.value: float | None = None
+
+    def set(self, value: float | None) -> None:
+        self.value = value
+        self.repeat()
+
+    def repeat(self) -> None:
+        if self.value is not None:
+            self.gauge.set(self.value)
 
 
 def _counter(name: str, description: str, labels: Mapping[str, str], *keys: str) -> metrics.Counter:

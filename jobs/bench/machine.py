@@ -1,11 +1,12 @@
 """What a benchmark ran on."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+
+from pipeline.machines import cpus_here
 
 PACKAGES = ("nightshift", "ray", "torch", "torchvision", "pyarrow", "pillow", "daft")
 
@@ -14,18 +15,12 @@ def describe() -> dict[str, object]:
     """cpu, cores (those that this process may use), memory_bytes, system, python, versions of what takes part."""
     return {
         "cpu": _cpu_model(),
-        "cores": cores(),
+        "cores": cpus_here(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
-
-
-def cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str:
