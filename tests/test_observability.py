@@ -11,6 +11,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ class Prometheus:
             raise AssertionError(f"{path}: {error.read().decode()}") from error
 
 
-def start_prometheus(folder: Path, targets: Path) -> tuple["subprocess.Popen[bytes]", Prometheus]:
+@contextmanager
+def running_prometheus(folder: Path, targets: Path) -> Iterator[Prometheus]:
     """With the project's own configuration, but once a second, and on this cluster's nodes."""
     settings = yaml.safe_load((OBSERVABILITY / "prometheus.yaml").read_text())
     settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -154,8 +156,12 @@ def start_prometheus(folder: Path, targets: Path) -> tuple["subprocess.Popen[byt
         *("--storage.tsdb.path", str(folder / "data"), "--log.level", "error"),
     ]
     process = subprocess.Popen(command)
-    wait_for(lambda: _is_ready(address), 60)
-    return process, Prometheus(f"http://{address}")
+    try:
+        wait_for(lambda: _is_ready(address), 60)
+        yield Prometheus(f"http://{address}")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _is_ready(address: str) -> bool:
@@ -199,8 +205,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     jobs = Jobs({**environment, "RAY_ADDRESS": cluster.address})
     job = ("--input", archive, "--output", output, *SLOW, "--batch-size", "16", "--rows-per-part", "16")
     ray_folder = Path(head.args[-1])  # type: ignore[index]
-    prometheus, found = start_prometheus(folder, ray_folder / "prom_metrics_service_discovery.json")
-    try:
+    with ExitStack() as running:
+        running.callback(stop_ray_head, head)
+        targets = ray_folder / "prom_metrics_service_discovery.json"
+        found = running.enter_context(running_prometheus(folder, targets))
         began = time.time()
         first = jobs.start("embed", *job)
         wait_for(lambda: bool(found.query("ray_nightshift_images_total > 0")))
@@ -214,10 +222,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         tasks = {task.name for task in list_tasks(address=cluster.dashboard, limit=5000)}
         actors = {actor.class_name for actor in list_actors(address=cluster.dashboard)}
         yield Watched(found, began, output, lost, report, tasks, actors)
-    finally:
-        prometheus.kill()
-        prometheus.wait()
-        stop_ray_head(head)
 
 
 @pytest.mark.slow
