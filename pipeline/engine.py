@@ -102,6 +102,8 @@ def connect() -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Beyond one a core, Ray ends a worker that was idle for a second; the next part would wait for a new one to start.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}

@@ -37,24 +37,15 @@ class Predict:
             raise self.refusal
         started = time.perf_counter()
         self.busy.start()
-        groups, errors = self._images(table)
-        found = [self._predict(pixels) for _, pixels in groups]
-        places = np.concatenate([np.empty(0, np.int64), *(places for places, _ in groups)])
+        places, pixels, errors = self._images(table)
+        columns, found = self._predict(pixels)
         seconds = (time.perf_counter() - started) / max(len(places), 1)
-        columns = {
-            field.name: pa.concat_arrays([pa.nulls(0, field.type), *(columns[field.name] for columns, _ in found)])
-            for field in self.predictor.columns
-        }
-        errors |= {
-            int(group[i]): error
-            for (group, _), (_, found_errors) in zip(groups, found, strict=True)
-            for i, error in found_errors.items()
-        }
+        errors |= {int(places[i]): error for i, error in found.items()}
         merged = self._merge(table, columns, errors, places, seconds)
         return _with_usage(merged, usage.take_core_seconds(), self.busy.stop() * (self.predictor.gpu_share or 0.0))
 
-    def _images(self, table: pa.Table) -> tuple[list[tuple[np.ndarray, Any]], dict[int, ImageError]]:
-        """The places and pixels of images of one size, most often all of them; and the errors of JPEGs by their places.
+    def _images(self, table: pa.Table) -> tuple[np.ndarray, Any, dict[int, ImageError]]:
+        """The places of the images, their pixels as one batch, and the errors of JPEGs by their places.
 
         JPEGs that were left encoded become pixels here, on the network's device.
         """
@@ -62,14 +53,21 @@ class Predict:
         is_image = column.is_valid().to_numpy(zero_copy_only=False)
         is_jpeg = pc.is_valid(table[schema.ORIENTATION]).to_numpy(zero_copy_only=False)
         by_side = _by_side(column, np.flatnonzero(is_image & ~is_jpeg))
-        groups: list[tuple[np.ndarray, Any]] = [(places, _pixels(column, places)) for places in by_side]
-        if not is_jpeg.any():
-            return groups, {}
-        places = np.flatnonzero(is_jpeg)
-        pixels, found = self.predictor.decode(_jpegs(table, column, places))
-        errors: dict[int, ImageError] = {int(places[i]): error for i, error in found.items()}
-        decoded = np.delete(places, list(found))
-        return ([*groups, (decoded, pixels)] if len(decoded) else groups), errors
+        groups: list[Any] = [_pixels(column, places) for places in by_side]
+        errors: dict[int, ImageError] = {}
+        if is_jpeg.any():
+            jpegs = np.flatnonzero(is_jpeg)
+            pixels, found = self.predictor.decode(_jpegs(table, column, jpegs))
+            errors = {int(jpegs[i]): error for i, error in found.items()}
+            by_side.append(np.delete(jpegs, list(found)))
+            groups.append(pixels)
+        filled = [(places, pixels) for places, pixels in zip(by_side, groups, strict=True) if len(places)]
+        if not filled:
+            return np.empty(0, np.int64), (), errors
+        if len(filled) == 1:
+            return *filled[0], errors
+        places = np.concatenate([places for places, _ in filled])
+        return places, self.predictor.join([pixels for _, pixels in filled]), errors
 
     def _predict(self, pixels: Any) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """Columns of as many rows as there are images, and the errors by image."""
@@ -84,8 +82,10 @@ class Predict:
             first += len(piece)
         if any(error.error_type == OUT_OF_MEMORY for error in errors.values()):
             self.most = most  # an image that does not fit alone says nothing of how many others do
-        names = self.predictor.columns.names
-        return {name: pa.concat_arrays([piece[name] for piece in pieces]) for name in names}, errors
+        return {
+            field.name: pa.concat_arrays([pa.nulls(0, field.type), *(piece[field.name] for piece in pieces)])
+            for field in self.predictor.columns
+        }, errors
 
     def _piece(self, pixels: Any) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """A batch that fails is halved until the images that it fails for stand alone.

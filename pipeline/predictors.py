@@ -47,6 +47,7 @@ class Predictor:
     max_concurrency: batches that an actor on a GPU may bring to `predict` at once, each on a thread of its own.
     takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` takes; with --decoder gpu it is given them.
+    With either of them `join` makes one batch of images of several sizes.
     """
 
     transform: Transform = Transform()
@@ -87,6 +88,10 @@ class Predictor:
     def decode(self, jpegs: "Sequence[Encoded]") -> tuple[Any, dict[int, DecodeError]]:
         """JPEGs → what `predict` takes of those that are images, in order, and the errors of the others by place."""
         raise NotImplementedError(f"{type(self).__qualname__} has no decode()")
+
+    def join(self, pixels: "Sequence[np.ndarray | Tensor]") -> Any:
+        """Images of several sizes, and what `decode` returned → one batch of all, in order, that `predict` takes."""
+        raise NotImplementedError(f"{type(self).__qualname__} has no join()")
 
     def gpu_memory_bytes(self) -> int | None:
         """What this process holds of its GPU's memory, as torch knows it; None without a GPU."""
@@ -222,6 +227,10 @@ class NetworkPredictor(Predictor):
         if self._jpeg_decoder is None:
             self._jpeg_decoder = JpegDecoder(self.transform, self.runner.device)
         return self._jpeg_decoder(jpegs)
+
+    def join(self, pixels: "Sequence[np.ndarray | Tensor]") -> "Tensor":
+        """uint8 [N, crop, crop, 3] on the network's device: a batch of each size would have to be filled up."""
+        return self.runner.join(pixels)
 
     def predict(self, pixels: "np.ndarray | Tensor") -> Columns:
         """uint8 [N, crop, crop, 3] RGB → the columns, N values each; an overflow or NaN is handed on as it is.

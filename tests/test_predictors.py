@@ -211,6 +211,8 @@ def test_tiles_are_enlarged_as_decode_does_it(compile: str) -> None:
     found, expected = (predictor.predict(pixels)["embedding"] for pixels in (tiles, whole))
     np.testing.assert_allclose(found, expected, atol=0.01)
     assert np.abs(found - expected).max() < np.abs(expected[0] - expected[1]).max() / 20
+    joined = predictor.predict(predictor.join([tiles, whole]))["embedding"]
+    np.testing.assert_allclose(joined, np.concatenate([found, expected]), atol=1e-5)
 
 
 # Several batches at once, as on a GPU
