@@ -24,8 +24,9 @@ from pipeline.weights import cache_folder
 
 log = logging.getLogger(__name__)
 
-COMPILE_PAYS_SECONDS = 100.0
-"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves a seventh of the time at least."""
+COMPILE_PAYS_SECONDS = 300.0
+"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves a twelfth of the time (ResNets on two
+cores with AVX2, beside decoding)."""
 
 CPU_BATCH_SIZE = 8
 """Images that a CPU computes at once: what lies between two layers of more does not stay in its caches. Against 64,

@@ -253,7 +253,7 @@ def test_each_bad_image_is_one_error_row(jobs: Jobs, tmp_path: Path, web: str) -
 
 
 def test_two_drivers_on_one_output(jobs: Jobs, tmp_path: Path) -> None:
-    settings = ("--input", write_folder(tmp_path / "loose", 200), "--output", tmp_path / "out", *SLOW)
+    settings = ("--input", write_folder(tmp_path / "loose", 600), "--output", tmp_path / "out", *SLOW)
     first = jobs.start("embed", *settings, "--rows-per-part", 64)
     wait_for(lambda: (tmp_path / "out" / "_lock.json").exists())
     assert f"in use by process {first.pid}" in jobs.run("embed", *settings, code=4).stderr
