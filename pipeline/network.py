@@ -5,7 +5,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -25,8 +26,8 @@ from pipeline.weights import cache_folder
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_SECONDS = 300.0
-"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves a twelfth of the time (ResNets on two
-cores with AVX2, beside decoding)."""
+"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves at most a twelfth of the time (ResNets,
+on two cores with AVX2, beside decoding)."""
 
 CPU_BATCH_SIZE = 8
 """Images that a CPU computes at once: what lies between two layers of more does not stay in its caches. Against 64,
@@ -46,7 +47,7 @@ class Runner:
     compile: on (at once), off, or auto: once it is known how fast the network runs without, if the `images` that are to
     come make it worth while. A compiled network takes batches of one size, to which short ones are padded.
     batch_size: images at once at most; fewer on a CPU, and where the GPU's memory does not hold so many.
-    lanes: batches under way at once, each from a thread of its own; the network itself is started by one at a time.
+    lanes: batches under way at once, each from a thread of its own; a GPU's network is started by one at a time.
     gpu_share: of the GPU's memory, what this process may fill; its batches are made so small that they fit.
     """
 
@@ -62,9 +63,12 @@ class Runner:
         lanes: int = 1,
         gpu_share: float = 1.0,
     ) -> None:
-        if threads:
-            torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.workers: ThreadPoolExecutor | None = None
+        if self.device.type == "cpu":
+            # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
+            self.workers = ThreadPoolExecutor(threads or torch.get_num_threads(), "network")
+            torch.set_num_threads(1)
         dtype = _dtype(precision, self.device)
         torch.backends.cudnn.benchmark = True  # batches are of few sizes: choose the fastest kernels for each, once
         if dtype is torch.float32:
@@ -107,17 +111,16 @@ class Runner:
         return pixels if pixels.shape[1] == self.transform.crop else _enlarged(pixels, self.transform)
 
     def _run(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
-        found: list[Outputs] = []
-        first = 0
-        while first < len(pixels):
-            piece = pixels[first : first + self.batch_size]
-            started = time.perf_counter()
-            found.append(self._batch(lane, piece))
-            if self.images is not None:
-                if lane.stream:
-                    lane.stream.synchronize()
-                self._consider(len(piece), time.perf_counter() - started)
-            first += len(piece)
+        started = time.perf_counter()
+        pieces = [pixels[first : first + self.batch_size] for first in range(0, len(pixels), self.batch_size)]
+        if self.workers:
+            found = list(self.workers.map(lambda piece: self._batch(Lane(self.device), piece), pieces))
+        else:
+            found = [self._batch(lane, piece) for piece in pieces]
+        if self.images is not None:
+            if lane.stream:
+                lane.stream.synchronize()
+            self._consider(len(pixels), time.perf_counter() - started)
         if len(found) == 1:
             return found[0]
         logits = [each for _, each in found if each is not None]
@@ -126,7 +129,7 @@ class Runner:
     def _batch(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
         with torch.no_grad():
             on_device = self._at_crop(lane.upload(pixels, max(self.fixed_size or 0, len(pixels))))
-            with self.starting:
+            with nullcontext() if self.workers else self.starting:
                 features, logits = lane.run(self.forward, on_device, self.fixed_size is not None)
         return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
 
@@ -137,7 +140,7 @@ class Runner:
                 return
             self.images -= images
             self.batches += 1
-            if self.batches > len(self.all_lanes) and images == self.batch_size:
+            if self.batches > len(self.all_lanes) and images >= self.batch_size:
                 left_seconds, self.images = self.images * seconds / images, None
                 if left_seconds > COMPILE_PAYS_SECONDS:
                     self._compile()
@@ -171,14 +174,14 @@ class Runner:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
         options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
         try:
-            self.forward = torch.compile(eager, dynamic=False, options=options)
+            compiled = torch.compile(eager, dynamic=False, options=options)
             with torch.no_grad():
-                self.forward(torch.from_numpy(self._blank(size)).to(self.device))
-            self.fixed_size, self.state = size, f"{self.state}, compiled"
+                compiled(torch.from_numpy(self._blank(size)).to(self.device))
+            self.forward, self.fixed_size, self.state = compiled, size, f"{self.state}, compiled"
         except Exception as error:  # no C++ compiler, or a network that the compiler cannot take
             reason = " ".join(str(error).splitlines()[:2])
             log.warning("torch.compile failed, so the network runs uncompiled: %s", reason)
-            self.forward, self.state = eager, f"{self.state}, not compiled: {reason}"
+            self.state = f"{self.state}, not compiled: {reason}"
 
 
 def images_that_fit(free_bytes: float, image_bytes: float, lanes: int) -> int:
