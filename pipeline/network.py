@@ -26,8 +26,8 @@ from pipeline.weights import cache_folder
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_SECONDS = 300.0
-"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves at most a twelfth of the time (ResNets,
-on two cores with AVX2, beside decoding)."""
+"""With so much work left, uncompiled, compiling pays: it takes 10–35 s and saves at most a twelfth of the time: ResNets
+on two cores with AVX2."""
 
 CPU_BATCH_SIZE = 8
 """Images that a CPU computes at once: what lies between two layers of more does not stay in its caches. Against 64,
@@ -67,8 +67,7 @@ class Runner:
         self.workers: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
             # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
-            self.workers = ThreadPoolExecutor(threads or torch.get_num_threads(), "network")
-            torch.set_num_threads(1)
+            self.workers = _lone_threads(threads or torch.get_num_threads())
         dtype = _dtype(precision, self.device)
         torch.backends.cudnn.benchmark = True  # batches are of few sizes: choose the fastest kernels for each, once
         if dtype is torch.float32:
@@ -173,6 +172,9 @@ class Runner:
         eager, size = self.forward, self.batch_size
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
         options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
+        threads = torch.get_num_threads()
+        if self.workers:
+            torch.set_num_threads(1)  # as where it will run: what is compiled goes by it
         try:
             compiled = torch.compile(eager, dynamic=False, options=options)
             with torch.no_grad():
@@ -182,6 +184,23 @@ class Runner:
             reason = " ".join(str(error).splitlines()[:2])
             log.warning("torch.compile failed, so the network runs uncompiled: %s", reason)
             self.state = f"{self.state}, not compiled: {reason}"
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _lone_threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch starts no others. It goes by a number of each thread, at first the last that was set."""
+    usual, all_started = torch.get_num_threads(), threading.Barrier(count)
+
+    def start(_: int) -> None:
+        torch.get_num_threads()  # takes over that first number: later, that would undo the next line
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    threads = ThreadPoolExecutor(count, "network")
+    list(threads.map(start, range(count)))
+    torch.set_num_threads(usual)
+    return threads
 
 
 def images_that_fit(free_bytes: float, image_bytes: float, lanes: int) -> int:

@@ -1,5 +1,6 @@
 import logging
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,13 +186,13 @@ def test_what_travels_to_an_actor_is_small_and_whole() -> None:
     assert copy.predict(draw_pixels(2, 32))["top_scores"] == expected["top_scores"]
 
 
-def test_threads_are_set_where_it_loads() -> None:
+def test_its_threads_start_no_others_and_the_callers_stay() -> None:
     before = torch.get_num_threads()
-    try:
-        Embedder(model=TINY, threads=1).load()
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    predictor = Embedder(model=TINY, threads=3)
+    predictor.load()
+    threads, everywhere = predictor.runner.workers, threading.Barrier(3)
+    assert list(threads.map(lambda _: everywhere.wait(60) >= 0 and torch.get_num_threads(), range(3))) == [1, 1, 1]
+    assert torch.get_num_threads() == before
 
 
 # Tiles
