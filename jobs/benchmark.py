@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass
 class Benchmark:
-    """One benchmark, as the flags ask for it, and what it has found so far."""
+    """One benchmark, as the flags ask for it, and what it has found so far.
+
+    trains: also asks a network that has learned something whether the speed turns its answers.
+    """
 
     cases: dict[str, Case]
     entries: list[Entry]
@@ -64,11 +67,13 @@ class Benchmark:
     peer_batch_size: int
     json: Path | None
     chart: Path | None
+    trains: bool = False
     console: Console = field(default_factory=show.console)
     machine: dict[str, Any] = field(default_factory=machine.describe)
     peak_gflops: dict[str, float] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     fidelity: list[dict[str, Any]] = field(default_factory=list)
+    agreement: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -97,7 +102,8 @@ class Benchmark:
         if given.form == "quick":
             command.say("--form quick: the numbers show that it runs here, not how fast anything is")
         peers = _chosen("--peers", given.peers, PEERS) if given.peers else []
-        return Benchmark(cases, entries, peers, rounds, given.batch_size, given.json, given.chart)
+        trains = given.form != "quick" and any(entry.model != NULL for entry in entries)
+        return Benchmark(cases, entries, peers, rounds, given.batch_size, given.json, given.chart, trains)
 
     def run(self) -> int:
         self._print(show.machine_line(self.machine))
@@ -108,6 +114,11 @@ class Benchmark:
             command.say(f"{entry.case}: making archives of {entry.small:,} and {entry.large:,} images")
             with archives.made(self.cases[entry.case], entry.small, entry.large) as (small, large):
                 self._compare(entry, small, large)
+            self._save()
+        if self.trains:
+            command.say("fidelity: training a network")
+            self.agreement = _agreement()
+            self._print(show.agreement_line(self.agreement))
             self._save()
         if any(outcome.model == NULL for outcome in self.outcomes):
             self.console.print(show.cpu_table(self.outcomes))
@@ -154,6 +165,7 @@ class Benchmark:
                 "settings": {"rounds": self.rounds, "peer_batch_size": self.peer_batch_size},
                 "outcomes": [outcome.as_json() for outcome in self.outcomes],
                 "fidelity": self.fidelity,
+                "agreement": self.agreement,
                 "left_out": self.left_out,
             }
             self.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -174,6 +186,13 @@ def _fidelity(archive: Archive, model: str) -> dict[str, Any]:
     found = fidelity.embeddings(paths, model, "random", "auto")
     compared = fidelity.compare(found, fidelity.reference(paths, model, "random"))
     return {"images": len(paths), "median": compared.median, "worst": compared.worst}
+
+
+def _agreement() -> dict[str, Any]:
+    """For how many images the default settings name the reference's class; see jobs/fidelity.py."""
+    from jobs import fidelity
+
+    return asdict(fidelity.defaults_agreement())
 
 
 def _cases(own: Path | None) -> dict[str, Case]:

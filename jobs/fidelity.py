@@ -14,6 +14,7 @@ Ends with 1 where a limit is passed.
 """
 
 import argparse
+import operator
 import os
 import sys
 import tempfile
@@ -184,17 +185,18 @@ def agreements(
             yield name, way, Agreement(count, *shares)
 
 
-def same_class() -> str:
-    """A line for the benchmark: the default settings, all sizes together. Takes one or two minutes."""
-    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
-        found = [agreement for _, _, agreement in agreements(Path(folder), ways=[Way()])]
+def together(found: Sequence[Agreement]) -> Agreement:
+    """Of all their images."""
     images = sum(each.images for each in found)
-    same = sum(each.images * each.same for each in found) / images
-    in_doubt = sum(each.images * each.in_doubt for each in found) / images
-    return (
-        f"the same class as float32 over torchvision's transform: {same:.1%} of {images} drawn images, of which the "
-        f"network is in doubt about {in_doubt:.0%}"
-    )
+    shares = zip(*((each.same, each.right, each.in_doubt) for each in found), strict=True)
+    weights = [each.images / images for each in found]
+    return Agreement(images, *(sum(map(operator.mul, share, weights)) for share in shares))
+
+
+def defaults_agreement() -> Agreement:
+    """The default settings' answers of all sizes together. It trains a network: two minutes."""
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+        return together([agreement for _, _, agreement in agreements(Path(folder), ways=[Way()])])
 
 
 def main() -> int:

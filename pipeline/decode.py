@@ -6,23 +6,19 @@ and large images are made smaller on the way: a JPEG as it is decoded, others by
 Imports neither Ray nor torch: decode workers start at once.
 """
 
-import io
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+from PIL import Image, ImageFile
 
+from pipeline import header
 from pipeline.config import Transform
 from pipeline.errors import DecodeError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's JPEG opens MPO as well
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -45,21 +41,6 @@ REDUCED_LEAST = 3
 BAND_PIXELS = 1 << 18
 """What is not RGB is converted in bands of about so many pixels: small beside a large image, and they fit the cache."""
 
-SCANS_OF_LARGEST = 16
-"""A JPEG may have this many scans if it is as large as `max_pixels` allows, more if it is smaller. Each passes over the
-whole image, and ten bytes make one: 100 KB could keep a core busy for an hour. Encoders write up to about 15."""
-
-RLE_COST = 8  # Pillow decodes these BMPs in Python, about as many times more slowly
-
-STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
-"""Mode → bytes a pixel in Pillow's memory. Every other mode, RGB too, takes RGB_BYTES."""
-
-RGB_BYTES = 4
-WEBP_BYTES = 16  # libwebp's two canvases, what is copied from them, and Pillow's image
-COEFFICIENT_BYTES = 2  # a progressive JPEG is held as coefficients, one a sample, until its last scan
-
-ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
-BITS_PER_SAMPLE, COMPRESSION, ROWS_PER_STRIP, UNCOMPRESSED = 258, 259, 278, 1
 UPRIGHT: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -91,24 +72,9 @@ TOP_WAS_LAST = {
 """What turns the last stored columns or rows to the left or to the top."""
 BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
-OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
-
 MOST_PIXELS_LEFT = 1 << 26
 """Larger JPEGs are not left to a GPU: resizing takes twelve bytes of its memory a pixel; `decode` has them made smaller
 as they are decoded."""
-
-START_OF_SCAN, SCAN_BYTES = b"\xff\xda", 10  # the least that a scan's header takes (T.81, B.2.3)
-
-END_MARKERS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
-"""First bytes of a format → what its last 16 bytes hold."""
-
-Image.preinit()  # with the two imported above, all of FORMATS; otherwise Image.open() imports every plugin there is
-# These are settings of the whole process. Pillow's own blocks are of 16 MiB, which glibc may keep for the thread that
-# freed them; more than 32 MiB it gives back (mallopt(3), M_MMAP_THRESHOLD). The limit here is `max_pixels`, checked on
-# the header; Pillow's own would warn or raise beside it.
-Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
-Image.MAX_IMAGE_PIXELS = None
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +131,14 @@ def decode(
     if not data:
         raise DecodeError("empty", "the image has no bytes")
     with _faults_of(data):
-        image = _open(data)
-        tiff_orientation = _tiff_orientation(image)
+        image = header.open_image(data)
+        tiff_orientation = header.tiff_orientation(image)
         width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
-        _check_size(width, height, max_pixels)
-        _check_work(image, data, max_pixels)
+        header.check_size(width, height, max_pixels)
+        header.check_work(image, data, max_pixels)
         full = image.size
         least = 0 if exact else SCALED_LEAST * transform.resize
-        needed = _peak_bytes(image, least, 1 if exact else _reduction(full, transform))
+        needed = header.peak_bytes(image, least, 1 if exact else _reduction(full, transform))
     with reserve(needed), _faults_of(data):
         loaded = _jpeg_rgb(image, data, least) or _loaded(image, least)
         turn = _turn(image, tiff_orientation, exif_rotate)
@@ -208,13 +174,13 @@ def leave_encoded(
     Told by the header alone. Images that would be enlarged are left out: they cost `decode` little, and enlarging shows
     how a GPU makes up the chroma that a JPEG leaves out. What `decode` refuses is None as well: it says why.
     """
-    if not data.startswith(b"\xff\xd8") or _is_cut(data):
+    if not data.startswith(b"\xff\xd8") or header.is_cut(data):
         return None
     try:
-        image = _open(data)
-        _check_size(*image.size, min(max_pixels, MOST_PIXELS_LEFT))
-        _check_work(image, data, max_pixels)
-        orientation = image.getexif().get(ORIENTATION, 1) if exif_rotate else 1
+        image = header.open_image(data)
+        header.check_size(*image.size, min(max_pixels, MOST_PIXELS_LEFT))
+        header.check_work(image, data, max_pixels)
+        orientation = image.getexif().get(header.ORIENTATION, 1) if exif_rotate else 1
     except MemoryError:
         raise
     except Exception:  # of what kind, `decode` says
@@ -239,88 +205,12 @@ def scaled_sizes(width: int, height: int, transform: Transform) -> tuple[tuple[i
     return scaled, (_offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop))
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
-    """Read the header only."""
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        pass
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        if accept is None or accept(data[:16]) is True:
-            return factory(io.BytesIO(data), "")  # raises what Image.open() kept to itself
-    other = next((name for magic, name in OTHER_FORMATS.items() if data.startswith(magic)), None)
-    if data[4:8] == b"ftyp":
-        other = "HEIF, AVIF or video"
-    if other:
-        raise DecodeError("unsupported", f"{other} is not read: convert it to one of {', '.join(FORMATS)}")
-    raise DecodeError("not_an_image", f"the bytes begin with {data[:8]!r}, as none of {', '.join(FORMATS)} does")
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        sizes = f"{width} × {height} = {width * height} pixels, more than the limit of {max_pixels}"
-        raise DecodeError("too_large", f"the image has {sizes}; raise --max-pixels if it is meant to")
-    if width < 1 or height < 1:
-        raise DecodeError("corrupt", f"the image is {width} × {height} pixels")
-
-
-def _check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None:
-    """Refuse images of few pixels that cost as much as one of far more than `max_pixels`."""
-    pixels = image.width * image.height
-    most_scans = SCANS_OF_LARGEST * max_pixels // pixels
-    if image.format in ("JPEG", "MPO") and len(data) > most_scans * SCAN_BYTES:
-        scans = data.count(START_OF_SCAN)
-        if scans > most_scans:
-            raise DecodeError("too_large", f"a JPEG of {pixels} pixels has {scans} scans; the limit is {most_scans}")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        tile = image.tag_v2.get(TILE_WIDTH, 1) * image.tag_v2.get(TILE_LENGTH, 1)
-        if tile > max_pixels:
-            raise DecodeError("too_large", f"a TIFF of {pixels} pixels has tiles of {tile}; the limit is {max_pixels}")
-    if any(tile.codec_name == "bmp_rle" for tile in image.tile) and pixels > max_pixels // RLE_COST:
-        limit = max_pixels // RLE_COST
-        raise DecodeError("too_large", f"a run-length encoded BMP has {pixels} pixels; the limit is {limit}")
-
-
-def _peak_bytes(image: ImageFile.ImageFile, least: int, factor: int) -> int:
-    """The most bytes that pixels of this image will take at once, from its header.
-
-    least: as in `_jpeg_rgb`, which leaves more than a draft of Pillow's only where that is as large. factor: as in
-    `_to_rgb`.
-    """
-    pixels = image.width * image.height
-    if image.format in ("JPEG", "MPO"):
-        scale = next((each for each in (8, 4, 2) if least and min(image.size) >= each * least), 1)
-        scaled = RGB_BYTES * pixels // scale**2
-        is_progressive = "progressive" in image.info
-        return max(2 * scaled, scaled + COEFFICIENT_BYTES * pixels * len(image.getbands()) * is_progressive)
-    stored = pixels * (WEBP_BYTES if image.format == "WEBP" else STORED_BYTES.get(image.mode, RGB_BYTES))
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        stored = stored * (1 + (_tiff_orientation(image) != 1)) + _tiff_buffer_bytes(image)
-    return stored + RGB_BYTES * pixels // factor**2
-
-
-def _tiff_buffer_bytes(image: TiffImagePlugin.TiffImageFile) -> int:
-    """What libtiff unpacks at a time: a strip or a tile (TIFF 6.0, sections 3 and 15)."""
-    tags = image.tag_v2
-    if tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED:
-        return 0
-    strip = image.width * min(image.height, tags.get(ROWS_PER_STRIP, image.height))
-    area = tags[TILE_WIDTH] * tags[TILE_LENGTH] if TILE_WIDTH in tags else strip
-    return int(area * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8)
-
-
-def _tiff_orientation(image: Image.Image) -> int | None:
-    """The orientation tag of a TIFF: Pillow turns those by itself, swaps their sizes at once and drops the tag."""
-    return image.tag_v2.get(ORIENTATION, 1) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
-
-
 def _turn(image: Image.Image, tiff_orientation: int | None, exif_rotate: bool) -> Image.Transpose | None:
     """What brings the loaded pixels upright or, of a TIFF that shall stay as it is stored, back."""
     if tiff_orientation is not None:
         return None if exif_rotate else BACK.get(tiff_orientation)
     try:
-        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1)) if exif_rotate else None
+        return UPRIGHT.get(image.getexif().get(header.ORIENTATION, 1)) if exif_rotate else None
     except Exception:  # broken EXIF says nothing of the pixels
         return None
 
@@ -441,23 +331,6 @@ def _decode_error(error: Exception, data: bytes) -> DecodeError:
     kinds = ("unknown pixel mode", "cannot handle", "unsupported", "not supported")
     if isinstance(error.__cause__, KeyError) or any(words in reason.lower() for words in kinds):
         return DecodeError("unsupported", f"Pillow does not read pixels or compression of this kind: {reason}")
-    if "truncated" in reason.lower() or _is_cut(data):
+    if "truncated" in reason.lower() or header.is_cut(data):
         return DecodeError("truncated", f"the end is missing, {len(data)} bytes are there: {reason}")
     return DecodeError("corrupt", f"the bytes are damaged: {reason}")
-
-
-def _is_cut(data: bytes) -> bool:
-    """True where a format's last bytes are missing, or its header tells of more bytes than there are."""
-    if data.startswith((b"RIFF", b"BM")):
-        size, rest = (data[4:8], 8) if data.startswith(b"RIFF") else (data[2:6], 0)
-        return int.from_bytes(size, "little") + rest > len(data)
-    if data.startswith((b"II", b"MM")):
-        return _tiff_is_cut(data, "little" if data.startswith(b"II") else "big")
-    return any(data.startswith(first) and last not in data[-16:] for first, last in END_MARKERS.items())
-
-
-def _tiff_is_cut(data: bytes, order: Literal["little", "big"]) -> bool:
-    """True where the first directory, 12 bytes an entry, does not lie inside the file (TIFF 6.0, section 2)."""
-    start = int.from_bytes(data[4:8], order)
-    entries = int.from_bytes(data[start : start + 2], order)
-    return start + 2 + 12 * entries > len(data)

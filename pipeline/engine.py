@@ -1,7 +1,6 @@
 """Ray Data runs the flow: read → decode → predict → write part + commit. The only module that schedules work."""
 
 import logging
-import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.coverage import END, count
 from pipeline.datasource import ShardDatasource, SignedKeys, Unit
 from pipeline.errors import NightshiftError, SettingRefused
+from pipeline.layout import Layout
 from pipeline.ledger import Commit
 from pipeline.loader import Loader
 from pipeline.plan import Plan
@@ -28,7 +28,6 @@ from pipeline.sink import Sink
 from pipeline.sources.discover import Archive
 
 MAX_READ_TASKS = 10_000
-MAX_DECODE_THREADS = 8
 MIN_BLOCK_BYTES = 1 << 20
 PART_BYTES = 128 << 20
 ASSUMED_IMAGE_BYTES = 50_000
@@ -37,62 +36,6 @@ LEAST_DECODE_BYTES = 128 << 20
 CONNECT_TIMEOUT_SECONDS = 10
 ACTOR_INIT_DEATHS = 10  # nodes that may vanish in a row while a model is being loaded on them
 NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600  # spot machines may be long in coming
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the stages share a cluster. CPUs are Ray's logical ones; the numbers add up to no more than there are.
-
-    On CPUs alone the network gets every core's threads: Ray's numbers then only say how many stages run side by side,
-    and the operating system shares the cores between decoding and the network.
-    """
-
-    read_cpus: float
-    actors: tuple[int, int]
-    actor_cpus: float
-    actor_gpus: float
-    actor_threads: int | None
-    writers: int
-
-    @staticmethod
-    def of(config: RunConfig, cpus: float, gpus: float, grows: bool = False) -> "Layout":
-        """For a cluster of so many logical CPUs and GPUs. grows: an autoscaler adds nodes where actors ask for them."""
-        share = config.gpu_share()
-        if share is None:
-            share = 1.0 if gpus >= 1 else 0.0
-        if share > gpus and not (grows and config.actor_range()):
-            remedy = "; say with --actors MIN:MAX how many actors it may start GPUs for" if grows else ""
-            raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs{remedy}")
-        if config.decoder == "gpu" and not share:
-            raise SettingRefused(
-                f"--decoder gpu decodes on the network's GPU, and the network has none: the cluster has {gpus:g} GPUs, "
-                f"--gpus-per-actor is {config.gpus_per_actor}; take --decoder fast"
-            )
-        writers = max(2, int(cpus) // 8)
-        if share:
-            most = max(1, int(gpus / share))
-            actors = config.actor_range() or (most, most)
-            return Layout(1.0, actors, 0.0, share, None, writers)
-        actors = config.actor_range() or (max(1, int(cpus) // 4),) * 2
-        read_cpus = min(1.0, cpus / 2)
-        actor_cpus = min(1.0, (cpus - read_cpus) / actors[1])
-        if actor_cpus < 0.01:
-            raise SettingRefused(f"--actors {config.actors} does not fit: the cluster has {cpus:g} CPUs; ask for fewer")
-        # Equal resources would make Ray fuse reading into the actors and run the two in turn.
-        actor_cpus = math.floor(actor_cpus * 0.95 * 100) / 100
-        return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
-
-    def fit(self, predictor: Predictor, batch_size: int | None) -> int:
-        """Tell a predictor what each of its actors gets; returns the images a batch, where None are asked for too."""
-        chosen = batch_size or (256 if self.actor_gpus else 64)
-        predictor.threads, predictor.batch_size = self.actor_threads, chosen
-        predictor.gpu_share = self.actor_gpus or None
-        return chosen
-
-    def read_tasks(self, cpus: float, units: int) -> tuple[int, int]:
-        """How many run at once beside the actors, with so many units of work, and the decode threads of each."""
-        free = cpus - self.actors[1] * self.actor_cpus
-        return max(1, min(units, int(free / self.read_cpus))), max(1, min(MAX_DECODE_THREADS, int(cpus) // units))
 
 
 def connect() -> None:
@@ -123,7 +66,12 @@ def connect() -> None:
 def cluster_size() -> tuple[float, float]:
     """Logical CPUs and GPUs of the whole cluster."""
     resources = ray.cluster_resources()
-    return float(resources.get("CPU", 1.0)), float(resources.get("GPU", 0.0))
+    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
+
+
+def layout_here(config: RunConfig) -> Layout:
+    """For the cluster that Ray is connected to. Raises SettingRefused for what does not fit."""
+    return Layout.of(config, *cluster_size(), cluster_grows())
 
 
 def decode_bytes(read_cpus: float) -> int:
@@ -158,11 +106,10 @@ class Flow:
         config: RunConfig, predictor: Predictor, archive: Archive, plan: Plan, attempt: int, units: list[Unit]
     ) -> "Flow":
         """Size the stages for the work and for the cluster that Ray is connected to."""
-        cpus, gpus = cluster_size()
-        layout = Layout.of(config, cpus, gpus, cluster_grows())
+        layout = layout_here(config)
         batch_size = layout.fit(predictor, config.batch_size)
         predictor.images = _expected(plan, units) // layout.actors[1]
-        threads = layout.read_tasks(cpus, len(units))[1]
+        threads = layout.read_tasks(cluster_size()[0], len(units))[1]
         loader = loader_of(config, predictor, archive, plan, batch_size, threads, decode_bytes(layout.read_cpus))
         result = schema.result(predictor.columns, dict(loader.keep.values()))
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))

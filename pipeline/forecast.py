@@ -11,6 +11,7 @@ from rich.table import Table
 from pipeline import engine, models, network, output, sample
 from pipeline.config import RunConfig
 from pipeline.estimate import EXPLAINED, STARTUP_SECONDS, Estimate, Parallelism, Workload
+from pipeline.layout import Layout
 from pipeline.machines import LOCAL, Machine, Prices
 from pipeline.plan import Plan
 from pipeline.predictors import NetworkPredictor
@@ -140,7 +141,7 @@ def _sample(
     say: Callable[[str], None],
 ) -> Sample:
     """With the stages of a job on this machine alone."""
-    layout = engine.Layout.of(config, machine.vcpus, machine.gpus)
+    layout = Layout.of(config, machine.vcpus, machine.gpus)
     batch_size = layout.fit(predictor, config.batch_size)
     loader = engine.loader_of(config, predictor, archive, plan, batch_size, 1, engine.LEAST_DECODE_BYTES)
     found = sample.measure(plan, loader, predictor, machine, batch_size, layout.actors[1], say)
@@ -152,7 +153,7 @@ def _parallelism(config: RunConfig, shards: int) -> Callable[[int, int], Paralle
     own = replace(config, actors="auto", gpus_per_actor="auto")
 
     def of(vcpus: int, gpus: int) -> Parallelism:
-        layout = engine.Layout.of(own, vcpus, gpus)
+        layout = Layout.of(own, vcpus, gpus)
         return Parallelism(*layout.read_tasks(vcpus, shards), layout.actors[1])
 
     return of

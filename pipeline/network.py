@@ -239,7 +239,7 @@ class _FromPixels(nn.Module):
         x = pixels.float()
         if self.one_channel:
             x = (x * self.luma).sum(3)
-        x = x.reshape(images, height, -1).mul_(self.scale).add_(self.shift)
+        x = torch.addcmul(self.shift, x.reshape(images, height, -1), self.scale)
         x = x.reshape(images, height, width, -1).permute(0, 3, 1, 2)
         features, logits = self.network(x.to(self.dtype))
         return features.float(), None if logits is None else logits.float()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,17 @@ class Predict:
         """Replace the pixels of each row by the predictor's columns (null where the row is an error)."""
         if self.refusal:
             raise self.refusal
-        started = time.perf_counter()
-        self.busy.start()
-        places, pixels, errors = self._images(table)
-        columns, found = self._predict(pixels)
-        seconds = (time.perf_counter() - started) / max(len(places), 1)
-        errors |= {int(places[i]): error for i, error in found.items()}
-        merged = self._merge(table, columns, errors, places, seconds)
-        return _with_usage(merged, usage.take_core_seconds(), self.busy.stop() * (self.predictor.gpu_share or 0.0))
+        with self.busy.at_work() as busy:
+            started = time.perf_counter()
+            places, pixels, errors = self._images(table)
+            columns, found = self._predict(pixels)
+            seconds = (time.perf_counter() - started) / max(len(places), 1)
+            errors |= {int(places[i]): error for i, error in found.items()}
+            merged = self._merge(table, columns, errors, places, seconds)
+        return _with_usage(merged, usage.take_core_seconds(), busy.seconds * (self.predictor.gpu_share or 0.0))
 
-    def _images(self, table: pa.Table) -> tuple[np.ndarray, Any, dict[int, ImageError]]:
-        """The places of the images, their pixels as one batch, and the errors of JPEGs by their places.
+    def _images(self, table: pa.Table) -> "tuple[np.ndarray, _Images, dict[int, ImageError]]":
+        """The places of the images, their pixels, and the errors of JPEGs by their places.
 
         JPEGs that were left encoded become pixels here, on the network's device.
         """
@@ -61,15 +62,10 @@ class Predict:
             errors = {int(jpegs[i]): error for i, error in found.items()}
             by_side.append(np.delete(jpegs, list(found)))
             groups.append(pixels)
-        filled = [(places, pixels) for places, pixels in zip(by_side, groups, strict=True) if len(places)]
-        if not filled:
-            return np.empty(0, np.int64), (), errors
-        if len(filled) == 1:
-            return *filled[0], errors
-        places = np.concatenate([places for places, _ in filled])
-        return places, self.predictor.join([pixels for _, pixels in filled]), errors
+        places = np.concatenate([np.empty(0, np.int64), *by_side])
+        return places, _Images([pixels for pixels in groups if len(pixels)]), errors
 
-    def _predict(self, pixels: Any) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+    def _predict(self, pixels: "_Images") -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """Columns of as many rows as there are images, and the errors by image."""
         pieces: list[dict[str, pa.Array]] = []
         errors: dict[int, PredictError] = {}
@@ -87,13 +83,13 @@ class Predict:
             for field in self.predictor.columns
         }, errors
 
-    def _piece(self, pixels: Any) -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+    def _piece(self, pixels: "_Images") -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """A batch that fails is halved until the images that it fails for stand alone.
 
         One that did not fit the memory is halved until it does; the batches after it are cut to that size at once.
         """
         try:
-            columns = self._columns(self.predictor.predict(pixels), len(pixels))
+            columns = self._columns(self.predictor.predict(pixels.joined(self.predictor)), len(pixels))
             return columns, {i: _not_finite() for i in _find_not_finite(columns)}
         except Exception as error:  # a predictor may be the user's own and raise anything
             no_memory = _is_out_of_memory(error)
@@ -141,6 +137,28 @@ class Predict:
                     values[place] = getattr(error, value)
                 merged[name] = pa.array(values, pa.string())
         return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """Pixels of images in groups of one side each, [N, side, side, 3]: most often all are of one."""
+
+    groups: list[Any]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __getitem__(self, part: slice) -> "_Images":
+        first, last, _ = part.indices(len(self))
+        pieces, start = [], 0
+        for group in self.groups:
+            pieces.append(group[max(first - start, 0) : max(last - start, 0)])
+            start += len(group)
+        return _Images([piece for piece in pieces if len(piece)])
+
+    def joined(self, predictor: Predictor) -> Any:
+        """One batch, as the predictor takes it."""
+        return self.groups[0] if len(self.groups) == 1 else predictor.join(self.groups)
 
 
 def _with_usage(table: pa.Table, core_seconds: float, gpu_seconds: float) -> pa.Table:

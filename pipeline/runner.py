@@ -41,7 +41,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
         if not output.is_finished(config.output):
             engine.connect()
             catch_signals()  # Ray has put its own handlers in place
-            engine.Layout.of(config, *engine.cluster_size())  # what does not fit is refused before anything is written
+            engine.layout_here(config)  # what does not fit is refused before anything is written
         prepared()
         plan, change = output.prepare(config, predictor, archive)
         if output.is_finished(config.output):

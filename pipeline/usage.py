@@ -2,6 +2,9 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 _lock = threading.Lock()
 _taken = 0.0
@@ -25,20 +28,26 @@ class BusyClock:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.at_work = 0
+        self.workers = 0
         self.counted_until = 0.0
 
-    def start(self) -> None:
-        """One more thread is at work."""
+    @contextmanager
+    def at_work(self) -> "Iterator[Busy]":
+        """One more thread is at work, until the context ends; then `seconds` are those that nobody has counted yet."""
+        busy = Busy()
         with self.lock:
-            if not self.at_work:
+            if not self.workers:
                 self.counted_until = time.perf_counter()
-            self.at_work += 1
+            self.workers += 1
+        try:
+            yield busy
+        finally:
+            with self.lock:
+                now = time.perf_counter()
+                busy.seconds, self.counted_until = now - self.counted_until, now
+                self.workers -= 1
 
-    def stop(self) -> float:
-        """One thread less; the seconds that no `stop` has counted yet."""
-        with self.lock:
-            now = time.perf_counter()
-            seconds, self.counted_until = now - self.counted_until, now
-            self.at_work -= 1
-            return seconds
+
+@dataclass
+class Busy:
+    seconds: float = 0.0

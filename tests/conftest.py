@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +88,20 @@ class RayCluster:
 
 
 def start_ray_head(
-    environment: dict[str, str], cpus: int = 2, gpus: int = 0, python: Path = Path(sys.executable)
+    environment: dict[str, str],
+    cpus: int = 2,
+    gpus: int = 0,
+    python: Path = Path(sys.executable),
+    port: int = 0,
+    more: Sequence[str] = (),
 ) -> tuple[subprocess.Popen[bytes], RayCluster]:
     """`ray start --head` of a Python in the foreground, ready to take work; `python` is that one for its jobs too.
+    `port`: of its own choice, where it is 0. `more`: other flags.
 
     In a folder of its own: in the default one it would leave its address to every later `ray.init()` of this machine.
     On ports of its own: of two heads with the default ones the second takes no jobs.
     """
-    port, dashboard_port = free_port(), free_port()
+    port, dashboard_port = port or free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
     command = [
         *(str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -103,6 +109,7 @@ def start_ray_head(
         *("--num-gpus", str(gpus)),  # of the cluster's word alone: Ray looks for none
         *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
         *("--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port())),
+        *more,
         *("--temp-dir", folder),
     ]
     process = subprocess.Popen(

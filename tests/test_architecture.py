@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     {"errors", "schema", "prefetch", "budget", "stores", "vision", "usage", "machines"},
-    {"config", "storage", "coverage"},
+    {"config", "storage", "coverage", "header"},
     {
         "plan",
         "update",
@@ -26,7 +26,7 @@ LAYERS = [
         "network",
         "gpu_decode",
     },
-    {"sources", "predictors", "sink", "loader", "report", "estimate"},
+    {"sources", "predictors", "sink", "loader", "report", "estimate", "layout"},
     {"datasource", "predict", "output", "verify", "metrics", "sample"},
     {"engine"},
     {"runner", "forecast"},

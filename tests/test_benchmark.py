@@ -96,6 +96,20 @@ def test_memory_and_cpu_cost_are_told_for_all() -> None:
     assert sum("photos" in line for line in lines) == 1, "networks that do something are not in it"
 
 
+def test_what_the_speed_costs_in_truth_is_told() -> None:
+    line = show.agreement_line({"images": 440, "same": 0.995, "in_doubt": 0.1})
+    assert "for 99.5% of 440 images; it is in doubt about 10% of them" in line
+
+
+def test_a_network_is_trained_for_real_networks_only() -> None:
+    def trains(*arguments: str) -> bool:
+        return benchmark.Benchmark.of(benchmark.parser().parse_args(["--cases", "photos", *arguments])).trains
+
+    assert trains()
+    assert not trains("--model", NULL)
+    assert not trains("--form", "quick")
+
+
 def test_a_form_says_what_runs() -> None:
     entries = FORMS["standard"].entries([], [], None, None)
     assert Entry("photos", "resnet18", 200, 1_000) in entries
@@ -238,7 +252,7 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_whole_benchmark(tmp_path: Path) -> None:
     figures, bars = tmp_path / "figures.json", tmp_path / "bars.png"
-    sizes = ("--small", 8, "--large", 24, "--rounds", 1)
+    sizes = ("--form", "quick", "--small", 8, "--large", 24)
     done = run_benchmark(
         *("--cases", "photos", "--model", "tiny:network", NULL, "--peers", "daft,dataloader"),
         *(*sizes, "--json", figures, "--chart", bars),
@@ -282,7 +296,7 @@ def test_a_whole_benchmark(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_benchmark_of_tars(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    sizes = ("--small", 8, "--large", 24, "--rounds", 1)
+    sizes = ("--form", "quick", "--small", 8, "--large", 24)
     done = run_benchmark("--cases", "tiles", "--model", "tiny:network", *sizes, "--json", figures)
     assert done.returncode == 0, done.stderr
     record = json.loads(figures.read_text())

@@ -7,8 +7,8 @@ import pytest
 from small_run import run_python
 
 from pipeline.config import RunConfig
-from pipeline.engine import Layout
 from pipeline.errors import SettingRefused
+from pipeline.layout import Layout
 
 
 def layout(cpus: float, gpus: float, grows: bool = False, **settings: str) -> Layout:
@@ -56,6 +56,16 @@ def test_a_cluster_that_grows_may_start_without_gpus() -> None:
         layout(1, 0, grows=True, gpus_per_actor="1")
     with pytest.raises(SettingRefused, match="the cluster has 0 GPUs"):
         layout(1, 0, gpus_per_actor="1", actors="1:8")
+
+
+def test_a_cluster_that_grows_may_start_without_cpus() -> None:
+    found = layout(0, 0, grows=True, actors="1:8")
+    assert (found.actors, found.actor_threads, found.actor_gpus) == ((1, 8), 1, 0.0)
+    assert found.read_cpus != found.actor_cpus <= 1
+    with pytest.raises(SettingRefused, match="the cluster has 0 CPUs; say with --actors MIN:MAX"):
+        layout(0, 0, grows=True)
+    with pytest.raises(SettingRefused, match="the cluster has 0 CPUs"):
+        layout(0, 2)
 
 
 TWO_AT_ONCE = """

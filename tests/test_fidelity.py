@@ -17,12 +17,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Way], Agr
 @pytest.mark.parametrize("way", fidelity.WAYS, ids=str)
 def test_a_run_names_the_references_class(found: dict[tuple[str, Way], Agreement], way: Way) -> None:
     agreements = [each for (_, its), each in found.items() if its == way]
-    images = sum(each.images for each in agreements)
-    assert sum(each.images * each.same for each in agreements) / images >= 0.99, agreements
+    assert fidelity.together(agreements).same >= 0.99, agreements
 
 
 def test_the_network_has_learned_and_is_not_certain_of_everything(found: dict[tuple[str, Way], Agreement]) -> None:
     agreements = [each for (_, way), each in found.items() if way == Way()]
-    images = sum(each.images for each in agreements)
-    assert sum(each.images * each.right for each in agreements) / images >= 0.85, agreements
-    assert sum(each.images * each.in_doubt for each in agreements) / images >= 0.01, agreements
+    both = fidelity.together(agreements)
+    assert both.right >= 0.85, agreements
+    assert both.in_doubt >= 0.01, agreements

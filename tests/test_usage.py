@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 
 from pipeline import usage
 
@@ -29,10 +30,9 @@ def test_a_busy_clock_counts_overlapping_work_once() -> None:
     clock = usage.BusyClock()
     time.sleep(0.05)  # idle: counts for nothing
     began = time.perf_counter()
-    clock.start()
-    clock.start()
-    time.sleep(0.05)
-    first = clock.stop()
-    time.sleep(0.05)
-    second = clock.stop()
-    assert 0.1 <= first + second <= time.perf_counter() - began
+    with clock.at_work() as long:
+        with suppress(RuntimeError), clock.at_work() as short:
+            time.sleep(0.05)
+            raise RuntimeError
+        time.sleep(0.05)
+    assert 0.1 <= short.seconds + long.seconds <= time.perf_counter() - began

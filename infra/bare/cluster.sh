@@ -57,13 +57,14 @@ make_token() {
 
 # The part of every remote script that knows how Ray runs there: is_running, start_ray FLAGS…, stop_ray,
 # ray_command ARGUMENTS…, read_log.
-# Everything of ours lies in ~/.nightshift. A pid counts only while it is still the process that was started.
+# Everything of ours lies in ~/.nightshift. A pid counts only while the process of that number was born when ours was.
 runtime() {
   printf 'image=%q venv=%q stop_seconds=%q\n' "$image" "$venv" "$STOP_SECONDS"
   cat <<'REMOTE'
 set -euo pipefail
 here=$HOME/.nightshift
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$here/token RAY_USAGE_STATS_ENABLED=0
+export RAY_idle_worker_killing_time_threshold_ms=600000 # idle workers wait for the next part, as in the image
 if [[ -n $image ]]; then
   is_running() { [[ $(docker inspect --format '{{.State.Running}}' nightshift 2>/dev/null) == true ]]; }
   start_ray() {
@@ -85,15 +86,23 @@ else
   [[ $venv == /* ]] || venv=$HOME/$venv
   [[ -x $venv/bin/ray ]] || { echo "$HOSTNAME: there is no $venv/bin/ray here; install Nightshift, or name NIGHTSHIFT_VENV" >&2; exit 3; }
   export PATH=$venv/bin:$PATH
-  is_running() { [[ -s $here/pid ]] && tr '\0' ' ' 2>/dev/null <"/proc/$(<"$here/pid")/cmdline" | grep -q 'ray start --block'; }
+  born() { # PID: in clock ticks since boot; fails where it has ended
+    local stat
+    { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return
+    read -ra stat <<<"${stat##*) }" # what follows its name: state, parent, …
+    [[ ${stat[0]} != Z ]] && echo "${stat[19]}"
+  }
+  is_running() {
+    local pid birth
+    [[ -s $here/pid ]] && read -r pid birth <"$here/pid" && [[ -n $birth && $(born "$pid") == "$birth" ]]
+  }
   start_ray() {
     setsid nohup ray start --block "$@" >"$here/log" 2>&1 </dev/null &
-    echo $! >"$here/pid"
-    until is_running || ! kill -0 $!; do sleep 0.1; done # the shell's copy becomes Ray
+    echo "$! $(born $!)" >"$here/pid"
   }
   stop_ray() {
-    local group
-    group=$(<"$here/pid")
+    local group birth
+    read -r group birth <"$here/pid"
     kill -TERM -- "-$group"
     for ((i = 0; i < stop_seconds * 5; i++)); do
       kill -0 -- "-$group" 2>/dev/null || break

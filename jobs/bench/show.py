@@ -172,6 +172,13 @@ def fidelity_line(found: Mapping[str, Any]) -> str:
     )
 
 
+def agreement_line(found: Mapping[str, Any]) -> str:
+    return (
+        f"fidelity: a network trained on drawn scenes names the class of float32 over torchvision's transform for "
+        f"{found['same']:.1%} of {found['images']} images; it is in doubt about {found['in_doubt']:.0%} of them"
+    )
+
+
 def milliseconds(seconds: float | None) -> str:
     return number(seconds if seconds is None else 1000 * seconds, ",.2f")
 

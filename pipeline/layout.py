@@ -1,0 +1,84 @@
+"""How the stages share a cluster. Arithmetic only."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config import RunConfig
+from pipeline.errors import SettingRefused
+
+if TYPE_CHECKING:
+    from pipeline.predictors import Predictor
+
+MAX_DECODE_THREADS = 8
+ACTOR_SHARE = 0.95
+"""An actor asks for a little less than a reader: stages that ask for the same Ray makes one, and runs both in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """CPUs are Ray's logical ones; the numbers add up to no more than there are.
+
+    On CPUs alone the network gets every core's threads: Ray's numbers then only say how many stages run side by side,
+    and the operating system shares the cores between decoding and the network. Where machines of unknown size are yet
+    to come, each actor has one thread and asks for a core of its own.
+    """
+
+    read_cpus: float
+    actors: tuple[int, int]
+    actor_cpus: float
+    actor_gpus: float
+    actor_threads: int | None
+    writers: int
+
+    @staticmethod
+    def of(config: RunConfig, cpus: float, gpus: float, grows: bool = False) -> "Layout":
+        """For a cluster of so many logical CPUs and GPUs. grows: an autoscaler adds nodes where actors ask for them.
+
+        Raises SettingRefused for what does not fit.
+        """
+        asked, share = config.actor_range(), config.gpu_share()
+        if share is None:
+            share = 1.0 if gpus >= 1 else 0.0
+        more_to_come = grows and asked is not None
+        _check(config, cpus, gpus, share, grows, more_to_come)
+        writers = max(2, int(cpus) // 8)
+        if asked and more_to_come:
+            writers = max(writers, asked[1])
+        if share:
+            most = max(1, int(gpus / share))
+            return Layout(1.0, asked or (most, most), 0.0, share, None, writers)
+        actors = asked or (max(1, int(cpus) // 4),) * 2
+        if more_to_come and (not cpus or actors[0] < actors[1]):
+            return Layout(1.0, actors, ACTOR_SHARE, 0.0, 1, writers)
+        read_cpus = min(1.0, cpus / 2)
+        actor_cpus = min(1.0, (cpus - read_cpus) / actors[1])
+        if actor_cpus < 0.01:
+            raise SettingRefused(f"--actors {config.actors} does not fit: the cluster has {cpus:g} CPUs; ask for fewer")
+        actor_cpus = math.floor(actor_cpus * ACTOR_SHARE * 100) / 100
+        return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
+
+    def fit(self, predictor: "Predictor", batch_size: int | None) -> int:
+        """Tell a predictor what each of its actors gets; returns the images a batch, where None are asked for too."""
+        chosen = batch_size or (256 if self.actor_gpus else 64)
+        predictor.threads, predictor.batch_size = self.actor_threads, chosen
+        predictor.gpu_share = self.actor_gpus or None
+        return chosen
+
+    def read_tasks(self, cpus: float, units: int) -> tuple[int, int]:
+        """How many run at once beside the actors, with so many units of work, and the decode threads of each."""
+        free = cpus - self.actors[1] * self.actor_cpus
+        return max(1, min(units, int(free / self.read_cpus))), max(1, min(MAX_DECODE_THREADS, int(cpus) // units))
+
+
+def _check(config: RunConfig, cpus: float, gpus: float, share: float, grows: bool, more_to_come: bool) -> None:
+    remedy = "; say with --actors MIN:MAX how many actors it may start machines for" if grows else ""
+    if share > gpus and not more_to_come:
+        raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs{remedy}")
+    if not cpus and not more_to_come:
+        raise SettingRefused(f"nothing can be read: the cluster has 0 CPUs{remedy}")
+    if config.decoder == "gpu" and not share:
+        raise SettingRefused(
+            f"--decoder gpu decodes on the network's GPU, and the network has none: the cluster has {gpus:g} GPUs, "
+            f"--gpus-per-actor is {config.gpus_per_actor}; take --decoder fast"
+        )
