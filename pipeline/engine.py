@@ -160,7 +160,7 @@ class Flow:
         writing: list[ray.ObjectRef[str | None]] = []
         for blocks in parts:
             writing.append(write_part.remote(sink, *blocks))
-            done, writing = ray.wait(writing, timeout=None if len(writing) > self.layout.writers else 0)
+            done, writing = ray.wait(writing, timeout=None if len(writing) >= self.layout.writers else 0)
             yield from _commits(done)
         while writing:
             done, writing = ray.wait(writing)

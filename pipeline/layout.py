@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pipeline.predictors import Predictor
 
 MAX_DECODE_THREADS = 8
+CPUS_PER_WRITER = 4  # one more costs a laptop more to start than it saves
 ACTOR_SHARE = 0.95
 """An actor asks for a little less than a reader: stages that ask for the same Ray makes one, and runs both in turn."""
 
@@ -42,7 +43,7 @@ class Layout:
             share = 1.0 if gpus >= 1 else 0.0
         more_to_come = grows and asked is not None
         _check(config, cpus, gpus, share, grows, more_to_come)
-        writers = max(2, int(cpus) // 8)
+        writers = max(1, int(cpus) // CPUS_PER_WRITER)
         if asked and more_to_come:
             writers = max(writers, asked[1])
         if share:
