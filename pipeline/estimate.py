@@ -16,7 +16,7 @@ STARTUP_SECONDS = 15.0
 RAY_CORE_SECONDS_PER_IMAGE = 1.5e-4
 RAY_CORE_SECONDS_PER_PIXEL_BYTE = 8e-9
 """What Ray, its daemons and the driver take beside the stages: about what jobs with a network that does nothing took on
-two cores, 1.1 to 1.5 core-ms an image of 224 × 224. Not fitted: `jobs/bench_estimate.py` tells how far off they are."""
+two cores, 1.1 to 1.5 core-ms an image of 224 × 224; `jobs/bench_estimate.py` tells how far off they are."""
 
 RAY_SHARE_OF_READERS = 0.6
 """Of that, what the read tasks themselves have to do."""

@@ -30,7 +30,9 @@ def preprocess_file(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocess_sample(row: dict[str, Any]) -> dict[str, Any]:
-    return {"path": row["__key__"], "image": transform(row["jpg" if "jpg" in row else "png"]).numpy()}
+    image = row["jpg" if "jpg" in row else "png"]
+    rgb = np.stack([image] * 3, axis=2) if image.ndim == 2 else image  # of a tar Ray takes grey images as they are
+    return {"path": row["__key__"], "image": transform(rgb).numpy()}
 
 
 class Embed:
