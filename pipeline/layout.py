@@ -67,9 +67,14 @@ class Layout:
         return chosen
 
     def read_tasks(self, cpus: float, units: int) -> tuple[int, int]:
-        """How many run at once beside the actors, with so many units of work, and the decode threads of each."""
+        """How many run at once beside the actors, with so many units of work, and the decode threads of each: together
+        one a core, also where actors take some of them, since a network that is waited for needs them all, and one that
+        waits needs none."""
         free = cpus - self.actors[1] * self.actor_cpus
-        return max(1, min(units, int(free / self.read_cpus))), max(1, min(MAX_DECODE_THREADS, int(cpus) // units))
+        if free < 0:  # more actors than there is room for yet
+            free = cpus
+        tasks = max(1, min(units, int(free / self.read_cpus)))
+        return tasks, max(1, min(MAX_DECODE_THREADS, int(cpus) // tasks))
 
 
 def _check(config: RunConfig, cpus: float, gpus: float, share: float, grows: bool, more_to_come: bool) -> None:
