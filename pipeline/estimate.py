@@ -13,10 +13,10 @@ from pipeline.machines import REFERENCE, Cluster, Machine, Prices
 STARTUP_SECONDS = 15.0
 """Ray, its workers and the network, until the first image; `jobs/benchmark.py` has it as start-up."""
 
-RAY_CORE_SECONDS_PER_IMAGE = 1e-4
+RAY_CORE_SECONDS_PER_IMAGE = 3e-4
 RAY_CORE_SECONDS_PER_PIXEL_BYTE = 1.6e-8
 """What Ray, its daemons and the driver take beside the stages: what jobs with a network that does nothing took on two
-cores and the stages alone did not, 2.5 to 3.2 core-ms an image of 224 × 224 and 0.2 a tile of 64 × 64.
+cores and the stages alone did not, 2.5 to 3.2 core-ms an image of 224 × 224 and 0.2 to 0.5 a tile of 64 × 64.
 `jobs/bench_estimate.py` tells how far off they are."""
 
 RAY_SHARE_OF_READERS = 0.6
