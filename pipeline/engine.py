@@ -109,7 +109,7 @@ class Flow:
         layout = layout_here(config)
         batch_size = layout.fit(predictor, config.batch_size)
         predictor.images = _expected(plan, units) // layout.actors[1]
-        threads = layout.read_tasks(cluster_size()[0], len(units))[1]
+        threads = layout.read_tasks(len(units))[1]
         loader = loader_of(config, predictor, archive, plan, batch_size, threads, decode_bytes(layout.read_cpus))
         result = schema.result(predictor.columns, dict(loader.keep.values()))
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))

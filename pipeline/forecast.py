@@ -154,7 +154,7 @@ def _parallelism(config: RunConfig, shards: int) -> Callable[[int, int], Paralle
 
     def of(vcpus: int, gpus: int) -> Parallelism:
         layout = Layout.of(own, vcpus, gpus)
-        return Parallelism(*layout.read_tasks(vcpus, shards), layout.actors[1])
+        return Parallelism(*layout.read_tasks(shards), layout.actors[1])
 
     return of
 

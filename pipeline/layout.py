@@ -25,6 +25,7 @@ class Layout:
     to come, each actor has one thread and asks for a core of its own.
     """
 
+    cpus: float
     read_cpus: float
     actors: tuple[int, int]
     actor_cpus: float
@@ -48,16 +49,16 @@ class Layout:
             writers = max(writers, asked[1])
         if share:
             most = max(1, int(gpus / share))
-            return Layout(1.0, asked or (most, most), 0.0, share, None, writers)
+            return Layout(cpus, 1.0, asked or (most, most), 0.0, share, None, writers)
         actors = asked or (max(1, int(cpus) // 4),) * 2
         if more_to_come and (not cpus or actors[0] < actors[1]):
-            return Layout(1.0, actors, ACTOR_SHARE, 0.0, 1, writers)
+            return Layout(cpus, 1.0, actors, ACTOR_SHARE, 0.0, 1, writers)
         read_cpus = min(1.0, cpus / 2)
         actor_cpus = min(1.0, (cpus - read_cpus) / actors[1])
         if actor_cpus < 0.01:
             raise SettingRefused(f"--actors {config.actors} does not fit: the cluster has {cpus:g} CPUs; ask for fewer")
         actor_cpus = math.floor(actor_cpus * ACTOR_SHARE * 100) / 100
-        return Layout(read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
+        return Layout(cpus, read_cpus, actors, actor_cpus, 0.0, max(1, int(cpus) // actors[1]), writers)
 
     def fit(self, predictor: "Predictor", batch_size: int | None) -> int:
         """Tell a predictor what each of its actors gets; returns the images a batch, where None are asked for too."""
@@ -66,15 +67,15 @@ class Layout:
         predictor.gpu_share = self.actor_gpus or None
         return chosen
 
-    def read_tasks(self, cpus: float, units: int) -> tuple[int, int]:
+    def read_tasks(self, units: int) -> tuple[int, int]:
         """How many run at once beside the actors, with so many units of work, and the decode threads of each: together
         one a core, also where actors take some of them, since a network that is waited for needs them all, and one that
         waits needs none."""
-        free = cpus - self.actors[1] * self.actor_cpus
+        free = self.cpus - self.actors[1] * self.actor_cpus
         if free < 0:  # more actors than there is room for yet
-            free = cpus
+            free = self.cpus
         tasks = max(1, min(units, int(free / self.read_cpus)))
-        return tasks, max(1, min(MAX_DECODE_THREADS, int(cpus) // tasks))
+        return tasks, max(1, min(MAX_DECODE_THREADS, int(self.cpus) // tasks))
 
 
 def _check(config: RunConfig, cpus: float, gpus: float, share: float, grows: bool, more_to_come: bool) -> None:

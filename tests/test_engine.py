@@ -28,11 +28,11 @@ def test_all_stages_run_side_by_side_on_cpus(cpus: int) -> None:
 
 @pytest.mark.parametrize(("cpus", "units"), [(1, 9), (2, 1), (2, 99), (3, 99), (8, 1), (8, 3), (8, 99), (64, 99)])
 def test_decoding_has_a_thread_a_core(cpus: int, units: int) -> None:
-    tasks, threads = layout(cpus, 0).read_tasks(cpus, units)
+    tasks, threads = layout(cpus, 0).read_tasks(units)
     assert tasks <= units
     assert tasks * threads <= cpus
     assert tasks * threads > cpus / 2
-    assert layout(cpus, 0, grows=True, actors="1:99").read_tasks(cpus, units)[0] >= 1
+    assert layout(cpus, 0, grows=True, actors="1:99").read_tasks(units)[0] >= 1
 
 
 def test_gpus_are_all_taken_and_leave_the_cpus_to_decoding() -> None:

@@ -87,10 +87,10 @@ else
   [[ -x $venv/bin/ray ]] || { echo "$HOSTNAME: there is no $venv/bin/ray here; install Nightshift, or name NIGHTSHIFT_VENV" >&2; exit 3; }
   export PATH=$venv/bin:$PATH
   born() { # PID: in clock ticks since boot; fails where it has ended
-    local stat
+    local stat fields
     { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return
-    read -ra stat <<<"${stat##*) }" # what follows its name: state, parent, …
-    [[ ${stat[0]} != Z ]] && echo "${stat[19]}"
+    read -ra fields <<<"${stat##*) }" # what follows its name: state, parent, …
+    [[ ${fields[0]} != Z ]] && echo "${fields[19]}"
   }
   is_running() {
     local pid birth
