@@ -2,12 +2,15 @@
 
 import copy
 import functools
+import inspect
+import ipaddress
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,10 @@ import ray
 import yaml
 from conftest import ROOT, S3Server
 from kustomization import Object, kustomize, render
+from ray.autoscaler._private.command_runner import _with_interactive
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.sdk import get_docker_host_mount_location
+from ray.dashboard.modules.reporter import reporter_head
 
 from pipeline import RunConfig, cli
 from pipeline.predictors import Classifier, Embedder
@@ -26,6 +33,7 @@ from pipeline.predictors import Classifier, Embedder
 KUBERAY = ROOT / "infra" / "kuberay"
 DOCKER = ROOT / "infra" / "docker"
 LAUNCHER = ROOT / "infra" / "launcher"
+OBSERVABILITY = ROOT / "infra" / "observability"
 OVERLAYS = [f"{overlay}/{part}" for overlay in ("dev", "gpu-spot") for part in ("cluster", "embed", "classify")]
 KUBERNETES_VERSION = "1.32"
 CRDS = Path(os.environ.get("NIGHTSHIFT_KUBERAY_CRDS", ROOT.parent / "shared" / "kuberay"))
@@ -93,7 +101,7 @@ def test_the_renderer_of_these_tests_agrees_with_kubectl(overlay: str) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_core_objects_and_pods_fit_kubernetes(overlay: str) -> None:
     core = [item for item in rendered(overlay) if item["kind"] not in PLURALS]
-    assert {item["kind"] for item in core} >= {"Namespace", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"}
+    assert {item["kind"] for item in core} >= {"Namespace", "ServiceAccount", "NetworkPolicy"}
     bare = [
         {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template.get("metadata", {}), "name": "x"}}
         for item in ray_objects(overlay)
@@ -237,7 +245,7 @@ def test_the_guides_own_kustomization_is_valid(tmp_path: Path) -> None:
 def test_the_files_that_the_guide_names_exist() -> None:
     written_by_the_reader = {"tonight/kustomization.yaml"}
     names = set(re.findall(r"`([\w./-]+(?:\.(?:yaml|sh|txt|md|py)|Dockerfile)|[\w.-]+/[\w./-]+)`", guide()))
-    names = {name for name in names if not name.startswith(("/", "~", "iam."))} - written_by_the_reader
+    names = {name for name in names if not name.startswith(("/", "~", "iam.", "roles/"))} - written_by_the_reader
     assert len(names) > 10
     known = [path.relative_to(ROOT).as_posix() for folder in ("infra", "jobs") for path in (ROOT / folder).rglob("*")]
     for name in names:
@@ -270,6 +278,8 @@ def test_a_job_resumes_by_its_output(overlay: str) -> None:
     assert config.output.startswith("s3://")
     assert not config.overwrite, "every try would begin anew"
     assert job["spec"]["backoffLimit"] >= 1
+    assert job["spec"]["submitterConfig"]["backoffLimit"] >= 20, "a night of spot takes more than one submitter away"
+    assert job["spec"]["activeDeadlineSeconds"] >= 7 * 24 * 3600, "a try that passes it is the last"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -277,13 +287,26 @@ def test_the_head_does_no_work_and_is_not_evicted(overlay: str) -> None:
     for item in ray_objects(overlay):
         head = cluster_spec(item)["headGroupSpec"]
         assert head["rayStartParams"]["num-cpus"] == "0"
-        assert head["template"]["metadata"]["annotations"] == {
-            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
-            "karpenter.sh/do-not-disrupt": "true",
-        }
-    (budget,) = of_kind(rendered(overlay), "PodDisruptionBudget")
-    heads = sum(len(of_kind(rendered(overlay), kind)) for kind in PLURALS)
-    assert budget["spec"]["minAvailable"] > heads
+        kept = [head["template"], *([item["spec"]["submitterPodTemplate"]] if item["kind"] == "RayJob" else [])]
+        for template in kept:
+            assert template["metadata"]["annotations"] == {
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                "karpenter.sh/do-not-disrupt": "true",
+            }
+        waits = {each["key"]: each["tolerationSeconds"] for each in head["template"]["spec"]["tolerations"]}
+        assert waits == {"node.kubernetes.io/not-ready": 60, "node.kubernetes.io/unreachable": 60}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_head_of_a_run_is_not_drained_and_that_of_a_standing_cluster_may_be(overlay: str) -> None:
+    budgets = of_kind(rendered(overlay), "PodDisruptionBudget")
+    if overlay.endswith("cluster"):
+        assert budgets == []
+        return
+    (budget,) = budgets
+    assert budget["metadata"]["namespace"] == "nightshift"
+    assert budget["spec"]["minAvailable"] > len(ray_objects(overlay))
+    assert budget["spec"]["selector"]["matchLabels"].items() <= HEAD.items()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -321,6 +344,11 @@ def test_spot_workers_come_from_none_and_the_head_stays_off_spot(overlay: str) -
     (head,) = terms(spec["headGroupSpec"]["template"])
     assert {e["operator"] for e in head["matchExpressions"]} == {"NotIn"}
     assert {(e["key"], e["values"][0]) for e in head["matchExpressions"]} == spot
+    if item["kind"] == "RayJob":
+        assert terms(item["spec"]["submitterPodTemplate"]) == [head]
+    (priority,) = of_kind(rendered(overlay), "PriorityClass")
+    assert 0 > priority["value"] >= -10, "for pods below -10 the cluster autoscaler starts no machine"
+    assert gpu["template"]["spec"]["priorityClassName"] == priority["metadata"]["name"]
 
 
 def test_the_trial_cluster_fits_one_node() -> None:
@@ -424,14 +452,44 @@ def test_the_dashboard_is_closed_to_all_but_submitters_and_the_operator(overlay:
     assert not reach(WORKER, 8265, {"app": "notebook"})
 
 
-def test_pods_cannot_ask_the_machine_for_its_keys() -> None:
-    (policy,) = (
-        p for p in of_kind(rendered("dev/cluster"), "NetworkPolicy") if p["metadata"]["name"] == "nightshift-nodes"
+def lets_out(policies: list[Object], address: str, port: int, protocol: str = "TCP") -> bool:
+    """Whether the policies let a node of Ray reach a port of what is no pod."""
+
+    def is_in(block: Object) -> bool:
+        found = ipaddress.ip_address(address)
+        inside, *outside = (ipaddress.ip_network(each) for each in (block["cidr"], *block.get("except", [])))
+        return found in inside and not any(found in each for each in outside)
+
+    return any(
+        ("to" not in rule or any("ipBlock" in peer and is_in(peer["ipBlock"]) for peer in rule["to"]))
+        and ("ports" not in rule or {"protocol": protocol, "port": port} in rule["ports"])
+        for policy in policies
+        for rule in policy["spec"].get("egress", [])
     )
-    blocks = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule["to"] if "ipBlock" in peer]
-    everywhere = [block for block in blocks if block["cidr"] == "0.0.0.0/0"]
-    assert all("169.254.0.0/16" in block["except"] for block in everywhere)
-    assert not any(block["cidr"].startswith("169.254.169") for block in blocks)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_cannot_ask_the_machine_for_its_keys(overlay: str) -> None:
+    reach = functools.partial(lets_out, of_kind(rendered(overlay), "NetworkPolicy"))
+    for metadata in ("169.254.169.254", "169.254.169.252", "169.254.170.2", "fd00:ec2::254", "fe80::a9fe:a9fe"):
+        assert not any(reach(metadata, port) for port in (80, 443, 988, 8080)), metadata
+    assert reach("203.0.113.1", 443)
+    assert not reach("203.0.113.1", 80)
+    assert reach("169.254.170.23", 80), "EKS Pod Identity"
+
+
+@pytest.mark.parametrize(
+    "resolver",
+    [
+        pytest.param("10.96.0.10", id="kube-dns by its service, where a cache on the machine answers in its name"),
+        pytest.param("169.254.20.10", id="NodeLocal DNSCache"),
+        pytest.param("169.254.169.254", id="Cloud DNS on GKE"),
+    ],
+)
+def test_pods_can_ask_for_names(resolver: str) -> None:
+    policies = of_kind(rendered("dev/cluster"), "NetworkPolicy")
+    assert lets_out(policies, resolver, 53, "UDP")
+    assert lets_out(policies, resolver, 53)
 
 
 # The image
@@ -465,6 +523,28 @@ def test_the_images_bases_are_pinned_and_its_users_are_not_root() -> None:
     assert stages["base"].startswith(f"python:{version}."), "constraints.txt is of this Python"
 
 
+def test_a_login_shell_of_the_image_finds_ray(tmp_path: Path) -> None:
+    """`ray up` runs everything in one, and Debian's /etc/profile sets PATH anew before it reads what the image adds."""
+    (words,) = (words for words in instructions() if "/etc/profile.d/nightshift.sh" in words)
+    line = " ".join(words).split("&&")[-1].replace("/etc/profile.d", str(tmp_path)).replace("/opt/venv", str(tmp_path))
+    subprocess.run(["sh", "-c", line], check=True)
+    ray_program = tmp_path / "bin" / "ray"
+    ray_program.parent.mkdir()
+    ray_program.touch(mode=0o755)
+    shell = f"PATH=/usr/local/bin:/usr/bin:/bin; . {tmp_path}/nightshift.sh; command -v ray; command -v ls"
+    done = subprocess.run(["bash", "--noprofile", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[0] == str(ray_program)
+    assert done.returncode == 0, "the rest of PATH is kept"
+
+
+def test_the_driver_is_found_where_gke_mounts_it() -> None:
+    stage, found = "", []
+    for words in instructions():
+        stage = words[3] if words[0] == "FROM" else stage
+        found += [(stage, word) for word in words if word.startswith("LD_LIBRARY_PATH=")]
+    assert found == [("cuda", "LD_LIBRARY_PATH=/usr/local/nvidia/lib64")]
+
+
 def test_the_build_sees_what_it_copies_and_no_more() -> None:
     ignored = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
     assert ignored[1] == "*"
@@ -490,8 +570,6 @@ def launcher_config(name: str) -> Object:
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_ray_takes_the_launchers_files(name: str) -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
     filled = prepare_config(launcher_config(name))
     validate_config(filled)
     assert {kind: filled["available_node_types"][kind]["max_workers"] for kind in ("head", "decode", "gpu")} == {
@@ -499,8 +577,8 @@ def test_ray_takes_the_launchers_files(name: str) -> None:
         "decode": 16,
         "gpu": 8,
     }
-    commands = [line for key, lines in filled.items() if key.endswith("_commands") for line in lines]
-    assert not any("install" in line for line in commands), "Ray's defaults would install another Ray"
+    commands = [line for key, lines in filled.items() if key.endswith("setup_commands") for line in lines]
+    assert commands == [], "Ray's defaults would install another Ray"
     (head,) = (line for line in filled["head_start_ray_commands"] if "ray start" in line)
     assert "--num-cpus=0" in head
     assert "--dashboard-host=127.0.0.1" in head
@@ -508,6 +586,75 @@ def test_ray_takes_the_launchers_files(name: str) -> None:
     filled["max_wrkers"] = 3
     with pytest.raises(jsonschema.ValidationError, match="max_wrkers"):
         validate_config(filled)
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_the_line_for_a_private_registry_can_be_uncommented(name: str) -> None:
+    text, count = re.subn(
+        r"^( *)# (initialization_commands:|  - aws .*|- registry=.*)$",
+        r"\1\2",
+        (LAUNCHER / f"{name}.yaml").read_text(),
+        flags=re.MULTILINE,
+    )
+    assert count == {"aws": 2, "gcp": 1}[name]
+    uncommented = yaml.safe_load(text)
+    validate_config(prepare_config(uncommented))
+    *before, login = uncommented["initialization_commands"]
+    assert before == launcher_config(name).get("initialization_commands", [])
+    assert "REGISTRY" in login
+    subprocess.run(["bash", "-n", "-c", login], check=True, timeout=60)
+
+
+def on_a_fake_machine(folder: Path, commands: list[str], programs: set[str]) -> list[str]:
+    """What is called on a machine that has these programs, with Ray's own quoting for ssh."""
+    fakes = folder / "bin"
+    fakes.mkdir()
+    for name in programs:
+        (fakes / name).write_text(f'#!/bin/sh\necho "{name} $*" >>"{folder}/called"\n')
+        (fakes / name).chmod(0o755)
+    for name in ("bash", "grep", "timeout"):
+        (fakes / name).symlink_to(str(shutil.which(name)))
+    (folder / ".bashrc").write_text(f"PATH={fakes}\n")
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-c", " ".join(_with_interactive(command))],
+            env={"HOME": str(folder), "USER": "ubuntu", "PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            start_new_session=True,  # an interactive bash would take the terminal
+        )
+        assert done.returncode == 0, done.stderr
+    return (folder / "called").read_text().splitlines()
+
+
+@pytest.mark.parametrize("has_docker", [True, False])
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_google_machines_wait_for_their_driver_and_get_docker(tmp_path: Path, has_docker: bool, has_gpu: bool) -> None:
+    vendor = tmp_path / "0000:00:04.0" / "vendor"
+    vendor.parent.mkdir()
+    vendor.write_text("0x10de\n" if has_gpu else "0x1af4\n")
+    commands = [
+        command.replace("/sys/bus/pci/devices", str(tmp_path))
+        for command in launcher_config("gcp")["initialization_commands"]
+    ]
+    docker = {"docker"} if has_docker else set()
+    called = on_a_fake_machine(tmp_path, commands, {"sudo", "nvidia-smi", "id", "sleep"} | docker)
+    assert ("nvidia-smi " in called) == has_gpu
+    as_root = [line.removeprefix("sudo ") for line in called if line.startswith("sudo ")]
+    assert as_root[-1] == "usermod --append --groups docker ubuntu"
+    assert as_root[:-1] == (
+        []
+        if has_docker
+        else [
+            "apt-get -o DPkg::Lock::Timeout=300 update",
+            "apt-get -o DPkg::Lock::Timeout=300 install --yes docker.io",
+            "nvidia-ctk runtime configure --runtime=docker",
+            "systemctl restart docker",
+        ]
+    )
+    assert called[-1] == "sleep 15", "longer than Ray keeps a connection whose login has not the new group"
 
 
 def test_workers_are_on_spot_and_heads_are_not() -> None:
@@ -578,3 +725,23 @@ def test_the_script_is_clean() -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, ROOT / "infra/bare/cluster.sh"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
+
+
+# Prometheus (tests/test_observability.py runs one)
+
+
+def test_prometheus_can_ask_the_dashboard_of_a_container() -> None:
+    """Of Ray's own route, with the token at the places where `cluster.sh` and `ray up` put it."""
+    text = (OBSERVABILITY / "README.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (asked,) = yaml.safe_load(block)["http_sd_configs"]
+    url = urllib.parse.urlsplit(asked["url"])
+    assert (url.hostname, url.port) == ("127.0.0.1", 8265)
+    assert f'@routes.get("{url.path}")' in inspect.getsource(reporter_head)
+    assert asked["authorization"]["type"] == "Bearer", "Prometheus 2.42 does not take it for granted here"
+    assert asked["authorization"]["credentials_file"].endswith("/.nightshift/token")
+    assert '>"$here/token"' in (ROOT / "infra/bare/cluster.sh").read_text()
+    for name in ("aws", "gcp"):
+        config = launcher_config(name)
+        (path,) = config["file_mounts"]
+        assert f"`{get_docker_host_mount_location(config['cluster_name'])}{path}`" in text
