@@ -134,6 +134,7 @@ class GpuBenchmark:
 
         for compile in ("off", "on") if self.gpu else ("off",):
             for batch_size in self.batch_sizes:
+                self._let_go()
                 self.predictor = gpu.embedder(self.model, batch_size, compile)
                 for place in ("device", "memory"):
                     setting = f"pixels {'on the device' if place == 'device' else 'in memory'}, batch {batch_size}"
@@ -171,7 +172,13 @@ class GpuBenchmark:
             self._add_whole("one process", decoder, "", progress.images_per_second, progress.window, monitor)
         if not self.gpu:
             self._missing("one process", "--decoder gpu")
-        del self.predictor  # the jobs need the GPU's memory
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the GPU's memory to whoever comes next."""
+        from jobs.bench import gpu
+
+        vars(self).pop("predictor", None)
         gpu.release_memory()
 
     def _with_ray(self, archive: Path, folder: Path) -> None:
@@ -192,10 +199,7 @@ class GpuBenchmark:
     def _feed(self, archive: Path, decoder: str) -> Feed:
         """As a run reads this archive: a process a core, each with one thread."""
         found = Archive(RunConfig(input=str(archive), output="none", decoder=decoder))
-        fast, transform = decoder == "fast", self.predictor.transform
-        config = found.config
-        reading = (config.max_pixels, config.exif_rotate, False, self.predictor.takes_tiles, self.batch_size)
-        loader = Loader(transform, found.options(), {}, *reading, threads=1, leave_jpegs=not fast)
+        loader = Loader.of(found.config, self.predictor, found.options(), rows_per_table=self.batch_size)
         return Feed(loader, list(found.shards()), self.machine["cores"])
 
     # What was found

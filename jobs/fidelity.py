@@ -156,11 +156,9 @@ def classes(paths: Sequence[Path], classifier: Classifier, way: Way) -> Tensor:
     classifier = replace(classifier, precision=way.precision, compile=way.compile)
     classifier.batch_size = BATCH
     classifier.prepare()
-    folder, exact = paths[0].parent, way.decoder == "exact"
+    folder = paths[0].parent
     config = RunConfig(input=str(folder), output="none", decoder=way.decoder)
-    tiles = classifier.takes_tiles and not exact
-    options = config.max_pixels, config.exif_rotate, exact, tiles
-    loader = Loader(classifier.transform, ReadOptions(), {}, *options, rows_per_table=BATCH, threads=1)
+    loader = Loader.of(config, classifier, ReadOptions(), rows_per_table=BATCH)
     shard = Shard(0, "objects", str(folder), keys=tuple(path.name for path in paths))
     predict = Predict(classifier, {})
     found = pa.concat_tables([predict(table) for table in loader.load(shard, ((0, END),))])
@@ -204,11 +202,16 @@ def main() -> int:
     parser.add_argument("photos", metavar="PHOTOS_FOLDER", type=Path, nargs="?")
     parser.add_argument("--trained", action="store_true", help="compare the classes of drawn scenes instead")
     parser.add_argument("--model", metavar="NAME", action="append", help="may be given again (default: resnet18)")
-    parser.add_argument("--weights", metavar="WEIGHTS", default="random")
-    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--decoder", default="fast", choices=("fast", "exact", "gpu"))
-    parser.add_argument("--max-median", metavar="F", type=float, default=0.001)
-    parser.add_argument("--max-worst", metavar="F", type=float, default=0.003)
+    parser.add_argument("--weights", metavar="WEIGHTS", default="random", help="default: random")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--precision", default="auto", choices=precisions, help="of the run (default: auto)")
+    parser.add_argument("--decoder", default="fast", choices=("fast", "exact", "gpu"), help="default: fast")
+    parser.add_argument(
+        "--max-median", metavar="F", type=float, default=0.03, help="end with 1 above it (default: 0.03)"
+    )
+    parser.add_argument(
+        "--max-worst", metavar="F", type=float, default=0.06, help="end with 1 above it (default: 0.06)"
+    )
     parser.add_argument("--min-same", metavar="F", type=float, default=0.99, help="with --trained (default: 0.99)")
     given = parser.parse_args()
     if given.trained == bool(given.photos):

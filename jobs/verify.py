@@ -4,7 +4,8 @@
     python jobs/verify.py OUTPUT --repair
 
 Ends with 0 if it is, with 5 and what is wrong if it is not. With --repair the parts that are not what they should be
-are taken back, and the job's own command goes on from there.
+are taken back, and the job's own command goes on from there; no job can work on the output meanwhile, and while one
+does, this ends with 4.
 """
 
 import argparse
@@ -23,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def work() -> int:
-        found = verify(given.output)
+        found = (repair if given.repair else verify)(given.output)
         print("\n".join(map(printable, found.lines())))
         if given.repair and not found.is_whole:
-            print("\n".join([*map(printable, repair(found)), "run the job's command again to compute what is missing"]))
+            for name in dict.fromkeys(commit.name for commit in found.bad_commits):
+                print(printable(f"took back commit {name}"))
+            print("run the job's command again: it removes what belongs to no commit, and computes what is missing")
         return 0 if found.is_whole else NotWhole.exit_code
 
     return cli.guarded(work)

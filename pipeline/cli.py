@@ -17,6 +17,9 @@ from pipeline.config import RunConfig
 from pipeline.errors import NightshiftError, SettingRefused, printable
 
 LIST_FLAGS = ("input",)
+BOOLEANS = {"true": "", "yes": "", "false": "no-", "no": "no-"}
+"""How YAML writes them → what comes before the flag's name."""
+NOTHING = ("", "null", "~")
 
 
 def job(predictor_class: type, description: str, arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +73,7 @@ def parse(
     for name, field in flags.items():
         _add_flag(parser, name, field)
     given = vars(parser.parse_args(arguments))
-    values = {**_read_config(given.pop("config", None), flags), **given}
+    values = {**vars(parser.parse_args(_config_words(given.pop("config", None), flags))), **given}
     return tuple({field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes)
 
 
@@ -97,20 +100,35 @@ def _scalar(field: "Field[Any]") -> Callable[[str], Any]:
     return kinds[0] if kinds else str
 
 
-def _read_config(path: str | None, flags: dict[str, "Field[Any]"]) -> dict[str, Any]:
+def _config_words(path: str | None, flags: dict[str, "Field[Any]"]) -> list[str]:
+    """The flags in a YAML file as the words of a command line, so that one parser checks both."""
     if path is None:
-        return {}
+        return []
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # all of it text: YAML reads 1:8 as 68
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingRefused(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingRefused(f"--config {path}: it must hold one flag a line, as in `model: resnet50`")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(set(values) - set(flags))
-    if unknown:
-        raise SettingRefused(f"--config {path}: no flag is called {', '.join(unknown)}")
-    return values
+    words: list[str] = []
+    for name, value in values.items():
+        flag, known = name.replace("_", "-"), flags.get(name.replace("-", "_"))
+        if known is None:
+            raise SettingRefused(f"--config {path}: no flag is called {name}")
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise SettingRefused(f"--config {path}: {name} is {value}: it must be one value or a list of them")
+        if value in NOTHING:
+            continue
+        if isinstance(known.default, bool):
+            if value not in BOOLEANS:
+                raise SettingRefused(f"--config {path}: {name} is {value!r}: it must be true or false")
+            words.append(f"--{BOOLEANS[value]}{flag}")
+        elif known.name in LIST_FLAGS:
+            words += [f"--{flag}", *texts]
+        else:
+            words += [f"--{flag}={text}" for text in texts]
+    return words
 
 
 def _run(config: RunConfig, predictor: Any) -> int:

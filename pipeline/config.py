@@ -28,7 +28,7 @@ class Transform:
     std: tuple[float, ...] = IMAGENET_STD
 
 
-def _flag(help: str, default: Any, **more: Any) -> Any:
+def flag(help: str, default: Any, **more: Any) -> Any:
     """A field that is also a command-line flag. metavar, choices: as argparse takes them."""
     return field(default=default, metadata={"help": help, **more})
 
@@ -38,43 +38,42 @@ def check_choices(settings: Any) -> None:
     for each in fields(settings):
         choices, value = each.metadata.get("choices"), getattr(settings, each.name)
         if choices and value not in choices:
-            flag = each.name.replace("_", "-")
-            raise SettingRefused(f"--{flag} is {value!r}: it is one of {', '.join(choices)}")
+            raise SettingRefused(f"--{each.name.replace('_', '-')} is {value!r}: it is one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What to read, where to write, and how the work is spread. What the network is, its predictor says."""
 
-    input: Sequence[str] = _flag(
+    input: Sequence[str] = flag(
         "archive: folders, globs, files or {0000..0099} ranges; local or s3://, gs://, az://", (), metavar="URI"
     )
-    output: str = _flag("output directory; run the same command again to go on after any stop", "", metavar="URI")
-    keep: Sequence[str] = _flag(
+    output: str = flag("output directory; run the same command again to go on after any stop", "", metavar="URI")
+    keep: Sequence[str] = flag(
         "columns of the shards to keep, comma-separated; name:new_name renames", (), metavar="COL,…"
     )
-    image_column: str | None = _flag("Parquet column with the image bytes (default: found)", None, metavar="COL")
-    uri_column: str | None = _flag("Parquet or CSV column with image URIs (default: found)", None, metavar="COL")
-    limit: int | None = _flag("only the first N images of the archive", None, metavar="N")
-    max_pixels: int = _flag("largest image in pixels, against decompression bombs", 200_000_000, metavar="N")
-    exif_rotate: bool = _flag("turn images upright by their EXIF orientation", True)
-    decoder: str = _flag(
+    image_column: str | None = flag("Parquet column with the image bytes (default: found)", None, metavar="COL")
+    uri_column: str | None = flag("Parquet or CSV column with image URIs (default: found)", None, metavar="COL")
+    limit: int | None = flag("only the first N images of the archive", None, metavar="N")
+    max_pixels: int = flag("largest image in pixels, against decompression bombs", 200_000_000, metavar="N")
+    exif_rotate: bool = flag("turn images upright by their EXIF orientation", True)
+    decoder: str = flag(
         "fast; exact: Pillow's and torchvision's pixels to the bit; gpu: JPEGs are decoded where the network runs",
         "fast",
         choices=("fast", "exact", "gpu"),
     )
-    batch_size: int | None = _flag("images a batch (default: by the hardware)", None, metavar="N")
-    rows_per_part: int | None = _flag("rows a Parquet part (default: by the archive's size)", None, metavar="N")
-    actors: str = _flag("model actors: auto, N or MIN:MAX", "auto", metavar="auto|N|MIN:MAX")
-    gpus_per_actor: str = _flag("GPUs an actor, a fraction shares one: auto or a number", "auto", metavar="auto|F")
-    max_error_rate: float = _flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")
-    overwrite: bool = _flag("remove an earlier run's output first", False)
-    update: bool = _flag("add what is new or replaced in the archive to a finished output", False)
-    cluster: str | None = _flag(
+    batch_size: int | None = flag("images a batch (default: by the hardware)", None, metavar="N")
+    rows_per_part: int | None = flag("rows a Parquet part (default: by the archive's size)", None, metavar="N")
+    actors: str = flag("model actors: auto, N or MIN:MAX", "auto", metavar="auto|N|MIN:MAX")
+    gpus_per_actor: str = flag("GPUs an actor, a fraction shares one: auto or a number", "auto", metavar="auto|F")
+    max_error_rate: float = flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")
+    overwrite: bool = flag("remove an earlier run's output first", False)
+    update: bool = flag("add what is new or replaced in the archive to a finished output", False)
+    cluster: str | None = flag(
         "machines that the job runs on, for its cost: 8xg6.2xlarge, 4xg6.2xlarge+2xc7i.4xlarge", None, metavar="SHAPE"
     )
-    prices: str | None = _flag("machines and prices (default: pipeline/prices.yaml)", None, metavar="FILE.yaml")
-    dry_run: bool = _flag("show the plan and the settings, do no work", False)
+    prices: str | None = flag("machines and prices (default: pipeline/prices.yaml)", None, metavar="FILE.yaml")
+    dry_run: bool = flag("show the plan and the settings, do no work", False)
 
     def __post_init__(self) -> None:
         names = [self.input] if isinstance(self.input, str) else list(self.input)

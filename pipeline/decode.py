@@ -123,7 +123,8 @@ def decode(
 
     Memory beside the encoded bytes: at most 8 bytes a pixel, of a progressive JPEG 10 (12 of CMYK), of WebP 16 (exact:
     20). Where large images are reduced, 4 are enough (grey and palettes 1, 16-bit grey 2), and half a byte for a JPEG
-    that is not progressive. A TIFF takes one of its strips or tiles more, if they are compressed.
+    that is not progressive. A TIFF takes one of its strips or tiles more, if they are compressed, and 4 bytes a pixel
+    more if it is to be turned.
 
     Raises DecodeError, whatever the bytes: empty, not_an_image, unsupported (a format or a kind of pixels that is not
     read), truncated, corrupt, too_large (more than `max_pixels`). MemoryError passes through.

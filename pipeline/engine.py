@@ -17,10 +17,10 @@ from pipeline import metrics, output, schema
 from pipeline.config import RunConfig
 from pipeline.coverage import END, count
 from pipeline.datasource import ShardDatasource, SignedKeys, Unit
-from pipeline.errors import NightshiftError, SettingRefused
+from pipeline.errors import NightshiftError, SettingRefused, message_line
 from pipeline.layout import Layout
 from pipeline.ledger import Commit
-from pipeline.loader import Loader
+from pipeline.loader import LEAST_DECODE_BYTES, Loader
 from pipeline.plan import Plan
 from pipeline.predict import Predict
 from pipeline.predictors import Predictor
@@ -30,9 +30,10 @@ from pipeline.sources.discover import Archive
 MAX_READ_TASKS = 10_000
 MIN_BLOCK_BYTES = 1 << 20
 PART_BYTES = 128 << 20
+MOST_PART_BYTES = 512 << 20
+"""In memory. A part is cut there, however few its rows: how long kept texts and lists are shows only then."""
 ASSUMED_IMAGE_BYTES = 50_000
 DECODE_SHARE = 0.5  # of a node's memory for pixels that are being decoded, shared between its read tasks
-LEAST_DECODE_BYTES = 128 << 20
 CONNECT_TIMEOUT_SECONDS = 10
 ACTOR_INIT_DEATHS = 10  # nodes that may vanish in a row while a model is being loaded on them
 NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600  # spot machines may be long in coming
@@ -109,8 +110,15 @@ class Flow:
         layout = layout_here(config)
         batch_size = layout.fit(predictor, config.batch_size)
         predictor.images = _expected(plan, units) // layout.actors[1]
-        threads = layout.read_tasks(len(units))[1]
-        loader = loader_of(config, predictor, archive, plan, batch_size, threads, decode_bytes(layout.read_cpus))
+        loader = Loader.of(
+            config,
+            predictor,
+            archive.options(),
+            rows_per_table=batch_size,
+            threads=layout.read_tasks(len(units))[1],
+            keep=plan.keep,
+            decode_bytes=decode_bytes(layout.read_cpus),
+        )
         result = schema.result(predictor.columns, dict(loader.keep.values()))
         sink = Sink(config.output, attempt, result, output.footer(config, predictor))
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
@@ -207,32 +215,6 @@ def _named(actor: type[ModelActor], predictor: Predictor) -> type[ModelActor]:
     return type(ascii(name)[1:-1], (actor,), {})
 
 
-def loader_of(
-    config: RunConfig,
-    predictor: Predictor,
-    archive: Archive,
-    plan: Plan,
-    batch_size: int,
-    threads: int,
-    decode_bytes: int,
-) -> Loader:
-    """How the shards of a plan are read and decoded for a predictor."""
-    names = config.keep_names()
-    return Loader(
-        predictor.transform,
-        archive.options(),
-        {name: (names[name], plan.keep.field(name).type) for name in plan.keep.names},
-        config.max_pixels,
-        config.exif_rotate,
-        config.decoder == "exact",
-        predictor.takes_tiles and config.decoder != "exact",
-        batch_size,
-        threads,
-        decode_bytes,
-        config.decoder == "gpu" and predictor.takes_encoded,
-    )
-
-
 @ray.remote(num_cpus=0, max_retries=-1)  # it must never wait for a CPU that readers hold: it is what frees memory
 def write(sink: Sink, *tables: pa.Table) -> str | None:
     """Write and commit one part; its commit as JSON, None where there was no row."""
@@ -240,16 +222,17 @@ def write(sink: Sink, *tables: pa.Table) -> str | None:
 
 
 def _cut(bundles: Iterator[Any], rows: int) -> "Iterator[list[ray.ObjectRef[pa.Table]]]":
-    """References to blocks of at least so many rows together. The blocks themselves never come to the driver."""
+    """References to blocks of so many rows together, or of MOST_PART_BYTES; the blocks never come to the driver."""
     blocks: list[ray.ObjectRef[pa.Table]] = []
-    waiting = 0
+    waiting = waiting_bytes = 0
     for bundle in bundles:
         for block in bundle.blocks:
             blocks.append(block.ref)
             waiting += block.metadata.num_rows
-            if waiting >= rows:
+            waiting_bytes += block.metadata.size_bytes or 0
+            if waiting >= rows or waiting_bytes >= MOST_PART_BYTES:
                 yield blocks
-                blocks, waiting = [], 0
+                blocks, waiting, waiting_bytes = [], 0, 0
     if blocks:
         yield blocks
 
@@ -270,7 +253,7 @@ def _told_plainly() -> Iterator[None]:
                 raise cause from error
         for cause in causes:
             if isinstance(cause, OSError):
-                what = os.strerror(cause.errno) if cause.errno else str(cause).partition("\n")[0]
+                what = os.strerror(cause.errno) if cause.errno else message_line(cause)
                 raise NightshiftError(f"{what}; what was committed stays, run the same command again") from error
         raise
 

@@ -6,7 +6,7 @@ NightshiftError                    ends a job with a sentence and an exit code, 
 │   ├── InputRefused               an input that is not there, is empty or cannot be read
 │   ├── StorageRefused             a store that takes no credentials, lacks the bucket or does not answer, at any time
 │   ├── WeightsRefused             weights, labels or a network that do not fit together
-│   └── OutputRefused              an output directory that belongs to another run
+│   └── OutputRefused              an output directory that belongs to another run, or cannot be written
 ├── TooManyErrors               3  more bad images than --max-error-rate allows
 ├── OutputLocked                4  another driver works on this output, or took it over
 ├── NotWhole                    5  verify found the output incomplete or inconsistent
@@ -82,6 +82,11 @@ class Interrupted(NightshiftError):
 def first_line(error: Exception) -> str:
     """The error's type and the beginning of what it says."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def message_line(error: Exception) -> str:
+    """The beginning of what the error says, its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class ImageError(Exception):

@@ -28,13 +28,13 @@ RESNET50_FLOPS = 8.18e9
 WORTH_A_CHANGE = 0.95
 """A shape of cluster that costs more than this share of the given one is not called better."""
 
-CPU, READERS, ACTORS, GPU, NETWORK, STORE = "CPUs", "readers", "actors", "GPUs", "network cards", "store"
+CPU, READERS, ACTORS, GPU, NETWORK_CARDS, STORE = "CPUs", "readers", "actors", "GPUs", "network cards", "store"
 EXPLAINED = {
     CPU: "all cores are busy",
     READERS: "no more read tasks run at once: by their CPUs, or since there are too few shards",
     ACTORS: "the model actors are busy; not all cores work for them",
     GPU: "all GPUs are busy, CPUs wait for them",
-    NETWORK: "what the machines' network cards carry: images in, pixels to the GPUs, results out",
+    NETWORK_CARDS: "what the machines' network cards carry: images in, pixels to the GPUs, results out",
     STORE: "the store answers no faster, as measured from this machine",
 }
 
@@ -159,9 +159,9 @@ class Workload:
             )
         else:
             limits[ACTORS] = at_once.actors / costs.predict_seconds
-        network = self._network(cluster)
+        network = self._card_limit(cluster)
         if network is not None:
-            limits[NETWORK] = network
+            limits[NETWORK_CARDS] = network
         return Estimate(cluster, self.images, limits, self._gpu_sources(cluster))
 
     def gpu_rate(self, gpu: str) -> float:
@@ -215,7 +215,7 @@ class Workload:
     def _knows(self, machine: Machine) -> bool:
         return bool(machine.gpu in self.prices.gpus and self.costs.flops)
 
-    def _network(self, cluster: Cluster) -> float | None:
+    def _card_limit(self, cluster: Cluster) -> float | None:
         """images/s that the network cards carry; None where the speed of one is not known.
 
         Every machine reads and decodes by its cores, and every GPU takes images from whichever machine has some.

@@ -20,7 +20,7 @@ from pipeline.weights import SUFFIXES, align, fit, named_hash, official_uri, rea
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WeightsSource:
     """Where weights come from, and what is known with them. The fields are those of ModelSpec."""
 
     name: str
@@ -43,30 +43,30 @@ class Family:
         """Build it. sizes: num_classes, in_channels, image_size; absent or 0 where the network has its own."""
         raise NotImplementedError
 
-    def find_own(self, weights: str) -> Source | None:
+    def find_own(self, weights: str) -> WeightsSource | None:
         """The family's own weights of this name; None where it has none."""
         raise NotImplementedError
 
     def own_names(self) -> list[str]:
         return ["DEFAULT"]
 
-    def source(self, weights: str) -> Source:
+    def source(self, weights: str) -> WeightsSource:
         if weights == "random":
-            return Source(weights, None, False)
+            return WeightsSource(weights, None, False)
         if own := self.find_own(weights):
             return own
         if storage.redact(weights).endswith(SUFFIXES):
             uri = storage.normalize(weights)
-            return Source(storage.redact(uri), uri, False)
+            return WeightsSource(storage.redact(uri), uri, False)
         raise WeightsRefused(
             f"--weights {weights!r} of {self.model} is unknown: choose {', '.join(self.own_names())}, random, "
             f"or a path or URI that ends in {', '.join(SUFFIXES)}"
         )
 
-    def is_official(self, source: Source) -> bool:
+    def is_official(self, source: WeightsSource) -> bool:
         return False
 
-    def recognise(self, source: Source, sha256: str) -> Source:
+    def recognise(self, source: WeightsSource, sha256: str) -> WeightsSource:
         """The same file, and what is known of it by its sha256."""
         return source
 
@@ -81,7 +81,7 @@ class Family:
             torch.default_generator.manual_seed(self.seed)
             return self.network(own, sizes)
 
-    def load(self, source: Source, path: str, sizes: dict[str, int], head: str) -> nn.Module:
+    def load(self, source: WeightsSource, path: str, sizes: dict[str, int], head: str) -> nn.Module:
         network = self.skeleton(source.own, sizes)
         fit(network, align(read_state(path), network.state_dict()), f"{self.model} and {source.name}", head)
         return network
@@ -112,20 +112,20 @@ class _Torchvision(Family):
             _set_in_channels(network, channels)
         return network
 
-    def find_own(self, weights: str) -> Source | None:
+    def find_own(self, weights: str) -> WeightsSource | None:
         found = self.enum.__members__.get(weights.removeprefix(f"{self.enum.__name__}."))
         return found and self._own(found, official_uri(found.url))
 
-    def _own(self, member: Any, uri: str | None) -> Source:
-        return Source(str(member), uri, True, tuple(member.meta["categories"]), _of_preset(member))
+    def _own(self, member: Any, uri: str | None) -> WeightsSource:
+        return WeightsSource(str(member), uri, True, tuple(member.meta["categories"]), _of_preset(member))
 
     def own_names(self) -> list[str]:
         return list(self.enum.__members__)
 
-    def is_official(self, source: Source) -> bool:
+    def is_official(self, source: WeightsSource) -> bool:
         return source.own
 
-    def recognise(self, source: Source, sha256: str) -> Source:
+    def recognise(self, source: WeightsSource, sha256: str) -> WeightsSource:
         for member in self.enum if source.uri and not source.own else ():
             if sha256.startswith(named_hash(member.url) or "no hash"):
                 return self._own(member, source.uri)
@@ -143,12 +143,14 @@ class _Timm(Family):
             raise SettingRefused(f"--model {model} needs timm: pip install 'nightshift[timm]'") from error
         self.timm, self.name = timm, model.removeprefix("timm:")
         try:
-            self.config: dict[str, Any] = timm.get_pretrained_cfg(self.name).to_dict()
-            if not timm.is_model(self.name):
-                raise RuntimeError("unknown model")
-        except Exception as error:
-            close = difflib.get_close_matches(self.name, timm.list_models(), 3)
-            raise SettingRefused(f"--model {model!r} is unknown ({error}): did you mean {close}?") from error
+            found = timm.get_pretrained_cfg(self.name) if timm.is_model(self.name) else None
+        except RuntimeError:  # a tag that this network does not have
+            found = None
+        if found is None:
+            close = difflib.get_close_matches(self.name, timm.list_models(), 3) or ["resnet50"]
+            near = ", ".join(f"timm:{name}" for name in close)
+            raise SettingRefused(f"--model {model!r} is unknown: did you mean {near}?")
+        self.config: dict[str, Any] = found.to_dict()
         data = timm.data.resolve_data_config({}, pretrained_cfg=self.config)
         _, height, width = data["input_size"]
         if height != width:
@@ -163,12 +165,12 @@ class _Timm(Family):
         network: nn.Module = self.timm.create_model(self.name, pretrained=False, **given)
         return network
 
-    def find_own(self, weights: str) -> Source | None:
+    def find_own(self, weights: str) -> WeightsSource | None:
         hub, url = self.config.get("hf_hub_id"), self.config.get("url")
         if weights != "DEFAULT" or not (hub or url):
             return None
         uri = f"hf://{hub}/{self.config.get('hf_hub_filename') or 'model.safetensors'}" if hub else url
-        return Source(f"timm:{self.config['architecture']}.{self.config['tag']}", uri, True, self._labels())
+        return WeightsSource(f"timm:{self.config['architecture']}.{self.config['tag']}", uri, True, self._labels())
 
     def _labels(self) -> tuple[str, ...]:
         names = self.config.get("label_names")
@@ -177,7 +179,7 @@ class _Timm(Family):
             names = [info.index_to_description(index) for index in range(info.num_classes())]
         return tuple(names or ())
 
-    def load(self, source: Source, path: str, sizes: dict[str, int], head: str) -> nn.Module:
+    def load(self, source: WeightsSource, path: str, sizes: dict[str, int], head: str) -> nn.Module:
         if not source.own:
             return super().load(source, path, sizes, head)
         overlay = {"file": path, "hf_hub_id": None, "url": ""}
@@ -210,8 +212,8 @@ class _Function(Family):
             )
         return network.cpu().float()
 
-    def find_own(self, weights: str) -> Source | None:
-        return Source(self.model, None, True) if weights == "DEFAULT" else None
+    def find_own(self, weights: str) -> WeightsSource | None:
+        return WeightsSource(self.model, None, True) if weights == "DEFAULT" else None
 
     def skeleton(self, own: bool, sizes: dict[str, int]) -> nn.Module:
         return self.random(own, sizes)  # it may load its own weights, which needs real memory

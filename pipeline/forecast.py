@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from pipeline import engine, models, network, output, sample
+from pipeline import models, network, output, sample
 from pipeline.config import RunConfig
 from pipeline.estimate import EXPLAINED, STARTUP_SECONDS, Estimate, Parallelism, Workload
 from pipeline.layout import Layout
+from pipeline.loader import Loader
 from pipeline.machines import LOCAL, Machine, Prices
 from pipeline.plan import Plan
 from pipeline.predictors import NetworkPredictor
@@ -143,7 +144,7 @@ def _sample(
     """With the stages of a job on this machine alone."""
     layout = Layout.of(config, machine.vcpus, machine.gpus)
     batch_size = layout.fit(predictor, config.batch_size)
-    loader = engine.loader_of(config, predictor, archive, plan, batch_size, 1, engine.LEAST_DECODE_BYTES)
+    loader = Loader.of(config, predictor, archive.options(), rows_per_table=batch_size, keep=plan.keep)
     found = sample.measure(plan, loader, predictor, machine, batch_size, layout.actors[1], say)
     return replace(found, costs=replace(found.costs, flops=models.count_flops(predictor.spec)))
 

@@ -8,8 +8,10 @@ where libjpeg interpolates, and resizing rounds once where Pillow rounds twice.
 import io
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -20,7 +22,8 @@ from torch.nn import functional
 
 from pipeline.config import Transform
 from pipeline.decode import Encoded, decode, scaled_sizes
-from pipeline.errors import DecodeError, SettingRefused
+from pipeline.errors import DecodeError, SettingRefused, message_line
+from pipeline.lane import finish
 from pipeline.vision import torchvision
 
 log = logging.getLogger(__name__)
@@ -55,18 +58,41 @@ class JpegDecoder:
     def __init__(self, transform: Transform, device: torch.device) -> None:
         """Raises SettingRefused where torchvision decodes nothing, or other colours, on this device."""
         self.transform, self.device = transform, device
+        self.own = threading.local()
         try:
-            self._probe()
+            with self._own_stream():
+                self._probe()
         except Exception as error:  # no nvJPEG in this torchvision, or none that works here
-            reason = str(error).partition("\n")[0]
             raise SettingRefused(
-                f"--decoder gpu: torchvision {version('torchvision')} decodes no JPEG on {device}: {reason}; "
-                "install a torchvision that is built with CUDA, or take --decoder fast"
+                f"--decoder gpu: torchvision {version('torchvision')} decodes no JPEG on {device}: "
+                f"{message_line(error)}; install a torchvision that is built with CUDA, or take --decoder fast"
             ) from error
 
     def __call__(self, jpegs: Sequence[Encoded]) -> tuple[Tensor, dict[int, DecodeError]]:
         """uint8 [M, crop, crop, 3] on the device, of those that are images, in order; and the errors of the others by
         their places."""
+        with self._own_stream():
+            pixels, errors = self._all(jpegs)
+        if self.device.type == "cuda":
+            pixels.record_stream(torch.cuda.current_stream(self.device))
+        return pixels, errors
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """What this thread starts on a GPU goes to a stream of its own; its caller's goes on behind that.
+
+        So memory that another thread's kernels still read is never this one's to decode into.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self.own, "stream"):
+            self.own.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.own.stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(self.own.stream)
+
+    def _all(self, jpegs: Sequence[Encoded]) -> tuple[Tensor, dict[int, DecodeError]]:
         crop = self.transform.crop
         pixels = torch.empty((len(jpegs), crop, crop, 3), dtype=torch.uint8, device=self.device)
         errors: dict[int, DecodeError] = {}
@@ -100,6 +126,7 @@ class JpegDecoder:
     def _decode(self, jpegs: Sequence[Encoded]) -> Tensor:
         """uint8 [N, crop, crop, 3] on the device. Raises RuntimeError where one of them cannot be decoded."""
         encoded = [torch.frombuffer(jpeg.data, dtype=torch.uint8) for jpeg in jpegs]
+        finish(self.device)  # nvJPEG waits for no stream: it would write where the last images are still being read
         images = torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=self.device)
         alike: dict[tuple[int, int, int], list[int]] = {}
         for place, (jpeg, image) in enumerate(zip(jpegs, images, strict=True)):

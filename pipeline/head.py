@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
@@ -39,17 +38,6 @@ class Network(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Normalised float [N, C, H, W] → embedding [N, embedding_dim], averaged over H and W before a convolution."""
         return self.forward(x)[0]
-
-    def head(self, features: Tensor) -> Tensor:
-        """Embedding → logits [N, num_classes].
-
-        Where a ReLU and the pooling follow the classifier (SqueezeNet) only `forward` gives the network's own logits.
-        """
-        if isinstance(self.classifier, nn.Conv2d):
-            return functional.linear(features, self.classifier.weight.flatten(1), self.classifier.bias)
-        if self.classifier is None:
-            raise ValueError("this network has no classifier")
-        return cast(Tensor, self.classifier(features))
 
 
 class _Beside(nn.Module):

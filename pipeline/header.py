@@ -45,7 +45,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
-    """Read the header only."""
+    """Read the header only.
+
+    Raises DecodeError (not_an_image, unsupported), and what Pillow raises on a broken header.
+    """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -72,7 +75,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None:
-    """Refuse images of few pixels that cost as much as one of far more than `max_pixels`."""
+    """Raise DecodeError (too_large) for few pixels that cost as much as far more than `max_pixels` would."""
     pixels = image.width * image.height
     most_scans = SCANS_OF_LARGEST * max_pixels // pixels
     if image.format in ("JPEG", "MPO") and len(data) > most_scans * SCAN_BYTES:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import message_line
+
 log = logging.getLogger(__name__)
 
 GRAPH_WARM_UPS = 2
@@ -20,13 +22,31 @@ Outputs = tuple[Tensor, Tensor | None]
 Forward = Callable[[Tensor], Outputs]
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what this thread has started on its stream. A thread that waited otherwise would
+    spin, on a core that should decode."""
+    if device.type == "cuda":
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
+
+
+def to_host(tensor: Tensor) -> np.ndarray:
+    """The same in this process's memory."""
+    if tensor.device.type == "cpu":
+        return tensor.numpy()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    finish(tensor.device)
+    return host.numpy()
+
+
 class Lane:
     """For one thread at a time, inside of `entered()`; what it returns is good until the lane is entered again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.copied = torch.cuda.Event() if self.stream else None  # type: ignore[no-untyped-call]
+        self.copied = torch.cuda.Event(blocking=True) if self.stream else None  # type: ignore[no-untyped-call]
         self.staging = torch.empty(0, dtype=torch.uint8)
         self.graph: _Graph | None = None
         self.records = self.stream is not None
@@ -68,13 +88,16 @@ class Lane:
         if not (record and self.records):
             return forward(pixels)
         if self.graph is None or not self.graph.is_of(forward, pixels):
-            try:
-                self.graph = _Graph(forward, pixels)
-            except RuntimeError as error:  # a network that looks at its own numbers, or a GPU without the memory
-                log.warning("no CUDA graph of the network, so it runs without: %s", str(error).partition("\n")[0])
-                self.graph, self.records = None, False
-                return forward(pixels)
-        return self.graph(pixels)
+            self.graph = self._recorded(forward, pixels)
+        return (self.graph or forward)(pixels)  # outside of the handler: the error holds on to the recording's memory
+
+    def _recorded(self, forward: Forward, pixels: Tensor) -> "_Graph | None":
+        try:
+            return _Graph(forward, pixels)
+        except RuntimeError as error:  # a network that looks at its own numbers, or a GPU without the memory
+            log.warning("no CUDA graph of the network, so it runs without: %s", message_line(error))
+            self.records = False
+            return None
 
     def free(self) -> None:
         """Give back the memory; what runs meanwhile keeps its own until it ends."""

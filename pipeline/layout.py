@@ -64,7 +64,7 @@ class Layout:
         """Tell a predictor what each of its actors gets; returns the images a batch, where None are asked for too."""
         chosen = batch_size or (256 if self.actor_gpus else 64)
         predictor.threads, predictor.batch_size = self.actor_threads, chosen
-        predictor.gpu_share = self.actor_gpus or None
+        predictor.gpu_share = self.actor_gpus
         return chosen
 
     def read_tasks(self, units: int) -> tuple[int, int]:

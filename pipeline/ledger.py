@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.coverage import Coverage, Ranges
-from pipeline.errors import OutputLocked, StorageRefused
+from pipeline.errors import OutputLocked, OutputRefused, StorageRefused
 from pipeline.prefetch import ordered_map
 
 COMMITS, ATTEMPTS, LOCK = "_commits", "_attempts", "_lock.json"
@@ -189,8 +189,9 @@ def valid_commits(output: str, last_attempt: int) -> Iterator[Commit]:
 def sweep(ledger: Ledger) -> int:
     """Remove commits that do not count, parts that no commit names, and half files; return how many of the first two.
 
-    A driver that was replaced may be writing still: it fails, as it must.
+    A driver that was replaced may be writing still: it fails, as it must. Raises OutputLocked in such a driver.
     """
+    check_newest(ledger)
     storage.remove_broken_writes(ledger.output)
     commits = {info.uri: _stem(info.uri) in ledger.names for info in _list(ledger.output, COMMITS)}
     kept = ordered_map(storage.read, [uri for uri, counts in commits.items() if counts], READ_THREADS, 8 * READ_THREADS)
@@ -204,6 +205,23 @@ def sweep(ledger: Ledger) -> int:
     for uri in orphans:
         storage.delete(uri)
     return len(orphans)
+
+
+def check_newest(ledger: Ledger) -> None:
+    """Raise OutputLocked if a later attempt has begun: what counts is its to say."""
+    if last_attempt(ledger.output) != ledger.attempt:
+        raise OutputLocked(f"another driver took over {ledger.output} while this one stood still; this one stops")
+
+
+def void(output: str) -> str | None:
+    """Before a run is removed: an attempt that accepts nothing, so that a task of that run which writes late writes for
+    an attempt that is over. Return its record's URI, None if no attempt ever began."""
+    last = last_attempt(output)
+    if not last:
+        return None
+    record = {"attempt": last + 1, "id": uuid.uuid4().hex, "began": _now(), "status": "overwritten", "accepts": []}
+    storage.create(_attempt_uri(output, last + 1), json.dumps(record).encode())
+    return _attempt_uri(output, last + 1)
 
 
 def parts(output: str) -> Iterator[storage.ObjectInfo]:
@@ -258,16 +276,23 @@ class Lock:
             "process_start": _process_start(os.getpid()),
         }
         self.lost = threading.Event()
+        self.beaten = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
 
     def __enter__(self) -> "Lock":
         beat = self._content(0)
         try:
-            storage.create(self.uri, beat)
-        except FileExistsError:
-            self._wait_for_stale()
-            storage.write(self.uri, beat)
+            try:
+                storage.create(self.uri, beat)
+            except FileExistsError:
+                self._wait_for_stale()
+                storage.write(self.uri, beat)
+        except (PermissionError, NotADirectoryError) as error:
+            raise OutputRefused(
+                f"--output {self.output} cannot be written: {error}; name a directory or bucket that you may write to"
+            ) from error
+        self.beaten = time.time()
         self._thread.start()
         return self
 
@@ -279,7 +304,9 @@ class Lock:
                 storage.delete(self.uri)
 
     def check(self) -> None:
-        """Raise OutputLocked if another driver has taken over."""
+        """Raise OutputLocked if another driver has taken over. By its own heart, unless that has stood still."""
+        if abs(time.time() - self.beaten) > LEASE_SECONDS / 2 and not self._is_own():
+            self.lost.set()
         if self.lost.is_set():
             raise OutputLocked(f"another driver took over {self.output} while this one stood still; this one stops")
 
@@ -288,10 +315,14 @@ class Lock:
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
             with contextlib.suppress(OSError, StorageRefused):  # a beat missed is made up for by the next
-                if self._read().get("id") != self.owner["id"]:
+                if not self._is_own():
                     self.lost.set()
                     return
                 storage.write(self.uri, self._content(number))
+                self.beaten = time.time()
+
+    def _is_own(self) -> bool:
+        return bool(self._read().get("id") == self.owner["id"])
 
     def _wait_for_stale(self) -> None:
         seen = self._read()

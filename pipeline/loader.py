@@ -4,14 +4,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import schema, sources, usage
 from pipeline.budget import MemoryBudget
-from pipeline.config import Transform
+from pipeline.config import RunConfig, Transform
 from pipeline.coverage import Ranges
 from pipeline.decode import Decoded, Encoded, decode, leave_encoded
 from pipeline.errors import ImageError
@@ -19,6 +19,11 @@ from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import ReadOptions, Record, ShardEnd
 
+if TYPE_CHECKING:
+    from pipeline.predictors import Predictor
+
+LEAST_DECODE_BYTES = 128 << 20
+"""A read task may always decode so much at once."""
 LEFT_TABLE_BYTES = 64 << 20
 LEFT_BATCH_BYTES = 1 << 30
 """JPEGs that are left encoded: so many bytes end a table, and a batch of the largest is this much. An Arrow column of
@@ -46,18 +51,48 @@ class Loader:
     decode_bytes: int = 1 << 30
     leave_jpegs: bool = False
 
+    @staticmethod
+    def of(
+        config: RunConfig,
+        predictor: "Predictor",
+        options: ReadOptions,
+        *,
+        rows_per_table: int,
+        threads: int = 1,
+        keep: pa.Schema | None = None,
+        decode_bytes: int = LEAST_DECODE_BYTES,
+    ) -> "Loader":
+        """As the settings of a run and its predictor want it. keep: the kept columns, by their names in the shards."""
+        exact, aliases = config.decoder == "exact", config.keep_names()
+        return Loader(
+            transform=predictor.transform,
+            options=options,
+            keep={column.name: (aliases[column.name], column.type) for column in keep or ()},
+            max_pixels=config.max_pixels,
+            exif_rotate=config.exif_rotate,
+            exact=exact,
+            keep_tiles=predictor.takes_tiles and not exact,
+            rows_per_table=rows_per_table,
+            threads=threads,
+            decode_bytes=decode_bytes,
+            leave_jpegs=config.decoder == "gpu" and predictor.takes_encoded,
+        )
+
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
         """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
         items = sources.read(shard, todo, self.options)
         batch: list[_Row] = []
-        left_bytes = 0
+        images = left_bytes = 0
         work = partial(self._decode, MemoryBudget(self.decode_bytes))
         for row in ordered_map(work, items, self.threads, 4 * self.threads, _encoded_bytes):
-            batch.append(row)
-            left_bytes += len(row.image.data) if isinstance(row.image, Encoded) else 0
-            if len(batch) == self.rows_per_table or left_bytes >= LEFT_TABLE_BYTES:
+            is_image = isinstance(row.item, Record)
+            # The end of the shard goes along with the last images: alone it would take an image's place in a batch.
+            if is_image and (images == self.rows_per_table or left_bytes >= LEFT_TABLE_BYTES):
                 yield self._table(shard, batch)
-                batch, left_bytes = [], 0
+                batch, images, left_bytes = [], 0, 0
+            batch.append(row)
+            images += is_image
+            left_bytes += len(row.image.data) if isinstance(row.image, Encoded) else 0
         if batch:
             yield self._table(shard, batch)
 

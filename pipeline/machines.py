@@ -163,9 +163,10 @@ class Prices:
                 f"--cluster is {shape!r}: write how many of which machine, as in 8xg6.2xlarge+2xc7i.4xlarge"
             )
         if name not in self.machines:
-            near = difflib.get_close_matches(name, self.machines, 4) or list(self.machines)
+            near = difflib.get_close_matches(name, self.machines, 4)
+            known = f"Near it: {', '.join(near)}" if near else f"It knows {', '.join(self.machines)}"
             raise SettingRefused(
-                f"--cluster {shape}: no price file says what {name!r} is. Near it: {', '.join(near)}; "
+                f"--cluster {shape}: the price file does not say what {name!r} is. {known}; "
                 f"add it to a copy of {PRICES.name} and name that with --prices"
             )
         return int(count), self.machines[name]

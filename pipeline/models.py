@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Transform
 from pipeline.errors import WeightsRefused
-from pipeline.families import Family, Source, find_family
+from pipeline.families import Family, WeightsSource, find_family
 from pipeline.head import RGB, Network, Shape, first_convolution, probe
 from pipeline.labels import read_labels
 from pipeline.weights import align, fetch_weights, fit, read_state
@@ -98,7 +98,7 @@ def build(spec: ModelSpec) -> Network:
     Raises WeightsRefused where the weights cannot be had on this node, or are not the ones that were described.
     """
     family = find_family(spec.model, spec.seed)
-    source = Source(spec.weights, spec.weights_uri, spec.own_weights)
+    source = WeightsSource(spec.weights, spec.weights_uri, spec.own_weights)
     sizes = {"num_classes": spec.num_classes, "in_channels": spec.in_channels, "image_size": spec.transform.crop}
     if spec.weights_uri is None:
         body = family.random(source.own, sizes)
@@ -130,7 +130,7 @@ def _check_state(
     network: nn.Module,
     sizes: dict[str, int],
     shape: Shape,
-    source: Source,
+    source: WeightsSource,
     path: str,
     need_head: bool,
 ) -> Shape:

@@ -1,7 +1,9 @@
 """The network at work: on its device, in its number format, folded and compiled where that pays."""
 
 import logging
+import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +20,9 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from pipeline.config import Transform
+from pipeline.errors import SettingRefused
 from pipeline.head import Network
-from pipeline.lane import Forward, Lane, Outputs
+from pipeline.lane import Forward, Lane, Outputs, finish
 from pipeline.models import ModelSpec, build
 from pipeline.weights import cache_folder
 
@@ -33,22 +36,34 @@ CPU_BATCH_SIZE = 8
 """Images that a CPU computes at once: what lies between two layers of more does not stay in its caches. Against 64,
 ResNet-50 runs 1.2–1.3 times as fast, ResNet-18 1.1 times (two cores, AVX2)."""
 
+WARM_UPS = {"cpu": 1, "cuda": 3}
+"""Batches of a lane before it is known how fast the network runs: cuDNN tries its kernels out in each thread, and what
+the other lane starts waits meanwhile."""
+
+GPU_SIZES = 8
+"""Sizes of batches at most that a GPU is given: for each of them cuDNN tries its kernels out anew, in each thread."""
+
 PROBE_IMAGES = 8
 MEMORY_SHARE = 0.8
 """Of the free memory of a GPU, what batches may fill: compiled networks and graphs keep more than the trial shows."""
+
+DRIVER_FILE = "/dev/nvidiactl"
+"""There where NVIDIA's driver is loaded, also one that is too old for torch."""
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601, as Pillow's convert("L")."""
 
 
-class Runner:
+class NetworkRunner:
     """A network on this process's GPU, or on the CPU with so many threads.
 
     compile: on (at once), off, or auto: once it is known how fast the network runs without, if the `images` that are to
     come make it worth while. A compiled network takes batches of one size, to which short ones are padded.
     batch_size: images at once at most; fewer on a CPU, and where the GPU's memory does not hold so many.
     lanes: batches under way at once, each from a thread of its own; a GPU's network is started by one at a time.
-    gpu_share: of the GPU's memory, what this process may fill; its batches are made so small that they fit.
+    gpu_share: of a GPU, what this process was given, none with 0; its batches are made so small that they fit into that
+    share of the memory. With None it takes the whole GPU where there is one.
+    Raises SettingRefused for a GPU that it was given and that torch cannot use.
     """
 
     def __init__(
@@ -61,9 +76,9 @@ class Runner:
         threads: int | None = None,
         images: int | None = None,
         lanes: int = 1,
-        gpu_share: float = 1.0,
+        gpu_share: float | None = None,
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = _device(gpu_share)
         self.workers: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
             # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
@@ -79,14 +94,14 @@ class Runner:
         self.state = f"{self.device}, {str(dtype).removeprefix('torch.')}"
         network = _FromPixels(_folded(build(spec), spec), spec, dtype)
         self.forward: Forward = network.to(self.device)
-        self.batches = 0
+        self.batches, self.pace = 0, math.inf  # seconds an image, uncompiled
         self.starting = threading.RLock()
         self.all_lanes = [Lane(self.device) for _ in range(lanes)]
         self.free_lanes: SimpleQueue[Lane] = SimpleQueue()
         for lane in self.all_lanes:
             self.free_lanes.put(lane)
         if self.device.type == "cuda":
-            self.batch_size = min(self.batch_size, self._fitting(gpu_share))
+            self.batch_size = min(self.batch_size, self._fitting(gpu_share or 1.0))
         if compile == "on":
             self._compile()
 
@@ -112,35 +127,47 @@ class Runner:
     def _run(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
         started = time.perf_counter()
         pieces = [pixels[first : first + self.batch_size] for first in range(0, len(pixels), self.batch_size)]
+        rows = [self._rows(len(piece)) for piece in pieces]
         if self.workers:
-            found = list(self.workers.map(lambda piece: self._batch(Lane(self.device), piece), pieces))
+            found = list(self.workers.map(self._batch, [Lane(self.device) for _ in pieces], pieces, rows))
         else:
-            found = [self._batch(lane, piece) for piece in pieces]
+            found = list(map(partial(self._batch, lane), pieces, rows))
         if self.images is not None:
-            if lane.stream:
-                lane.stream.synchronize()
+            finish(self.device)
             self._consider(len(pixels), time.perf_counter() - started)
         if len(found) == 1:
             return found[0]
         logits = [each for _, each in found if each is not None]
         return torch.cat([features for features, _ in found]), torch.cat(logits) if logits else None
 
-    def _batch(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
+    def _rows(self, images: int) -> int:
+        """What a batch of so many is filled up to."""
+        if self.fixed_size is None and self.device.type == "cuda":
+            return rounded_up(images, self.batch_size)
+        return max(self.fixed_size or 0, images)
+
+    def _batch(self, lane: Lane, pixels: np.ndarray | Tensor, rows: int) -> Outputs:
         with torch.no_grad():
-            on_device = self._at_crop(lane.upload(pixels, max(self.fixed_size or 0, len(pixels))))
+            on_device = self._at_crop(lane.upload(pixels, rows))
             with nullcontext() if self.workers else self.starting:
                 features, logits = lane.run(self.forward, on_device, self.fixed_size is not None)
         return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
 
     def _consider(self, images: int, seconds: float) -> None:
-        """Compile if that pays: decided once, after the first whole batch that did not have to warm up."""
+        """Compile if that pays: decided once, by the fastest batch, when there was one that did not have to warm up.
+
+        seconds: of a batch while each lane had one.
+        """
         with self.starting:
             if self.images is None:
                 return
             self.images -= images
+            if images < self.batch_size // 2:
+                return
             self.batches += 1
-            if self.batches > len(self.all_lanes) and images >= self.batch_size:
-                left_seconds, self.images = self.images * seconds / images, None
+            self.pace = min(self.pace, seconds / images / len(self.all_lanes))
+            if self.batches > WARM_UPS[self.device.type] * len(self.all_lanes):
+                left_seconds, self.images = self.images * self.pace, None
                 if left_seconds > COMPILE_PAYS_SECONDS:
                     self._compile()
 
@@ -156,12 +183,15 @@ class Runner:
 
     def _fitting(self, share: float) -> int:
         """How many images all lanes may hold at once, from what a few take of the GPU's free memory."""
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with self.lane() as run:
-            run(self._blank(PROBE_IMAGES))
-            torch.cuda.synchronize()
+        lane = self.all_lanes[0]
+        with lane.entered():
+            for _ in range(2):  # the second counts: in the first, libraries try out what takes more
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                self._batch(lane, self._blank(PROBE_IMAGES), PROBE_IMAGES)
+                torch.cuda.synchronize()
         image_bytes = (torch.cuda.max_memory_allocated() - before) / PROBE_IMAGES
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return images_that_fit(min(free, total * share), image_bytes, len(self.all_lanes))
 
@@ -177,8 +207,12 @@ class Runner:
             torch.set_num_threads(1)  # as where it will run: what is compiled goes by it
         try:
             compiled = torch.compile(eager, dynamic=False, options=options)
+            before = _graph_breaks()
             with torch.no_grad():
                 compiled(torch.from_numpy(self._blank(size)).to(self.device))
+            if _graph_breaks() > before:  # it looks at its own numbers: recording it fails, and harms torch's allocator
+                for lane in self.all_lanes:
+                    lane.records = False
             self.forward, self.fixed_size, self.state = compiled, size, f"{self.state}, compiled"
         except Exception as error:  # no C++ compiler, or a network that the compiler cannot take
             reason = " ".join(str(error).splitlines()[:2])
@@ -186,6 +220,25 @@ class Runner:
             self.state = f"{self.state}, not compiled: {reason}"
         finally:
             torch.set_num_threads(threads)
+
+
+def _device(gpu_share: float | None) -> torch.device:
+    if gpu_share != 0 and torch.cuda.is_available():
+        return torch.device("cuda")
+    if gpu_share and os.path.exists(DRIVER_FILE):
+        raise SettingRefused(
+            f"--gpus-per-actor is {gpu_share:g}, and on {socket.gethostname()} torch {torch.__version__} for CUDA "
+            f"{torch.version.cuda} can use no GPU: the driver is too old for it, libcuda is not found, or this torch "
+            "is built without CUDA; mend that, or take --gpus-per-actor 0, which computes on the CPU"
+        )
+    return torch.device("cpu")
+
+
+def _graph_breaks() -> int:
+    """How often torch.compile had to cut a network in two, in this process."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
 
 
 def _lone_threads(count: int) -> ThreadPoolExecutor:
@@ -206,6 +259,12 @@ def _lone_threads(count: int) -> ThreadPoolExecutor:
 def images_that_fit(free_bytes: float, image_bytes: float, lanes: int) -> int:
     """Images a batch, at least one, where each of several lanes has one under way."""
     return max(1, int(free_bytes * MEMORY_SHARE / lanes / max(image_bytes, 1)))
+
+
+def rounded_up(images: int, batch_size: int) -> int:
+    """The next one of GPU_SIZES sizes of batches, of which the largest is batch_size."""
+    step = -(-batch_size // GPU_SIZES)
+    return max(images, min(batch_size, -(-images // step) * step))
 
 
 def _enlarged(tiles: Tensor, transform: Transform) -> Tensor:
@@ -255,7 +314,7 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
 

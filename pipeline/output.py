@@ -14,15 +14,15 @@ from typing import Any
 import pipeline
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
-from pipeline import storage
+from pipeline import schema, storage
 from pipeline.config import RunConfig, fingerprint
-from pipeline.errors import OutputRefused
+from pipeline.errors import OutputRefused, SettingRefused
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.sources.discover import Archive
 from pipeline.update import Change
 
-RUN, SUCCESS = "_run.json", "_SUCCESS"
+RUN, SUCCESS, ATTEMPTS = "_run.json", "_SUCCESS", f"{ledgers.ATTEMPTS}/"
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
 
 
@@ -35,6 +35,7 @@ def settings(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
 def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[Plan, Change | None]:
     """Make the output ready for the next attempt: the plan it has or a new one, and what an update found."""
     wanted = settings(config, predictor)
+    _check_keep(config, predictor)
     if config.overwrite:
         _remove_all(config.output)
     found = _read_run(config.output)
@@ -54,6 +55,18 @@ def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[
     if plan is None:
         return plans.make(config.output, archive.shards(), archive.keep_types), None
     return _update(plan, archive) if config.update else (plan, None)
+
+
+def _check_keep(config: RunConfig, predictor: Predictor) -> None:
+    """Raise SettingRefused for a kept column that bears the name of another."""
+    taken = {*schema.predicted(predictor.columns, {}).names, *schema.loaded({}).names}
+    for name, alias in config.keep_names().items():
+        if alias in taken:
+            raise SettingRefused(
+                f"--keep {name}: a column {alias!r} is there already; give it another name, "
+                f"as in --keep {name}:own_{name}"
+            )
+        taken.add(alias)
 
 
 def _versions() -> dict[str, str]:
@@ -100,6 +113,7 @@ def draft(archive: Archive) -> Iterator[Plan]:
 
 def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     """The plan's totals and the settings, without writing to the output."""
+    _check_keep(config, predictor)
     with draft(Archive(config)) as plan:
         kinds = dict(Counter(shard.kind for shard in plans.read_shards(plan)))
     return {
@@ -127,7 +141,7 @@ def _run_uri(output: str) -> str:
 def _refuse_foreign(output: str) -> None:
     """Never mix results into a directory of something else."""
     for info in storage.list_objects(output):
-        if info.uri != storage.join(output, ledgers.LOCK):
+        if info.uri != storage.join(output, ledgers.LOCK) and not info.uri.startswith(storage.join(output, ATTEMPTS)):
             raise OutputRefused(
                 f"{output} holds {info.uri} and is no earlier run of Nightshift; name an empty directory"
             )
@@ -145,7 +159,7 @@ def _remove_all(output: str) -> None:
     """Remove an earlier run, its `_run.json` last; refuse to touch what is not one."""
     if _read_run(output) is None:
         return
-    keep = {_run_uri(output), storage.join(output, ledgers.LOCK)}
+    keep = {_run_uri(output), storage.join(output, ledgers.LOCK), ledgers.void(output)}
     for info in storage.list_objects(output):
         name = info.uri[len(output) + 1 :]
         if info.uri not in keep and name.startswith(("part-", "_")):

@@ -1,6 +1,7 @@
 """decode → predict: a predictor over Arrow tables. A row that cannot be predicted costs itself, never its batch."""
 
 import math
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline import schema, usage
 from pipeline.decode import Encoded
-from pipeline.errors import ImageError, NightshiftError, PredictError
+from pipeline.errors import DecodeError, ImageError, NightshiftError, PredictError, message_line
 from pipeline.predictors import Predictor
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -58,12 +59,28 @@ class Predict:
         errors: dict[int, ImageError] = {}
         if is_jpeg.any():
             jpegs = np.flatnonzero(is_jpeg)
-            pixels, found = self.predictor.decode(_jpegs(table, column, jpegs))
+            decoded, found = self._decoded(_jpegs(table, column, jpegs))
             errors = {int(jpegs[i]): error for i, error in found.items()}
             by_side.append(np.delete(jpegs, list(found)))
-            groups.append(pixels)
+            groups += decoded
         places = np.concatenate([np.empty(0, np.int64), *by_side])
         return places, _Images([pixels for pixels in groups if len(pixels)]), errors
+
+    def _decoded(self, jpegs: list[Encoded]) -> tuple[list[Any], dict[int, DecodeError]]:
+        """Pixels of those that are images, in groups, and the errors of the others by place; halved as a batch is."""
+        try:
+            pixels, errors = self.predictor.decode(jpegs)
+            return [pixels], errors
+        except NightshiftError:  # the device decodes nothing at all
+            raise
+        except Exception as error:  # a predictor may be the user's own and raise anything
+            self._stop_if_lost(error)
+            if len(jpegs) == 1:
+                return [], {0: DecodeError(*_reason(error))}
+        half = -(-len(jpegs) // 2)
+        left, left_errors = self._decoded(jpegs[:half])
+        right, right_errors = self._decoded(jpegs[half:])
+        return left + right, left_errors | {half + i: error for i, error in right_errors.items()}
 
     def _predict(self, pixels: "_Images") -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """Columns of as many rows as there are images, and the errors by image."""
@@ -92,11 +109,11 @@ class Predict:
             columns = self._columns(self.predictor.predict(pixels.joined(self.predictor)), len(pixels))
             return columns, {i: _not_finite() for i in _find_not_finite(columns)}
         except Exception as error:  # a predictor may be the user's own and raise anything
-            no_memory = _is_out_of_memory(error)
+            self._stop_if_lost(error)
             if len(pixels) == 1:
                 columns = {field.name: pa.nulls(1, field.type) for field in self.predictor.columns}
-                kind = OUT_OF_MEMORY if no_memory else "failed"
-                return columns, {0: PredictError(kind, f"{type(error).__name__}: {error}")}
+                return columns, {0: PredictError(*_reason(error))}
+            no_memory = _is_out_of_memory(error)
         half = -(-len(pixels) // 2)
         if no_memory:
             self.most = min(half, self.most or half)
@@ -105,6 +122,15 @@ class Predict:
         right, right_errors = self._piece(pixels[half:])
         errors = left_errors | {half + i: error for i, error in right_errors.items()}
         return {name: pa.concat_arrays([left[name], right[name]]) for name in left}, errors
+
+    def _stop_if_lost(self, error: Exception) -> None:
+        """A dead GPU fails for every image, which says nothing of the images: raise NightshiftError, so that none is
+        written off."""
+        if self.predictor.lost():
+            raise NightshiftError(
+                f"the GPU of {socket.gethostname()} answers no more: {message_line(error)}; "
+                "what was committed stays, run the same command again"
+            ) from error
 
     def _columns(self, found: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
         columns = {}
@@ -130,12 +156,11 @@ class Predict:
         merged |= {name: array.take(indices) for name, array in columns.items()}
         merged["network"] = pa.repeat(self.predictor.describe(), len(table))
         merged["predict_seconds"] = pa.array(np.where(take >= 0, seconds, 0.0).astype(np.float32))
-        for name, value in {"stage": "stage", "error_type": "error_type", "message": "message"}.items():
-            if errors:
-                values = merged[name].to_pylist()
-                for place, error in errors.items():
-                    values[place] = getattr(error, value)
-                merged[name] = pa.array(values, pa.string())
+        for name in ("stage", "error_type", "message") if errors else ():
+            values = merged[name].to_pylist()
+            for place, error in errors.items():
+                values[place] = getattr(error, name)
+            merged[name] = pa.array(values, pa.string())
         return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
 
 
@@ -169,9 +194,14 @@ def _with_usage(table: pa.Table, core_seconds: float, gpu_seconds: float) -> pa.
     return table
 
 
+def _reason(error: Exception) -> tuple[str, str]:
+    """error_type and message of an image that cannot be computed."""
+    return OUT_OF_MEMORY if _is_out_of_memory(error) else "failed", f"{type(error).__name__}: {error}"
+
+
 def _is_out_of_memory(error: Exception) -> bool:
-    """As Python, torch on CUDA, torch on the CPU and cuDNN say it."""
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    """As Python, torch on CUDA, torch on the CPU, cuBLAS and cuDNN say it."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.config import Transform, check_choices
+from pipeline.config import Transform, check_choices, flag
 from pipeline.errors import DecodeError, SettingRefused
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.decode import Encoded
     from pipeline.gpu_decode import JpegDecoder
     from pipeline.models import ModelSpec
-    from pipeline.network import Runner
+    from pipeline.network import NetworkRunner
 
 FIXED_BATCH_SIZE = 64
 
@@ -43,7 +43,7 @@ class Predictor:
 
     transform: the size that images are decoded to. columns: the result columns that it adds.
     threads, batch_size, images, gpu_share: what the run gives an actor: cores, images at once, about how many in all,
-    and GPUs, of which it may have a fraction; None before that.
+    and GPUs, of which it may have a fraction or none; None before that.
     max_concurrency: batches that an actor on a GPU may bring to `predict` at once, each on a thread of its own.
     takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` takes; with --decoder gpu it is given them.
@@ -85,6 +85,16 @@ class Predictor:
     def shrink(self, batch_size: int) -> None:
         """A batch did not fit the memory; those to come have at most this many images. Free what can be freed."""
 
+    def lost(self) -> bool:
+        """Whether this process's GPU answers no more, as torch knows it: asked after an error, which then was its."""
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                return True
+        return False
+
     def decode(self, jpegs: "Sequence[Encoded]") -> tuple[Any, dict[int, DecodeError]]:
         """JPEGs → what `predict` takes of those that are images, in order, and the errors of the others by place."""
         raise NotImplementedError(f"{type(self).__qualname__} has no decode()")
@@ -99,7 +109,7 @@ class Predictor:
         return int(torch.cuda.memory_reserved()) if torch and torch.cuda.is_initialized() else None
 
     def predict(self, pixels: np.ndarray) -> Columns:
-        """uint8 [N, crop, crop, 3] RGB → N values of each column."""
+        """uint8 [N, crop, crop, 3] RGB, with `takes_tiles` also smaller → N values of each column."""
         raise NotImplementedError(f"{type(self).__qualname__} has no predict()")
 
 
@@ -120,11 +130,6 @@ def _field_values(predictor: Predictor) -> dict[str, object]:
     return values
 
 
-def _flag(help: str, default: Any, choices: Sequence[str] | None = None, **more: Any) -> Any:
-    """A field that is also a command-line flag. choices, metavar: as argparse takes them."""
-    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {}), **more})
-
-
 @dataclass
 class NetworkPredictor(Predictor):
     """What Embedder and Classifier share: one network, its weights, and how it runs.
@@ -133,15 +138,15 @@ class NetworkPredictor(Predictor):
     compile auto: compiled where so much work is left that it pays.
     """
 
-    model: str = _flag("torchvision name, timm:<name>, or package.module:function", "resnet50", metavar="NAME")
-    weights: str = _flag("DEFAULT, a torchvision enum name, a path or URI, or random", "DEFAULT", metavar="WEIGHTS")
-    precision: str = _flag("number format of the network", "auto", ("auto", "float32", "bfloat16", "float16"))
-    compile: str = _flag("torch.compile: slow to start, then faster", "auto", ("auto", "on", "off"))
-    embedding_dtype: str = _flag("number format of the embedding column", "float32", ("float32", "float16"))
-    seed: int = _flag("seed of random weights", 0, metavar="N")
+    model: str = flag("torchvision name, timm:<name>, or package.module:function", "resnet50", metavar="NAME")
+    weights: str = flag("DEFAULT, a torchvision enum name, a path or URI, or random", "DEFAULT", metavar="WEIGHTS")
+    precision: str = flag("number format of the network", "auto", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = flag("torch.compile: slow to start, then faster", "auto", choices=("auto", "on", "off"))
+    embedding_dtype: str = flag("number format of the embedding column", "float32", choices=("float32", "float16"))
+    seed: int = flag("seed of random weights", 0, metavar="N")
     threads: int | None = None
     _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
-    _runner: "Runner | None" = field(default=None, init=False, repr=False, compare=False)
+    _runner: "NetworkRunner | None" = field(default=None, init=False, repr=False, compare=False)
     _jpeg_decoder: "JpegDecoder | None" = field(default=None, init=False, repr=False, compare=False)
 
     max_concurrency: ClassVar[int] = 2  # one computes while another's pixels come and its results go
@@ -197,11 +202,11 @@ class NetworkPredictor(Predictor):
         }
 
     def load(self) -> None:
-        """Build the network on this process's GPU, or on the CPU. Raises WeightsRefused."""
-        from pipeline.network import Runner
+        """Build the network on this process's GPU, or on the CPU. Raises WeightsRefused and SettingRefused."""
+        from pipeline.network import NetworkRunner
 
         batch_size = self.batch_size or FIXED_BATCH_SIZE
-        self._runner = Runner(
+        self._runner = NetworkRunner(
             self.spec,
             self.precision,
             self.compile,
@@ -209,11 +214,11 @@ class NetworkPredictor(Predictor):
             threads=self.threads,
             images=self.images,
             lanes=self.max_concurrency if self.gpu_share else 1,
-            gpu_share=self.gpu_share or 1.0,
+            gpu_share=self.gpu_share,
         )
 
     @property
-    def runner(self) -> "Runner":
+    def runner(self) -> "NetworkRunner":
         """The network, loaded."""
         if self._runner is None:
             self.load()
@@ -247,6 +252,12 @@ class NetworkPredictor(Predictor):
         if self._runner is not None:
             self._runner.shrink(batch_size)
 
+    def lost(self) -> bool:
+        if self._runner is None:
+            return super().lost()
+        with self._runner.starting:  # a GPU that is waited for while a graph is recorded on it spoils the recording
+            return super().lost()
+
     def _label_file(self) -> str | None:
         return None
 
@@ -263,7 +274,9 @@ class NetworkPredictor(Predictor):
 
     def _embedding(self, features: "Tensor") -> np.ndarray:
         """[N, embedding_dim] in embedding_dtype."""
-        return (features.half() if self.embedding_dtype == "float16" else features).cpu().numpy()
+        from pipeline.lane import to_host
+
+        return to_host(features.half() if self.embedding_dtype == "float16" else features)
 
 
 @dataclass
@@ -284,9 +297,9 @@ class Classifier(NetworkPredictor):
     score: probability, softmax over the logits in float32.
     """
 
-    labels: str | None = _flag("class names: text, JSON or CSV (default: the weights' own)", None, metavar="FILE")
-    top_k: int = _flag("classes to keep of each image", 5, metavar="N")
-    embeddings: bool = _flag("write the embedding too, in the same pass", False)
+    labels: str | None = flag("class names: text, JSON or CSV (default: the weights' own)", None, metavar="FILE")
+    top_k: int = flag("classes to keep of each image", 5, metavar="N")
+    embeddings: bool = flag("write the embedding too, in the same pass", False)
 
     needs_head: ClassVar[bool] = True
 
@@ -312,9 +325,11 @@ class Classifier(NetworkPredictor):
         return pa.schema([*best, *top, *([self._embedding_field(spec)] if self.embeddings else [])])
 
     def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
+        from pipeline.lane import to_host
+
         assert logits is not None
         top = logits.softmax(1).topk(min(self.top_k, self.spec.num_classes))
-        scores, ids = top.values.cpu().numpy(), top.indices.int().cpu().numpy()
+        scores, ids = to_host(top.values), to_host(top.indices.int())
         names = pa.array(self.spec.labels, pa.string()).take(pa.array(ids.reshape(-1)))
         offsets = pa.array(np.arange(0, ids.size + 1, ids.shape[1], dtype=np.int32))
         columns: dict[str, np.ndarray | pa.Array] = {

@@ -119,7 +119,7 @@ class Report:
             yield "", f"{count:,} × {kind}"
         if self.unchanged or self.removed:
             gone = f"; {self.removed:,} are gone from the archive, see _plan/removed.parquet" if self.removed else ""
-            yield "update", f"{self.unchanged:,} were done before and are unchanged{gone}"
+            yield "update", f"{self.unchanged:,} images or shards were done before and are unchanged{gone}"
         if self.resumed_images:
             attempts = f"{self.attempt - 1} earlier attempt{'s' * (self.attempt > 2)}"
             yield "resumed", f"{self.resumed_images:,} images were done before, by {attempts}"

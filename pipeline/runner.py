@@ -13,7 +13,7 @@ from pipeline import output, report
 from pipeline import sink as sinks
 from pipeline.config import RunConfig
 from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageRefused, TooManyErrors
-from pipeline.ledger import Ledger, Lock
+from pipeline.ledger import Commit, Ledger, Lock
 from pipeline.machines import Cluster, Prices
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
@@ -43,9 +43,11 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
             catch_signals()  # Ray has put its own handlers in place
             engine.layout_here(config)  # what does not fit is refused before anything is written
         prepared()
+        lock.check()  # a driver that stood still may have been replaced meanwhile
         plan, change = output.prepare(config, predictor, archive)
         if output.is_finished(config.output):
             return Report.load(config.output).with_change(change)
+        lock.check()
         ledger = ledgers.begin(config.output, partial(sinks.retire, config.output, plan.retired))
         ledgers.sweep(ledger)
         with _reported(config, predictor, plan, ledger, change, cluster), report.meter(plan, ledger) as meter:
@@ -55,6 +57,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
                 while units := list(plan.remaining(ledger.coverage)):
                     _work(config, predictor, archive, plan, ledger, lock, (meter, exported), units)
             ledgers.sweep(ledger)
+        ledgers.check_newest(ledger)
         output.finish(config.output)
         return Report.load(config.output)
 
@@ -76,14 +79,22 @@ def _work(
     flow = engine.Flow.of(config, predictor, archive, plan, ledger.attempt, units)
     for commit in flow.commits():
         lock.check()
-        if not ledger.accept(commit):
-            sinks.remove(config.output, commit)
+        _accept(ledger, commit)
         for watcher in watchers:
             watcher.update()
         if not plan.uncounted_shards:
             _check_errors(config, plan, ledger)
     if len(ledger.names) == commits_before:
-        raise NightshiftError(f"no image was committed in a whole pass over {len(units)} shards of {config.output}")
+        raise NightshiftError(
+            f"no image was committed in a whole pass over {len(units)} shards of {config.output}; run the same command "
+            "again, and if it ends so again, look at Ray's logs of the 'Write part' tasks"
+        )
+
+
+def _accept(ledger: Ledger, commit: Commit) -> None:
+    """Count a commit in, or take it back. A name that counts already is that commit again: a later try found it."""
+    if not ledger.accept(commit) and commit.name not in ledger.names:
+        sinks.remove(ledger.output, commit)
 
 
 def _check_errors(config: RunConfig, plan: Plan, ledger: Ledger) -> None:

@@ -46,7 +46,8 @@ SHARD_ROWS = "shard_rows"
 
 
 def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Rows on their way from decode to predict. pixels: uint8 [side, side, 3], null where the row is an error."""
+    """Rows on their way from decode to predict. pixels: uint8 [side, side, 3] as bytes, or a whole JPEG that
+    a GPU decodes; null where the row is an error or ends a shard."""
     pixels = pa.schema([(PIXELS, pa.binary()), (ORIENTATION, pa.int8())])
     return pa.schema(
         [

@@ -1,4 +1,4 @@
-"""URI → bytes, and back. Every read and write of the project goes through here.
+"""URI → bytes, and back. Every read of images, and every read and write of an output, goes through here.
 
 A URI is an absolute local path ("/data/a.jpg"), or `scheme://…`. s3, gs and az go through obstore, plain paths through
 the operating system, everything else (http, https, memory, hf, …) through fsspec.
@@ -15,6 +15,7 @@ or within it, is broken off after STALL_SECONDS and tried again.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import BinaryIO
@@ -22,7 +23,7 @@ from typing import BinaryIO
 import fsspec
 import fsspec.utils
 
-from pipeline.stores.base import Changed, ObjectInfo, Store, redact
+from pipeline.stores.base import Changed, ObjectInfo, Store, escaped, redact
 from pipeline.stores.bucket import bucket_store
 from pipeline.stores.local import LocalStore
 from pipeline.stores.other import fsspec_store
@@ -34,6 +35,7 @@ __all__ = [
     "ObjectInfo",
     "create",
     "delete",
+    "escaped",
     "head",
     "is_glob",
     "is_local",
@@ -134,7 +136,7 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
 
 def list_glob(pattern: str) -> Iterator[ObjectInfo]:
     """The objects that match a glob (`*`, `?`, `[…]` inside a folder, `**` across), sorted by URI."""
-    regex = fsspec.utils.re.compile(fsspec.utils.glob_translate(pattern))
+    regex = re.compile(fsspec.utils.glob_translate(pattern))
     fixed = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)]
     return (info for info in list_objects(fixed.rpartition("/")[0]) if regex.match(info.uri))
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline import coverage, storage
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline import sink as sinks
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, message_line
 from pipeline.ledger import Commit, Ledger, Lock
 from pipeline.output import RUN, SUCCESS, is_finished
 from pipeline.plan import Plan
@@ -30,7 +31,7 @@ class Verification:
     """What was found.
 
     planned: images, None while shards are left that nobody has counted. bad_commits: whose files are not what they
-    say, or that cover what another covers. orphans: URIs of parts that no commit names.
+    say, or that cover what another covers; `repair` has taken them back.
     """
 
     output: str
@@ -41,7 +42,6 @@ class Verification:
     commits: int = 0
     problems: list[str] = field(default_factory=list)
     bad_commits: list[Commit] = field(default_factory=list)
-    orphans: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -59,39 +59,51 @@ class Verification:
 
 
 def verify(output: str) -> Verification:
-    """Check an output directory against its own plan and ledger; raises InputRefused if it holds no run."""
+    """Check an output directory against its own plan and ledger; raises InputRefused if it holds no run.
+
+    Of a run at work it tells how far that is: nobody is kept from writing meanwhile.
+    """
     output = storage.normalize(output)
-    try:
-        run = json.loads(storage.read(storage.join(output, RUN)))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputRefused(f"{output} holds no run of Nightshift: there is no {RUN}") from error
+    run = _read_run(output)
     found = Verification(output)
     plan = plans.load(output)
     if plan is None:
         found.problems.append("the plan was never finished; run the same command again")
         return found
+    parts = [info.uri for info in ledgers.parts(output)]  # before the commits: a part is there before its commit is
     ledger, commits = _check_ledger(found, plan)
     _check_parts(found, commits, run["fingerprint"])
+    _check_names(found, commits, parts)
     found.planned = plan.images(ledger.coverage.totals)
     if not found.problems and not is_finished(output):
         found.problems.append(f"{SUCCESS} is missing; run the same command again")
     return found
 
 
-def repair(found: Verification) -> list[str]:
-    """Take back what is wrong, so that the same job goes on and computes just that anew; return what was done.
+def repair(output: str) -> Verification:
+    """Verify, and take back what is wrong, so that the same job goes on and computes just that anew.
 
-    Only files of the run itself are removed. Raises OutputLocked while a driver works on the output.
+    Nobody else works on the output from the first look on. A part without a commit stays until the job goes on: a task
+    of a driver that died may commit it yet. Raises OutputLocked while a driver works on the output, and InputRefused.
     """
-    with Lock(found.output):
+    output = storage.normalize(output)
+    _read_run(output)  # a lock would make the folder
+    with Lock(output) as lock:
+        found = verify(output)
+        lock.check()
         if found.problems:
-            storage.delete(storage.join(found.output, SUCCESS))
+            storage.delete(storage.join(output, SUCCESS))
         for commit in found.bad_commits:
-            sinks.remove(found.output, commit)
-        for uri in found.orphans:
-            storage.delete(uri)
-    done = [f"took back commit {commit.name}" for commit in found.bad_commits]
-    return done + [f"removed {uri}" for uri in found.orphans]
+            lock.check()
+            sinks.remove(output, commit)
+    return found
+
+
+def _read_run(output: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(storage.read(storage.join(output, RUN))))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputRefused(f"{output} holds no run of Nightshift: there is no {RUN}") from error
 
 
 def _check_ledger(found: Verification, plan: Plan) -> tuple[Ledger, list[Commit]]:
@@ -116,7 +128,7 @@ def _check_ledger(found: Verification, plan: Plan) -> tuple[Ledger, list[Commit]
 
 
 def _check_parts(found: Verification, commits: list[Commit], fingerprint: str) -> None:
-    """Every file is what its commit says, all of one schema; no file without a commit; no image_id twice."""
+    """Every file is what its commit says, all of one schema; no image_id twice."""
     found.commits = len(commits)
     schemas: dict[str, pa.Schema] = {}
     hashes: list[NDArray[np.uint64]] = []
@@ -136,18 +148,19 @@ def _check_parts(found: Verification, commits: list[Commit], fingerprint: str) -
             if not schemas.setdefault(kind, file_schema).equals(file_schema):
                 found.problems.append(f"{kind} {commit.name}: its schema differs from the first one's")
                 found.bad_commits.append(commit)
+    _check_ids(found, commits, hashes)
+
+
+def _check_names(found: Verification, commits: list[Commit], parts: list[str]) -> None:
+    """No part without a commit, and nothing that is no part. parts: URIs."""
     named = {commit.part for commit in commits} | {f"_errors/{commit.errors_part}" for commit in commits}
-    for info in ledgers.parts(found.output):
-        if info.uri[len(found.output) + 1 :] not in named:
-            found.problems.append(f"{info.uri} belongs to no commit")
-            found.orphans.append(info.uri)
+    found.problems += [f"{uri} belongs to no commit" for uri in parts if uri[len(found.output) + 1 :] not in named]
     for info in storage.list_objects(found.output):
         name = info.uri[len(found.output) + 1 :]
         if not name.startswith(("_", "part-")):
             found.problems.append(
                 f"{info.uri} is no file of this run, and readers of the directory would take it for one"
             )
-    _check_ids(found, commits, hashes)
 
 
 def _check_ids(found: Verification, commits: list[Commit], hashes: list[NDArray[np.uint64]]) -> None:
@@ -202,7 +215,7 @@ def _read(uri: str, name: str, checked: _Checked) -> pa.Table | None:
     except FileNotFoundError:
         checked.problems.append(f"{name} is missing")
     except (OSError, pa.ArrowException) as error:
-        checked.problems.append(f"{name} cannot be read: {str(error).splitlines()[0]}")
+        checked.problems.append(f"{name} cannot be read: {message_line(error)}")
     return None
 
 

@@ -224,7 +224,7 @@ def _fetch_from_hub(uri: str) -> Path:
         _within(OPEN_TIMEOUT_S, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(repository, name)))
         return Path(hub.hf_hub_download(repository, name))
     except Exception as error:  # the client's errors share no base class over its versions
-        raise OSError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise OSError(f"{first_line(error)}") from error
 
 
 def _out_of_reach(uri: str, error: Exception, official: bool) -> str:

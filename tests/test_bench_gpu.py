@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from itertools import chain
 from pathlib import Path
 
@@ -58,6 +59,25 @@ def test_the_rate_counts_every_thread_and_no_warm_up() -> None:
     assert len(calls) > 3 * gpu.WARM_UPS
     with pytest.raises(ZeroDivisionError):
         gpu.rate(lambda: 1 // 0, 0.05, 2)
+
+
+def test_a_network_is_let_go_before_the_next_one_takes_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Network:
+        def describe(self) -> str:
+            return ""
+
+    made: list[weakref.ref[Network]] = []
+
+    def embedder(*_: object) -> Network:
+        assert all(each() is None for each in made)
+        network = Network()
+        made.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(gpu, "embedder", embedder)
+    monkeypatch.setattr(gpu, "predict_rate", lambda *_: 1.0)
+    bench_gpu.GpuBenchmark(None, 1, "", [4, 8], 0.1, False, None, gpu="0")._network_alone()
+    assert len(made) == 4
 
 
 def test_idle_is_told_of_a_window() -> None:

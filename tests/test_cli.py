@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
-from pipeline import cli
+from pipeline import cli, output
 from pipeline.config import RunConfig, fingerprint
 from pipeline.errors import Interrupted, NotWhole, OutputLocked, Refused, SettingRefused, TooManyErrors
 from pipeline.predictors import Classifier, Embedder
@@ -50,7 +52,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("nosuch: 1", "no flag is called nosuch"), ("- 1", "one flag a line"), ("a: [", "cannot be read")],
+    [
+        ("nosuch: 1", "no flag is called nosuch"),
+        ("- 1", "one flag a line"),
+        ("a: [", "cannot be read"),
+        ("model: {a: b}", "model is .* one value or a list"),
+        ("overwrite: maybe", "overwrite is 'maybe': it must be true or false"),
+    ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "job.yaml"
@@ -59,6 +67,27 @@ def test_a_bad_config_file_is_refused(tmp_path: Path, text: str, said: str) -> N
         parsed("--config", str(file))
     with pytest.raises(SettingRefused, match="cannot be read"):
         parsed("--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("text", ["limit: ten", "max_error_rate: 5%", "batch_size: 16.5", "limit: [1, 2x]"])
+def test_a_value_in_the_file_is_checked_as_a_flag_is(tmp_path: Path, text: str, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parsed("--config", str(file))
+    assert ended.value.code == 2
+    assert f"--{text.partition(':')[0].replace('_', '-')}: invalid" in capsys.readouterr().err
+
+
+def test_values_in_the_file_are_what_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "input: 2024\noutput: o\nactors: 1:8\noverwrite: 'no'\nexif-rotate: false\nlimit: null\nkeep: [a, b]"
+    )
+    run, _ = parsed("--config", str(file))
+    assert run == {
+        "input": ["2024"], "output": "o", "actors": "1:8", "overwrite": False, "exif_rotate": False, "keep": ["a", "b"]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -77,6 +106,14 @@ def test_a_bad_config_file_is_refused(tmp_path: Path, text: str, said: str) -> N
 def test_bad_settings_are_refused_with_value_and_remedy(values: dict, said: str) -> None:
     with pytest.raises(SettingRefused, match=said):
         RunConfig(**{"input": ("a",), "output": "o", **values})
+
+
+@pytest.mark.parametrize("keep", ["label", "text:width", "a:x,b:x", "text:gpu_seconds"])
+def test_a_kept_column_may_not_bear_a_name_that_is_taken(keep: str) -> None:
+    classifier = SimpleNamespace(columns=pa.schema([("label", pa.string())]))
+    with pytest.raises(SettingRefused, match=r"--keep \w+: a column '\w+' is there already; give it another name"):
+        output._check_keep(RunConfig(input="a", output="o", keep=keep), classifier)  # type: ignore[arg-type]
+    output._check_keep(RunConfig(input="a", output="o", keep="label:truth,text"), classifier)  # type: ignore[arg-type]
 
 
 def test_actors_and_gpus() -> None:

@@ -1,7 +1,10 @@
 """What `--input` may name, and what is refused before any work."""
 
 import io
+import itertools
 import tarfile
+import tracemalloc
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from pipeline.errors import InputRefused, Refused
 from pipeline.plan import Shard
 from pipeline.sources import Record, read
 from pipeline.sources.discover import Archive
+from pipeline.sources.uris import Seen
 
 IMAGE = b"not looked at here"
 
@@ -133,6 +137,71 @@ def test_a_name_that_is_not_utf_8_is_an_error_row(tmp_path: Path) -> None:
     assert (record.image_id, record.error.error_type) == (f"{tmp_path}/in/caf\\xe9.jpg", "not_found")
 
 
+def write_odd(folder: Path, name: bytes) -> None:
+    """A file whose name is not UTF-8."""
+    with open(bytes(folder) + b"/" + name, "wb") as file:
+        file.write(IMAGE)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.tar", b"caf\xe9.ZIP", b"caf\xe9.parquet"])
+def test_shards_whose_names_are_not_utf_8_are_refused(folder: Path, name: bytes) -> None:
+    write_odd(folder / "shards", name)
+    text = name.decode("utf-8", "backslashreplace")
+    for given in ("shards", "shards/*", f"shards/{name.decode('utf-8', 'surrogateescape')}"):
+        with pytest.raises(InputRefused) as caught:
+            shards(folder / given)
+        assert str(caught.value) == f"--input {folder}/shards/{text}: this name is not UTF-8; give it another one"
+
+
+def test_two_images_that_would_bear_one_name_are_refused(tmp_path: Path) -> None:
+    write_odd(tmp_path, b"caf\xe9.jpg")
+    write_odd(tmp_path, b"caf\\xe9.jpg")
+    with pytest.raises(InputRefused, match="this name is not UTF-8"):
+        shards(tmp_path)
+
+
+def test_names_that_are_not_utf_8_are_in_order(tmp_path: Path) -> None:
+    """As they are written, which is how an update compares them."""
+    (tmp_path / "caf\udce9").mkdir()
+    for name in (b"cafa.jpg", b"caf\xe9.jpg", b"caf\xe9/1.jpg", b"caf\xe9.png", b"cafe.jpg"):
+        write_odd(tmp_path, name)
+    (shard,) = shards(tmp_path, tmp_path / "cafa.jpg")
+    assert shard.keys == ("caf\\xe9.jpg", "caf\\xe9.png", "caf\\xe9/1.jpg", "cafa.jpg", "cafe.jpg")
+
+
+def test_credentials_of_lists_of_any_length_are_found_again(tmp_path: Path) -> None:
+    lists = {"a": 3, "b": plans.OBJECTS_PER_SHARD + 1, "c": 3}
+    lines = {name: [f"https://host/{name}{i}.jpg?w={i}" for i in range(count)] for name, count in lists.items()}
+    for name in lists:
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines[name]))
+    inputs = [str(tmp_path / f"{name}.txt") for name in lists]
+    for limit in (None, 2, 5, plans.OBJECTS_PER_SHARD + 5):
+        archive = Archive(RunConfig(input=inputs, output="/o", limit=limit))
+        plan = plans.make(str(tmp_path / "out"), archive.shards(), {})
+        found = archive.signed_keys(plan)
+        assert list(found) == list(range(plan.shards))
+        assert list(itertools.chain(*found.values())) == list(itertools.chain(*lines.values()))[:limit]
+    (tmp_path / "a.txt").write_text("\n".join(lines["a"][:2]))
+    with pytest.raises(InputRefused, match=r"a2\.jpg was where https://host/b0\.jpg is now"):
+        archive.signed_keys(plan)
+
+
+def test_image_ids_given_are_remembered_in_little_memory() -> None:
+    count = 100_000
+    ids = [f"https://host/{i:09d}.jpg" for i in range(count)]
+    tracemalloc.start()
+    try:
+        seen = Seen()
+        assert all(map(seen.add, ids))
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 25 * count
+    assert peak < 37 * count
+    assert not any(map(seen.add, ids))
+    assert seen.add("https://host/another.jpg")
+
+
 def test_kept_columns_of_a_list(folder: Path) -> None:
     path = folder / "list.csv"
     path.write_text("where,n,place\nloose/a/1.jpg,7,north\nloose/a/2.JPEG,8,\n")
@@ -190,3 +259,37 @@ def test_an_s3_prefix_is_found_like_a_folder(s3: S3Server, folder: Path) -> None
     assert ids(shards("s3://archive/discover")) == local
     assert len(ids(shards("s3://archive/discover/shards/{0000..0001}.tar"))) == 4
     assert len(ids(shards("s3://archive/discover/loose/**/*.jpg"))) == 1
+
+
+def put(s3: S3Server, key: str) -> None:
+    """By HTTP: obstore writes no such names."""
+    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/archive/{key}", data=IMAGE, method="PUT")).close()
+
+
+@pytest.mark.parametrize("key", ["a//b.jpg", "a/%2E%2E/b.jpg", "a/%01.jpg"])
+def test_an_object_that_has_no_path_is_refused_by_its_name(s3: S3Server, key: str) -> None:
+    prefix = f"pathless/{len(key)}"
+    put(s3, f"{prefix}/0.jpg")
+    put(s3, f"{prefix}/{key}")
+    for given in (prefix, f"{prefix}/*/*.jpg"):
+        with pytest.raises(InputRefused, match=f"s3://archive/{prefix} cannot be listed: .*{prefix}/a/"):
+            shards(s3.uri(given))
+
+
+def test_listed_names_that_look_like_credentials_are_names(s3: S3Server) -> None:
+    names = [f"img.jpg?key={i}.jpg" for i in range(2)] + ["z.zip?sig=1.zip", "z.zip?sig=2.zip"]
+    uris = [s3.uri(f"looks/{name}") for name in names]
+    for uri in uris[:2]:
+        storage.write(uri, IMAGE)
+    for uri in uris[2:]:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("q.jpg", IMAGE)
+        storage.write(uri, buffer.getvalue())
+    assert sorted(ids(shards(s3.uri("looks")))) == [*uris[:2], *(f"{uri}#q.jpg" for uri in uris[2:])]
+
+
+def test_inputs_that_differ_in_what_is_withheld_are_refused() -> None:
+    names = ["https://127.0.0.1:9/get.jpg?id=1", "https://127.0.0.1:9/get.jpg?id=2"]
+    with pytest.raises(InputRefused, match="given twice with different queries"):
+        list(Archive(RunConfig(input=names, output="o")).shards())

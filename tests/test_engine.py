@@ -1,14 +1,19 @@
 """How the stages share a cluster: no layout asks for more than there is, or leaves a stage without anything."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import images
 import pytest
+from PIL import Image
 from small_run import run_python
+from whole import write_tar
 
+from pipeline import engine
 from pipeline.config import RunConfig
 from pipeline.errors import SettingRefused
 from pipeline.layout import Layout
+from pipeline.predictors import Predictor
 
 
 def layout(cpus: float, gpus: float, grows: bool = False, **settings: str) -> Layout:
@@ -41,6 +46,12 @@ def test_gpus_are_all_taken_and_leave_the_cpus_to_decoding() -> None:
     assert layout(64, 8, gpus_per_actor="0.5").actors == (16, 16)
     assert layout(64, 8, actors="2:4").actors == (2, 4)
     assert layout(64, 8, gpus_per_actor="0").actor_gpus == 0
+
+
+def test_a_predictor_knows_whether_it_was_given_a_gpu() -> None:
+    for gpus, share in ((0, 0.0), (2, 1.0)):
+        layout(8, gpus).fit(predictor := Predictor(), None)
+        assert predictor.gpu_share == share
 
 
 @pytest.mark.parametrize(
@@ -109,3 +120,85 @@ def test_an_actor_on_a_gpu_has_two_batches_under_way(tmp_path: Path) -> None:
     for seed in range(32):
         (archive / f"{seed:02d}.png").write_bytes(images.encode(images.tile(seed=seed), "PNG"))
     assert run_python("-c", TWO_AT_ONCE, archive, tmp_path / "output").split()[-2:] == ["32", "0"]
+
+
+@pytest.mark.parametrize(("rows", "size_bytes", "parts"), [(10, 1, [4, 4, 1]), (10, 300 << 20, [2, 2, 2, 2, 1])])
+def test_parts_are_cut_by_rows_and_by_bytes(rows: int, size_bytes: int, parts: list[int]) -> None:
+    block = SimpleNamespace(ref="block", metadata=SimpleNamespace(num_rows=rows, size_bytes=size_bytes))
+    bundles = [SimpleNamespace(blocks=[block] * 3)] * 3
+    assert [len(blocks) for blocks in engine._cut(iter(bundles), 40)] == parts
+
+
+BATCHES = """
+import sys
+import pandas as pd
+import pyarrow as pa
+import ray
+from pipeline import Predictor, RunConfig, Transform, run
+
+class Together(Predictor):
+    transform = Transform(resize=32, crop=32)
+    columns = pa.schema([("batch", pa.int32())])
+
+    def predict(self, pixels):
+        return {"batch": [len(pixels)] * len(pixels)}
+
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=200 << 20)
+run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=8), Together())
+print(pd.read_parquet(sys.argv[2])["batch"].value_counts().to_dict())
+"""
+
+
+@pytest.mark.slow
+def test_the_ends_of_shards_make_no_batch_smaller(tmp_path: Path) -> None:
+    (archive := tmp_path / "archive").mkdir()
+    photo = images.encode(images.tile(), "PNG")
+    for name in ("a", "b", "c"):
+        write_tar(archive / f"{name}.tar", {f"{i:02d}.png": photo for i in range(16)})
+    assert run_python("-c", BATCHES, archive, tmp_path / "output").splitlines()[-1] == "{8: 48}"
+
+
+LOST = """
+import sys
+import pyarrow as pa
+import ray
+from pipeline import Predictor, RunConfig, Transform, run
+from pipeline.errors import NightshiftError
+
+class Fragile(Predictor):
+    transform = Transform(resize=32, crop=32)
+    columns = pa.schema([("brightness", pa.float32())])
+    max_concurrency = 2
+
+    def lost(self):
+        return self.breaks
+
+    def predict(self, pixels):
+        if self.breaks and pixels.max() == 255:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {"brightness": pixels.mean((1, 2, 3))}
+
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=200 << 20)
+predictor = Fragile()
+predictor.breaks = sys.argv[3] == "breaks"
+try:
+    report = run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=8), predictor)
+    print("done:", report.rows, report.errors)
+except NightshiftError as error:
+    print("ended:", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_gpu_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    (archive := tmp_path / "archive").mkdir()
+    for number in range(32):
+        colour = (255 if number == 20 else 90,) * 3
+        (archive / f"{number:02d}.png").write_bytes(images.encode(Image.new("RGB", (40, 40), colour), "PNG"))
+    given = ("-c", LOST, archive, output := tmp_path / "output")
+    said = (
+        "answers no more: CUDA error: an illegal memory access was encountered; what was committed stays, run the same"
+    )
+    assert f" {said} command again\n" in run_python(*given, "breaks")
+    assert not list(output.glob("_errors/*"))
+    assert run_python(*given, "holds").splitlines()[-1] == "done: 32 0"

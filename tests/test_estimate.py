@@ -92,10 +92,10 @@ def test_network_cards_carry_images_in_and_pixels_across() -> None:
     """On one machine pixels stay where they are; beside it, they come from the machines that decode."""
     large = replace(PHOTO, encoded_bytes=4_000_000)
     alone = workload(large).on(PRICES.cluster("g6.2xlarge"))
-    assert alone.limits[estimates.NETWORK] == pytest.approx(5e9 / 8 / 4_000_000)
+    assert alone.limits[estimates.NETWORK_CARDS] == pytest.approx(5e9 / 8 / 4_000_000)
     apart = workload().on(PRICES.cluster("g6.2xlarge+4xc7i.16xlarge"))
     own = 4 / (4 + 4 * 32)
-    assert apart.limits[estimates.NETWORK] == pytest.approx(5e9 / 8 / (own * 110_000 + (1 - own) * 150_528))
+    assert apart.limits[estimates.NETWORK_CARDS] == pytest.approx(5e9 / 8 / (own * 110_000 + (1 - own) * 150_528))
 
 
 def test_a_better_shape_is_cheaper_and_no_slower() -> None:

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import images
@@ -147,6 +149,58 @@ def test_an_image_that_nobody_can_decode_is_an_error() -> None:
     assert torch.equal(found, expected)
     nothing, errors = JpegDecoder(SMALL, CPU)([jpegs[1]])
     assert (len(nothing), list(errors)) == (0, [0])
+
+
+def test_each_call_of_the_device_waits_for_what_still_reads_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, calls, decode_jpeg = JpegDecoder(SMALL, CPU), [], gpu_decode.torchvision.io.decode_jpeg
+
+    def recorded(encoded: list[torch.Tensor], *settings: object, **more: object) -> list[torch.Tensor]:
+        calls.append(len(encoded))
+        return decode_jpeg(encoded, *settings, **more)
+
+    monkeypatch.setattr(gpu_decode.torchvision.io, "decode_jpeg", recorded)
+    monkeypatch.setattr(gpu_decode, "finish", lambda device: calls.append(device.type))
+    monkeypatch.setattr(gpu_decode, "DECODED_BYTES", 2 * 80 * 60 * 3)
+    decoder([left(photo(80, 60, seed=i)) for i in range(5)])
+    assert calls == ["cpu", 2, "cpu", 2, "cpu", 1]
+
+
+class Stream:
+    """Stands for one of a GPU; knows whom it waits for."""
+
+    def __init__(self, _: object = None) -> None:
+        self.waits_for: list[Stream] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waits_for.append(other)
+
+
+class OnDevice:
+    """Stands for pixels in a GPU's memory."""
+
+    def __init__(self) -> None:
+        self.used_by: list[Stream] = []
+
+    def record_stream(self, stream: Stream) -> None:
+        self.used_by.append(stream)
+
+
+def test_threads_decode_on_streams_of_their_own_which_the_callers_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, caller, entered = JpegDecoder(SMALL, CPU), Stream(), []
+    decoder.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(entered.append(stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: caller)
+    monkeypatch.setattr(decoder, "_all", lambda jpegs: (OnDevice(), {}))
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as thread:
+            for pixels, _ in thread.map(decoder, [[], []]):
+                assert pixels.used_by == [caller]
+    assert entered == caller.waits_for
+    first, again, other, other_again = entered
+    assert first is again
+    assert other is other_again
+    assert first is not other
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,7 +13,7 @@ from conftest import S3Server
 
 from pipeline import ledger as ledgers
 from pipeline import sink, storage
-from pipeline.errors import OutputLocked
+from pipeline.errors import OutputLocked, OutputRefused
 from pipeline.ledger import Commit, Ledger, Lock
 
 
@@ -58,12 +58,13 @@ class LedgerContract:
     def test_a_commit_that_comes_too_late_does_not_count(self, output: str) -> None:
         ledgers.begin(output)
         commit(output, 1, 0, 0, 10)
-        second = ledgers.begin(output)
+        ledgers.begin(output)
         late = commit(output, 1, 0, 10, 20)  # of a driver that was paused, then woken
         assert ledgers.read(output).coverage.of(0) == ((0, 10),)
-        assert ledgers.begin(output).coverage.of(0) == ((0, 10),)
+        third = ledgers.begin(output)
+        assert third.coverage.of(0) == ((0, 10),)
         assert late.part in names(output)
-        ledgers.sweep(second)
+        ledgers.sweep(third)
         assert late.part not in names(output)
 
     def test_overlapping_commits_are_refused(self, output: str) -> None:
@@ -86,6 +87,22 @@ class LedgerContract:
         storage.write(f"{output}/_errors/part-0001-000000-00000010-dead.parquet", b"rows")
         assert ledgers.sweep(ledger) == 2
         assert names(output) == [kept.part]
+
+    def test_a_driver_that_was_replaced_sweeps_nothing(self, output: str) -> None:
+        first = ledgers.begin(output)
+        second = ledgers.begin(output)
+        kept = commit(output, second.attempt, 0, 0, 10)
+        with pytest.raises(OutputLocked, match="another driver took over"):
+            ledgers.sweep(first)
+        assert names(output) == [kept.part]
+        ledgers.check_newest(second)
+
+    def test_what_a_removed_run_writes_late_counts_for_nothing(self, output: str) -> None:
+        ledgers.begin(output)
+        assert ledgers.void(output) == f"{output}/_attempts/2.json"
+        commit(output, 1, 0, 0, 10)
+        assert ledgers.begin(output).attempt == 3
+        assert ledgers.read(output).rows == 0
 
     def test_remove_takes_a_commit_back(self, output: str) -> None:
         ledgers.begin(output)
@@ -130,6 +147,22 @@ class TestLock:
             with Lock(str(tmp_path)):
                 assert (tmp_path / "_lock.json").exists()
             assert not (tmp_path / "_lock.json").exists()
+
+    def test_a_driver_that_stood_still_looks_before_it_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ledgers, "HEARTBEAT_SECONDS", 60.0)  # its heart will not tell it
+        with Lock(str(tmp_path)) as lock:
+            time.sleep(0.6)
+            lock.check()
+            (tmp_path / "_lock.json").write_text(json.dumps({"id": "another"}))
+            with pytest.raises(OutputLocked, match="another driver took over"):
+                lock.check()
+
+    def test_a_directory_that_cannot_be_written_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputRefused, match="cannot be written"), Lock(str(tmp_path / "file")):
+            pass
 
     def test_a_dead_process_is_taken_over_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ledgers, "LEASE_SECONDS", 60.0)

@@ -65,6 +65,14 @@ def test_tables_hold_every_row_and_the_end_of_the_shard(tmp_path: Path) -> None:
             assert (row[schema.PIXELS], row["stage"], row["error_type"]) == (None, "decode", "empty")
 
 
+@pytest.mark.parametrize(("images_", "rows"), [(8, [4, 5]), (9, [4, 4, 2]), (4, [5]), (3, [4])])
+def test_the_end_of_a_shard_takes_no_images_place(tmp_path: Path, images_: int, rows: list[int]) -> None:
+    members = {f"{i}.png": images.encode(images.tile("urban", i), "PNG") for i in range(images_)}
+    tables = list(loader().load(tar_shard(tmp_path / "a.tar", members), ((0, END),)))
+    assert [len(table) for table in tables] == rows
+    assert tables[-1][schema.SHARD_ROWS].to_pylist()[-1] == images_, "the last row, so that a batch is cut before it"
+
+
 def test_settings_reach_the_decoder(tmp_path: Path) -> None:
     shard = tar_shard(tmp_path / "a.tar", {"a.jpg": images.oriented(6, size=(80, 60))})
     upright, as_stored = (

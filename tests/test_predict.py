@@ -9,6 +9,8 @@ import pytest
 
 from pipeline import schema, usage
 from pipeline.config import Transform
+from pipeline.decode import Encoded
+from pipeline.errors import DecodeError, NightshiftError, SettingRefused
 from pipeline.predict import Predict
 from pipeline.predictors import Predictor
 
@@ -137,6 +139,81 @@ def test_one_image_that_never_fits_does_not_make_all_batches_small() -> None:
     predictor.batches.clear()
     stage(table([1, 2, 3]))
     assert predictor.batches == [3]
+
+
+@pytest.mark.parametrize("said", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"])
+def test_libraries_say_in_words_of_their_own_that_the_memory_is_full(said: str) -> None:
+    class Full(Mean):
+        def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+            raise RuntimeError(f"error: {said}")
+
+    (row,) = Predict(Full(), {})(table([1])).to_pylist()
+    assert row["error_type"] == "out_of_memory"
+
+
+class Lost(Mean):
+    """On a GPU that fails with the image of 255, and for good."""
+
+    def lost(self) -> bool:
+        return bool(self.batches) and self.batches[-1] == 0
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        if (pixels == 255).any():
+            self.batches.append(0)
+        if self.lost():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors …")
+        return super().predict(pixels)
+
+    def decode(self, jpegs: Sequence[Encoded]) -> tuple[np.ndarray, dict[int, DecodeError]]:
+        self.predict(np.full(1, 255))
+        raise AssertionError
+
+
+def test_a_lost_gpu_ends_the_run_and_writes_no_image_off() -> None:
+    stage = Predict(Lost(), {})
+    assert [row["mean"] for row in stage(table([1, 2])).to_pylist()] == [1, 2]
+    for values in ([1, 255, 3], [1]):
+        with pytest.raises(NightshiftError, match=r"answers no more: CUDA .* was encountered; what was com"):
+            stage(table(values))
+    with pytest.raises(NightshiftError, match="answers no more"):
+        Predict(Lost(), {})(jpegs([1, 2]))
+
+
+def jpegs(values: list[int]) -> pa.Table:
+    """Images that are left encoded, each a byte."""
+    rows = table([0] * len(values))
+    given = {schema.PIXELS: [bytes([value]) for value in values], schema.ORIENTATION: [1] * len(values)}
+    for name, column in given.items():
+        field = rows.schema.field(name)
+        rows = rows.set_column(rows.schema.get_field_index(name), field, pa.array(column, field.type))
+    return rows
+
+
+class Decoding(Mean):
+    """Decodes a JPEG to an image of its byte's grey, at most two at once; raises for 255 and refuses 0."""
+
+    def decode(self, jpegs: Sequence[Encoded]) -> tuple[np.ndarray, dict[int, DecodeError]]:
+        values = [bytes(jpeg.data)[0] for jpeg in jpegs]
+        if 0 in values:
+            raise SettingRefused("it decodes nothing")
+        if 255 in values or len(values) > 2:
+            raise RuntimeError("CUDA out of memory" if len(values) > 2 else "no JPEG")
+        errors = {place: DecodeError("corrupt", "") for place, value in enumerate(values) if value == 254}
+        good = [value for value in values if value != 254]
+        return np.repeat(good, CROP * CROP * 3).astype(np.uint8).reshape(-1, CROP, CROP, 3), errors
+
+    def join(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(pixels)
+
+
+def test_jpegs_that_cannot_be_decoded_together_are_decoded_in_halves() -> None:
+    rows = Predict(predictor := Decoding(), {})(jpegs([1, 2, 3, 255, 5, 254, 7])).to_pylist()
+    assert [row["mean"] for row in rows] == [1, 2, 3, None, 5, None, 7]
+    assert [row["error_type"] for row in rows] == [None, None, None, "failed", None, "corrupt", None]
+    assert (rows[3]["stage"], rows[3]["message"]) == ("decode", "RuntimeError: no JPEG")
+    assert predictor.batches == [5]
+    with pytest.raises(SettingRefused):
+        Predict(Decoding(), {})(jpegs([1, 0]))
 
 
 def test_not_a_number_is_an_error_row() -> None:

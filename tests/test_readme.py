@@ -157,7 +157,8 @@ def test_flags_named_in_the_text_exist() -> None:
     flags |= {flag.removeprefix("--") for action in submit.parser()._actions for flag in action.option_strings}
     named = {flag for span in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"--([a-z][a-z-]*)", span)}
     assert "max-error-rate" in named
-    assert named <= flags | {"help", "config", "trained"}  # the last one is of jobs/fidelity.py
+    of_other_jobs = {"trained", "images", "small", "large"}  # fidelity.py, benchmark.py
+    assert named <= flags | {"help", "config"} | of_other_jobs
 
 
 def test_the_error_rate_named_is_the_default() -> None:

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import schema
+from pipeline import ledger as ledgers
+from pipeline import runner, schema
 from pipeline.ledger import Commit
 from pipeline.sink import Sink, remove
 
@@ -108,3 +109,13 @@ def test_a_kill_between_part_and_commit_leaves_no_commit(
 def test_remove(sink: Sink, tmp_path: Path) -> None:
     remove(str(tmp_path), written(sink, rows((0, 0), (0, 1), errors=(0,))))
     assert files(tmp_path) == []
+
+
+def test_a_later_try_cut_otherwise_costs_nothing_that_counts(sink: Sink, tmp_path: Path) -> None:
+    ledger = ledgers.begin(str(tmp_path))
+    runner._accept(ledger, written(sink, rows((0, 0), (0, 1), (0, 2))))
+    before = files(tmp_path)
+    runner._accept(ledger, written(sink, rows((0, 0), (0, 1))))
+    assert files(tmp_path) == before
+    runner._accept(ledger, written(sink, rows((0, 1), (0, 2), (0, 3))))
+    assert files(tmp_path) == before, "rows that are there already are taken back"

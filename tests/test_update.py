@@ -56,6 +56,17 @@ def test_new_replaced_and_removed_objects_are_told_apart(tmp_path: Path) -> None
     assert (again.shards, change.unchanged, change.retired) == (plan.shards, 10, {})
 
 
+def test_names_that_are_not_utf_8_are_compared_as_they_are_planned(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 2)
+    for name in (b"caf\xe9.jpg", b"cafa.jpg", b"cafz.jpg"):
+        with open(bytes(folder) + b"/" + name, "wb") as file:
+            file.write(name)
+    plan, _ = planned(folder, tmp_path / "out")
+    again, change = planned(folder, tmp_path / "out", plan)
+    assert change is not None
+    assert (again.shards, change.unchanged, change.removed, change.retired) == (plan.shards, 5, 0, {})
+
+
 def test_a_hundred_thousand_unchanged_images_cost_seconds(tmp_path: Path) -> None:
     infos = [ObjectInfo(f"s3://bucket/image-{i:08d}.jpg", 1, f"etag-{i}") for i in range(100_000)]
     step = plans.OBJECTS_PER_SHARD
@@ -85,7 +96,7 @@ def test_updates_night_after_night(jobs: Jobs, tmp_path: Path) -> None:
     first = embeddings(out)
 
     done = jobs.run("embed", *settings, "--output", out, "--update")
-    assert "31 were done before and are unchanged" in done.stdout
+    assert "31 images or shards were done before and are unchanged" in done.stdout
     assert len(os.listdir(out / "_attempts")) == 1
 
     (folder / "0003.jpg").write_bytes(jpeg(90))
@@ -94,7 +105,7 @@ def test_updates_night_after_night(jobs: Jobs, tmp_path: Path) -> None:
     (folder / "0020.jpg").unlink()
     write_tar(folder / "a.tar", {f"{i}.jpg": jpeg(60 + i) for i in range(4)})
     done = jobs.run("embed", *settings, "--output", out, "--update")
-    assert "27 were done before and are unchanged; 1 are gone from the archive" in done.stdout
+    assert "27 images or shards were done before and are unchanged; 1 are gone from the archive" in done.stdout
     assert verify(str(out)).is_whole, verify(str(out)).problems
     report = json.loads((out / "_report.json").read_text())
     assert (report["planned"], report["rows"], report["errors"]) == (35, 34, 1)

@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import verify as job
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline import schema, storage
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, OutputLocked
+from pipeline.ledger import Commit, Lock
 from pipeline.plan import Shard
 from pipeline.sink import Sink
 from pipeline.verify import repair, verify
@@ -156,7 +158,7 @@ def test_what_is_repaired_goes_on_to_be_whole(output: Path, name: str) -> None:
     """After repair the next attempt finds gaps and nothing wrong; filling them makes the output whole."""
     text = str(output)
     PLANTED[name][0](output)
-    repair(verify(text))
+    repair(text)
     plan = plans.load(text)
     assert plan is not None
     ledger = ledgers.begin(text)
@@ -169,3 +171,64 @@ def test_what_is_repaired_goes_on_to_be_whole(output: Path, name: str) -> None:
     found = verify(text)
     assert found.is_whole, found.problems
     assert (found.rows, found.errors) == (18, 2)
+
+
+def test_a_part_committed_while_it_is_verified_is_no_fault(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver at work writes on between the listings."""
+    PLANTED["rows are missing"][0](output)
+    list_commits = ledgers.valid_commits
+
+    def list_and_commit(text: str, last_attempt: int) -> Iterator[Commit]:
+        yield from list_commits(text, last_attempt)
+        Sink(text, 1, RESULT, json.dumps({"fingerprint": "f"}))(rows(0, 6, ROWS, ends=True))
+
+    monkeypatch.setattr(ledgers, "valid_commits", list_and_commit)
+    (problem,) = verify(str(output)).problems
+    assert "rows 6–10 are missing" in problem
+    monkeypatch.undo()
+    assert verify(str(output)).is_whole
+
+
+def test_repair_leaves_a_part_that_may_be_committed_yet(output: Path) -> None:
+    path, record = commit(output), commit(output).read_bytes()
+    path.unlink()
+    assert not repair(str(output)).is_whole
+    path.write_bytes(record)
+    assert verify(str(output)).problems == ["_SUCCESS is missing; run the same command again"]
+
+
+def test_no_driver_works_on_what_is_repaired(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "HEARTBEAT_SECONDS", 0.1)
+    list_commits, refused = ledgers.valid_commits, []
+
+    def list_beside_a_driver(text: str, last_attempt: int) -> Iterator[Commit]:
+        try:
+            with Lock(text):
+                pass
+        except OutputLocked as error:
+            refused.append(error)
+        yield from list_commits(text, last_attempt)
+
+    monkeypatch.setattr(ledgers, "valid_commits", list_beside_a_driver)
+    assert repair(str(output)).is_whole
+    assert len(refused) == 1
+    with Lock(str(output)):
+        assert job.main([str(output), "--repair"]) == 4
+    assert job.main([str(output), "--repair"]) == 0
+
+
+def test_the_job_says_what_it_took_back(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    PLANTED["a part is truncated"][0](output)
+    assert job.main([str(output)]) == 5
+    assert "took back" not in capsys.readouterr().out
+    assert job.main([str(output), "--repair"]) == 5
+    said = capsys.readouterr().out
+    assert "cannot be read" in said
+    assert "took back commit part-0001-000000-00000000\n" in said
+    assert not (output / "_SUCCESS").exists()
+
+
+def test_repair_makes_nothing_where_there_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="holds no run"):
+        repair(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()

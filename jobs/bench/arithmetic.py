@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 BILLION = 10**9
 MACHINES = 8
-BATCH_SIZE = 256  # pipeline.engine's on a GPU
+BATCH_SIZE = 256  # of pipeline.layout.Layout.fit, on a GPU
 READ_TASKS = 10_000  # pipeline.engine.MAX_READ_TASKS
 PIXEL_BYTES = 224 * 224 * 3
 CORES_PER_VCPU = 0.5

@@ -59,8 +59,7 @@ class Stages:
         predictor.prepare()
         archive = Archive(config)
         shard = replace(next(archive.shards()), index=0)
-        reading = (config.max_pixels, config.exif_rotate, config.decoder == "exact", predictor.takes_tiles)
-        loader = Loader(predictor.transform, archive.options(), {}, *reading, BATCH_SIZE, threads=1)
+        loader = Loader.of(config, predictor, archive.options(), rows_per_table=BATCH_SIZE)
         sink = Sink(config.output, 1, schema.result(predictor.columns, {}), "{}")
         return Stages(shard, loader, Predict(predictor, {}), sink, rows_per_part)
 

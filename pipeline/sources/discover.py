@@ -1,4 +1,4 @@
-"""What `--input` names → a stream of shards. Runs on the driver before Ray starts, and refuses what cannot work."""
+"""What `--input` names → a stream of shards. Runs on the driver before any work, and refuses what cannot work."""
 
 import heapq
 import itertools
@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 from pipeline import plan as plans
 from pipeline import sources, storage
 from pipeline.config import RunConfig
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, message_line
 from pipeline.plan import OBJECTS_PER_SHARD, Plan, Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import parquet, uris
@@ -69,14 +69,26 @@ class Archive:
     def _list_shards(self) -> Iterator[Shard]:
         lists = self._lists()
         streams = [self._first_checked(name) for name in self._names() if name not in lists]
-        seen: set[int] = set()
+        seen = uris.Seen()
         objects = _merged(streams)
         yield from self._group(_noted(objects, seen) if lists else objects)
         for name in lists:
             yield from uris.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types, seen)
 
     def _names(self) -> list[str]:
-        return [storage.withhold(name) for given in self.config.input for name in _expand(given)]
+        found: dict[str, str] = {}
+        names = []
+        for full in (name for given in self.config.input for name in _expand(given)):
+            name = storage.withhold(full)
+            if storage.escaped(name) != name:
+                raise _not_utf_8(name)
+            if found.setdefault(name, full) != full:
+                raise InputRefused(
+                    f"--input {name} is given twice with different queries or credentials, which are written nowhere: "
+                    "name such images in a list of URIs, where each is one of its own"
+                )
+            names.append(name)
+        return names
 
     def _lists(self) -> list[str]:
         return list(dict.fromkeys(name for name in self._names() if self._is_list(name)))
@@ -110,7 +122,7 @@ class Archive:
 
     def _first_checked(self, name: str) -> Iterator[ObjectInfo]:
         """The objects of one input that are images or shards of images; refused where there is none."""
-        found = (info for info in _objects(name) if self._is_ours(info.uri))
+        found = (_printable(info) for info in _objects(name) if self._is_ours(info.uri))
         try:
             first = next(found, None)
         except FileNotFoundError as error:
@@ -135,7 +147,7 @@ class Archive:
         for info in objects:
             kind = _kind(info.uri)
             if kind == "objects":
-                loose.append(_printable(info))
+                loose.append(info)
                 if len(loose) == OBJECTS_PER_SHARD:
                     yield _virtual_shard(loose)
                     loose = []
@@ -176,7 +188,7 @@ def _footer(info: ObjectInfo) -> tuple[int, pa.Schema] | str:
         found: tuple[int, pa.Schema] = parquet.shard_rows(info.uri)
         return found
     except (OSError, pa.ArrowException) as error:
-        return str(error).splitlines()[0]
+        return message_line(error)
 
 
 def _kind(uri: str) -> str | None:
@@ -238,19 +250,25 @@ def _merged(streams: Iterable[Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
         last = info.uri
 
 
-def _noted(objects: Iterator[ObjectInfo], seen: set[int]) -> Iterator[ObjectInfo]:
+def _noted(objects: Iterator[ObjectInfo], seen: uris.Seen) -> Iterator[ObjectInfo]:
     for info in objects:
-        seen.add(hash(info.uri))
+        seen.add(info.uri)
         yield info
 
 
 def _printable(info: ObjectInfo) -> ObjectInfo:
-    """A file name that is not UTF-8 gets its odd bytes escaped; nothing can be read by that name, so it is an error."""
-    try:
-        info.uri.encode()
+    """A file name that is not UTF-8 gets its odd bytes escaped. Nothing can be read by that name: an image becomes an
+    error; refused is what holds more than one, and a name that is another file's once it is escaped."""
+    text = storage.escaped(info.uri)
+    if text == info.uri:
         return info
-    except UnicodeEncodeError:
-        return replace(info, uri=info.uri.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+    if _kind(text) != "objects" or _exists(text):
+        raise _not_utf_8(info.uri)
+    return replace(info, uri=text)
+
+
+def _not_utf_8(name: str) -> InputRefused:
+    return InputRefused(f"--input {storage.escaped(name)}: this name is not UTF-8; give it another one")
 
 
 def _virtual_shard(images: list[ObjectInfo]) -> Shard:

@@ -34,30 +34,32 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
 def _fetch(shard: Shard, row: int) -> Record:
     assert shard.keys is not None
     uri = storage.join(shard.uri, shard.keys[row])
+    # Only a list's lines may bear credentials; what a store has listed is a name, whatever it looks like.
+    plain = uri if shard.key_etags else storage.redact(uri)
     etag = shard.key_etags[row] if shard.key_etags else ""
     started = time.perf_counter()
     data, error = None, None
     try:
-        _check(shard, row, uri)
+        _check(shard, row, uri, plain)
         data = storage.read(uri, etag)
     except NightshiftError:  # a fault of the run, such as StorageRefused
         raise
     except ReadError as fault:
         error = fault
     except FileNotFoundError:
-        error = ReadError("not_found", f"there is no {storage.redact(uri)}")
+        error = ReadError("not_found", f"there is no {plain}")
     except storage.Changed as fault:
         error = ReadError("changed", str(fault))
     except Exception as fault:  # beside OSError, what the stores raise for URIs that make no sense
-        error = ReadError("unreadable", f"{storage.redact(uri)}: {fault}")
-    image_id, kept = storage.redact(uri), {}
+        error = ReadError("unreadable", f"{plain}: {fault}")
+    image_id, kept = plain, {}
     if shard.kept:
         kept = json.loads(shard.kept[row])
         image_id = kept.pop(IMAGE_ID, image_id)
-    return Record(row, image_id, storage.redact(uri), None, data, error, kept, time.perf_counter() - started)
+    return Record(row, image_id, plain, None, data, error, kept, time.perf_counter() - started)
 
 
-def _check(shard: Shard, row: int, uri: str) -> None:
+def _check(shard: Shard, row: int, uri: str, plain: str) -> None:
     """Nothing that would fill the memory, or that could be waited for without end."""
     size_bytes = shard.key_sizes[row] if shard.key_sizes else 0
     if storage.is_local(uri):
@@ -66,7 +68,7 @@ def _check(shard: Shard, row: int, uri: str) -> None:
             raise ReadError("unreadable", f"{uri} is a folder, a pipe or a device, not a file")
         size_bytes = found.st_size
     if size_bytes > MAX_MEMBER_BYTES:
-        raise ReadError("too_large", f"{storage.redact(uri)} has {size_bytes} bytes, the limit is {MAX_MEMBER_BYTES}")
+        raise ReadError("too_large", f"{plain} has {size_bytes} bytes, the limit is {MAX_MEMBER_BYTES}")
 
 
 IMAGE_ID = "#image_id"  # in `Shard.kept`: the image_id of a URI that its list names more than once

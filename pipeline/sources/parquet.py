@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.coverage import Ranges
-from pipeline.errors import InputRefused, ReadError
+from pipeline.errors import InputRefused, ReadError, message_line
 from pipeline.plan import Shard
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
 from pipeline.sources.records import Rows, rows_of, storage_fault, values_of
@@ -114,7 +114,7 @@ class _Reader:
             check_counts(self.parquet.metadata)
         except BAD_BYTES as error:
             self.file.check()
-            raise ReadError("corrupt", f"{rows.uri} cannot be read as Parquet: {_first_line(error)}") from error
+            raise ReadError("corrupt", f"{rows.uri} cannot be read as Parquet: {message_line(error)}") from error
         rows.total = self.parquet.metadata.num_rows
         self.column = _column(schema, options.image_column, rows.uri)
         self.has_paths = pa.types.is_struct(schema.field(self.column).type)
@@ -176,7 +176,7 @@ class _Reader:
         self.rows.advance(stop - self.rows.row)
 
     def _lost(self, group: int, stop: int, error: Exception) -> Iterator[Record]:
-        message = f"{self.rows.uri}: row group {group} is broken: {_first_line(error)}"
+        message = f"{self.rows.uri}: row group {group} is broken: {message_line(error)}"
         while self.rows.row < stop:
             if self._begin(None):
                 yield self.rows.record(ReadError("corrupt", message), {})
@@ -195,7 +195,3 @@ def _holds_bytes(type_: pa.DataType) -> bool:
         fields = {field.name: field.type for field in type_}
         return {"bytes", "path"} <= fields.keys() and _holds_bytes(fields["bytes"])
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

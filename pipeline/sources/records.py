@@ -47,7 +47,7 @@ class Rows:
     """
 
     def __init__(self, shard: Shard, todo: Ranges) -> None:
-        self.uri = storage.redact(shard.uri)
+        self.uri = shard.uri
         self.planned = shard.rows
         self.todo = intersect(todo, ((0, END if shard.rows is None else shard.rows),))
         self.stop = self.todo[-1][1] if self.todo else 0

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, message_line
 from pipeline.plan import OBJECTS_PER_SHARD, Shard
 from pipeline.sources.objects import IMAGE_ID, keep_json
 from pipeline.sources.records import rows_of, values_of
@@ -31,6 +32,46 @@ URI_NAMES = (
 )
 
 Row = tuple[str, dict[str, Any]]
+
+
+class Seen:
+    """The image_ids given so far, of the whole archive: their 64-bit hashes, in 12 to 24 bytes each, 36 while it grows.
+
+    An open-addressing table, of which at most two thirds are taken; 0 is a free place.
+    """
+
+    def __init__(self) -> None:
+        self._make(1024)
+
+    def add(self, image_id: str) -> bool:
+        """Note an image_id; False if it was there already."""
+        table, mask = self._table, self._mask
+        value = hash(image_id) or 1
+        place = value & mask
+        while taken := table[place]:
+            if taken == value:
+                return False
+            place = (place + 1) & mask
+        table[place] = value
+        self._left -= 1
+        if not self._left:
+            self._grow()
+        return True
+
+    def _make(self, places: int) -> None:
+        self._table, self._mask = array("q", [0]) * places, places - 1
+        self._left = 2 * places // 3
+
+    def _grow(self) -> None:
+        before = self._table
+        self._make(2 * len(before))
+        table, mask = self._table, self._mask
+        for value in filter(None, before):
+            place = value & mask
+            while table[place]:
+                place = (place + 1) & mask
+            table[place] = value
+            self._left -= 1
 
 
 def find_uri_column(schema: pa.Schema, uri_column: str | None, uri: str) -> str:
@@ -54,11 +95,11 @@ def find_uri_column(schema: pa.Schema, uri_column: str | None, uri: str) -> str:
 
 
 def list_shards(
-    uri: str, uri_column: str | None, keep: Iterable[str], keep_types: dict[str, pa.DataType], seen: set[int]
+    uri: str, uri_column: str | None, keep: Iterable[str], keep_types: dict[str, pa.DataType], seen: Seen
 ) -> Iterator[Shard]:
     """Cut a list of URIs into virtual shards, in its own order; adds the kept columns' types to `keep_types`.
 
-    seen: hashes of the image_ids given so far, added to here. A URI named a second time is an image of its own: its
+    seen: the image_ids given so far, added to here. A URI named a second time is an image of its own: its
     image_id is `<uri>#row=<its place in the list>`, with the list's URI before it if even that was given already.
     """
     keys: list[str] = []
@@ -68,12 +109,12 @@ def list_shards(
         full = _absolute(name, uri)
         key = image_id = storage.redact(full)
         withheld |= key != full
-        if hash(image_id) in seen:
+        if not seen.add(image_id):
             image_id = f"{image_id}#row={place}"
-            if hash(image_id) in seen:
+            if not seen.add(image_id):
                 image_id = f"{uri}#{image_id}"
+                seen.add(image_id)
             values = {**values, IMAGE_ID: image_id}
-        seen.add(hash(image_id))
         keys.append(key)
         kept.append(keep_json(values) if values else "{}")
         if len(keys) == OBJECTS_PER_SHARD:
@@ -93,15 +134,15 @@ def signed_keys(planned: Iterable[Shard], lists: Iterable[str], uri_column: str 
     found = {}
     for shard in planned:
         assert shard.keys is not None
-        keys = tuple(itertools.islice(names, OBJECTS_PER_SHARD))
-        for was, now in itertools.zip_longest(shard.keys, keys[: len(shard.keys)], fillvalue="its end"):
+        keys = tuple(itertools.islice(names, len(shard.keys)))
+        for was, now in itertools.zip_longest(shard.keys, keys, fillvalue="its end"):
             if was != storage.redact(now):
                 raise InputRefused(
                     f"the list of URIs has changed since it was planned: {was} was where {storage.redact(now)} is now; "
                     "restore its lines (their signatures may be new), or name another --output"
                 )
         if shard.withheld:
-            found[shard.index] = keys[: len(shard.keys)]
+            found[shard.index] = keys
     return found
 
 
@@ -162,7 +203,7 @@ def _checked(uri: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordB
 
 
 def _unreadable(uri: str, error: Exception) -> InputRefused:
-    return InputRefused(f"{uri} cannot be read as a list of images: {str(error).splitlines()[0]}")
+    return InputRefused(f"{uri} cannot be read as a list of images: {message_line(error)}")
 
 
 def add_keep_type(keep_types: dict[str, pa.DataType], name: str, type_: pa.DataType, uri: str) -> None:

@@ -51,6 +51,15 @@ def redact(uri: str) -> str:
     return f"{scheme}://{authority}{slash}{path}"
 
 
+def escaped(name: str) -> str:
+    r"""The name as text: bytes of a file's name that are not UTF-8 as `\xe9`. The file is not to be opened by that."""
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class Store(Protocol):
     def head(self, path: str) -> ObjectInfo: ...
     def read(self, path: str, etag: str) -> bytes: ...

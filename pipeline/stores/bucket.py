@@ -16,7 +16,7 @@ import obstore
 import obstore.exceptions
 from obstore.store import from_url
 
-from pipeline.errors import StorageRefused
+from pipeline.errors import InputRefused, StorageRefused, message_line
 from pipeline.stores.base import (
     BUFFER_BYTES,
     CONNECT_SECONDS,
@@ -108,7 +108,13 @@ class BucketStore:
         def follow() -> Any:
             nonlocal chunks
             stream, chunks = chunks or obstore.list(self.store, prefix, offset=last, chunk_size=1000), None
-            chunk = next(stream, None)
+            try:
+                chunk = next(stream, None)
+            except obstore.exceptions.InvalidPathError as error:
+                raise InputRefused(
+                    f"{self.root}{path and f'/{path}'} cannot be listed: {message_line(error)}; give that object "
+                    "another name, or name folders without it"
+                ) from error
             chunks = stream  # one that failed is not asked again: the next try begins after what was given out
             return chunk
 

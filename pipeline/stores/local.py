@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.stores.base import ObjectInfo, check
+from pipeline.stores.base import ObjectInfo, check, escaped
 
 TEMPORARY = ".nightshift.tmp"
 
@@ -64,8 +64,10 @@ class LocalStore:
         if real in parents:  # a link to a folder above
             return
         with os.scandir(folder) as entries:
-            # A folder sorts as its name with a slash, so that whole paths come out in order, as object stores list.
-            names = sorted(e.name + "/" * _is_folder(e) for e in entries if not e.name.startswith("."))
+            # A folder sorts as its name with a slash, so that whole paths come out in order, as object stores list;
+            # a name that is not UTF-8 by how it is written where it must be text.
+            found = (e.name + "/" * _is_folder(e) for e in entries if not e.name.startswith("."))
+            names = sorted(found, key=escaped)
         for name in names:
             path = f"{folder.rstrip('/')}/{name}"
             if name.endswith("/"):

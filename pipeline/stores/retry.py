@@ -13,7 +13,7 @@ from typing import TypeVar
 import obstore
 import obstore.exceptions
 
-from pipeline.errors import SettingRefused, StorageRefused
+from pipeline.errors import Refused, SettingRefused, StorageRefused
 from pipeline.stores.base import Changed, redact
 
 RETRY_SECONDS = 150.0
@@ -106,7 +106,7 @@ def lasting_fault(error: Exception) -> Exception | None:
     if isinstance(error, FileNotFoundError) and "\n" in str(error):
         return FileNotFoundError(_one_line(error))
     lasting = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, Changed)
-    if isinstance(error, (StorageRefused, *lasting)):
+    if isinstance(error, (Refused, *lasting)):
         return error
     if code_of(error)[0] in _PASSING:
         return None
