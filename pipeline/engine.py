@@ -250,6 +250,7 @@ def _told_plainly() -> Iterator[None]:
         causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)]
         for cause in causes:
             if isinstance(cause, NightshiftError):
+                cause.args = (message_line(cause),)  # Ray adds lines of its own
                 raise cause from error
         for cause in causes:
             if isinstance(cause, OSError):
