@@ -146,7 +146,7 @@ def is_glob(uri: str) -> bool:
 
 
 def _locate(uri: str) -> tuple[Store, str]:
-    uri = _SIGNED.get(uri, uri)
+    uri = _as_given(uri)
     scheme, _, rest = uri.partition("://")
     if not rest:
         return _LOCAL, uri
@@ -154,6 +154,17 @@ def _locate(uri: str) -> tuple[Store, str]:
         bucket, _, path = rest.partition("/")
         return bucket_store(f"{scheme}://{bucket}"), path
     return fsspec_store(scheme), uri
+
+
+def _as_given(uri: str) -> str:
+    """With the credentials that were withheld from it, or from a folder above it."""
+    folder = uri
+    while _SIGNED and folder not in _SIGNED and "/" in folder.partition("://")[2]:
+        folder = folder.rpartition("/")[0]
+    if folder not in _SIGNED:
+        return uri
+    base, mark, query = _SIGNED[folder].partition("?")
+    return f"{base}{uri[len(folder) :]}{mark}{query}"
 
 
 _LOCAL = LocalStore()

@@ -2,10 +2,13 @@
 
 import base64
 import http.server
+import io
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 import pandas as pd
@@ -42,6 +45,34 @@ S3_SECRET = "planted-s3-secret"
 )
 def test_redact(uri: str, plain: str) -> None:
     assert storage.redact(uri) == plain
+
+
+class PrivateFolder(http.server.SimpleHTTPRequestHandler):
+    """A folder and its listing, for those who bring the password."""
+
+    def send_head(self) -> "io.BytesIO | BinaryIO | None":
+        login = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        if self.headers["Authorization"] == f"Basic {login}":
+            return super().send_head()
+        self.send_error(403)
+        return None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_folders_credentials_open_what_lies_in_it(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"one")
+    handler = partial(PrivateFolder, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        folder = storage.withhold(f"http://{USER}:{PASSWORD}@{host}/in")
+        found = [info.uri for info in storage.list_objects(folder)]
+        assert found == [f"http://{host}/in/a.jpg"]
+        assert storage.read(found[0]) == b"one"
+        server.shutdown()
 
 
 class Private(http.server.BaseHTTPRequestHandler):
