@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -14,11 +16,11 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.config import RunConfig
-from pipeline.errors import NightshiftError, SettingRefused, printable
+from pipeline.errors import Interrupted, NightshiftError, SettingRefused, printable
 
 LIST_FLAGS = ("input",)
-BOOLEANS = {"true": "", "yes": "", "false": "no-", "no": "no-"}
-"""How YAML writes them → what comes before the flag's name."""
+BOOLEANS = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}
+"""As YAML writes them, in any case → what comes before the flag's name."""
 NOTHING = ("", "null", "~")
 
 
@@ -33,6 +35,8 @@ def job(predictor_class: type, description: str, arguments: Sequence[str] | None
 
     code = guarded(work)
     is_own_cluster = "ray" in sys.modules and os.environ.get("RAY_ADDRESS", "local") == "local"
+    if code > 128 and "ray" in sys.modules and not is_own_cluster:
+        _say_goodbye()
     if code > 128 or (is_own_cluster and arguments is None):  # without arguments the process is this job's own
         _leave(code)
     return code
@@ -45,6 +49,9 @@ def guarded(work: Callable[[], int]) -> int:
     except NightshiftError as error:
         tell(str(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        tell("stopped by SIGINT")
+        return Interrupted(signal.SIGINT).exit_code
     except OSError as error:  # a full disk, a store that is out of reach: no fault of the code
         tell(f"{error}; run the same command again once that is mended")
         return NightshiftError.exit_code
@@ -115,15 +122,16 @@ def _config_words(path: str | None, flags: dict[str, "Field[Any]"]) -> list[str]
         flag, known = name.replace("_", "-"), flags.get(name.replace("-", "_"))
         if known is None:
             raise SettingRefused(f"--config {path}: no flag is called {name}")
-        texts = value if isinstance(value, list) else [value]
+        texts = value if isinstance(value, list) and known.default == () else [value]
         if not all(isinstance(text, str) for text in texts):
-            raise SettingRefused(f"--config {path}: {name} is {value}: it must be one value or a list of them")
-        if value in NOTHING:
+            many = " or a list of them" * (known.default == ())
+            raise SettingRefused(f"--config {path}: {name} is {value}: it must be one value{many}")
+        if texts[0].lower() in NOTHING:
             continue
         if isinstance(known.default, bool):
-            if value not in BOOLEANS:
+            if texts[0].lower() not in BOOLEANS:
                 raise SettingRefused(f"--config {path}: {name} is {value!r}: it must be true or false")
-            words.append(f"--{BOOLEANS[value]}{flag}")
+            words.append(f"--{BOOLEANS[texts[0].lower()]}{flag}")
         elif known.name in LIST_FLAGS:
             words += [f"--{flag}", *texts]
         else:
@@ -157,6 +165,13 @@ def _divert_native_stderr() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 2)
             os.close(nowhere)
+
+
+def _say_goodbye() -> None:
+    """Let the cluster's metrics know that the run has ended: they would call it killed. Within half a second."""
+    goodbye = threading.Thread(target=sys.modules["ray"].shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(0.5)
 
 
 def _leave(code: int) -> NoReturn:

@@ -63,7 +63,9 @@ class RunConfig:
         choices=("fast", "exact", "gpu"),
     )
     batch_size: int | None = flag("images a batch (default: by the hardware)", None, metavar="N")
-    rows_per_part: int | None = flag("rows a Parquet part (default: by the archive's size)", None, metavar="N")
+    rows_per_part: int | None = flag(
+        "rows a Parquet part, of 512 MiB at most (default: by the archive's size)", None, metavar="N"
+    )
     actors: str = flag("model actors: auto, N or MIN:MAX", "auto", metavar="auto|N|MIN:MAX")
     gpus_per_actor: str = flag("GPUs an actor, a fraction shares one: auto or a number", "auto", metavar="auto|F")
     max_error_rate: float = flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")

@@ -7,6 +7,7 @@ its heartbeat only keep a second driver from wasting work.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -144,18 +145,23 @@ def begin(output: str, revise: Callable[[Commit, int], Commit | None] | None = N
         revised = revise(commit, ledger.attempt) if revise else commit
         if revised:
             ledger.accept(revised, ledger.earlier)
+    _create_attempt(output, ledger.attempt, sorted(ledger.names))
+    return ledger
+
+
+def _create_attempt(output: str, number: int, accepts: list[str], **more: str) -> None:
     record = {
-        "attempt": ledger.attempt,
+        "attempt": number,
         "id": uuid.uuid4().hex,  # no two drivers ever write the same record: a store tells them apart by the bytes
         "began": _now(),
         "host": socket.gethostname(),
-        "accepts": sorted(ledger.names),
+        "accepts": accepts,
+        **more,
     }
     try:
-        storage.create(_attempt_uri(output, ledger.attempt), json.dumps(record).encode())
+        storage.create(_attempt_uri(output, number), json.dumps(record).encode())
     except FileExistsError as error:
         raise OutputLocked(f"another driver started on {output} in this moment; let it work, or try again") from error
-    return ledger
 
 
 def read(output: str) -> Ledger:
@@ -219,8 +225,7 @@ def void(output: str) -> str | None:
     last = last_attempt(output)
     if not last:
         return None
-    record = {"attempt": last + 1, "id": uuid.uuid4().hex, "began": _now(), "status": "overwritten", "accepts": []}
-    storage.create(_attempt_uri(output, last + 1), json.dumps(record).encode())
+    _create_attempt(output, last + 1, [], status="overwritten")
     return _attempt_uri(output, last + 1)
 
 
@@ -288,7 +293,9 @@ class Lock:
             except FileExistsError:
                 self._wait_for_stale()
                 storage.write(self.uri, beat)
-        except (PermissionError, NotADirectoryError) as error:
+        except OSError as error:
+            if not isinstance(error, PermissionError | NotADirectoryError) and error.errno != errno.EROFS:
+                raise
             raise OutputRefused(
                 f"--output {self.output} cannot be written: {error}; name a directory or bucket that you may write to"
             ) from error
@@ -305,8 +312,9 @@ class Lock:
 
     def check(self) -> None:
         """Raise OutputLocked if another driver has taken over. By its own heart, unless that has stood still."""
-        if abs(time.time() - self.beaten) > LEASE_SECONDS / 2 and not self._is_own():
-            self.lost.set()
+        stood_still = abs(time.time() - self.beaten) > LEASE_SECONDS / 2
+        if stood_still and self._read().get("id", self.owner["id"]) != self.owner["id"]:
+            self.lost.set()  # a lock that is missing, or is being written, is nobody else's
         if self.lost.is_set():
             raise OutputLocked(f"another driver took over {self.output} while this one stood still; this one stops")
 
@@ -315,14 +323,11 @@ class Lock:
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
             with contextlib.suppress(OSError, StorageRefused):  # a beat missed is made up for by the next
-                if not self._is_own():
+                if self._read().get("id") != self.owner["id"]:
                     self.lost.set()
                     return
                 storage.write(self.uri, self._content(number))
                 self.beaten = time.time()
-
-    def _is_own(self) -> bool:
-        return bool(self._read().get("id") == self.owner["id"])
 
     def _wait_for_stale(self) -> None:
         seen = self._read()

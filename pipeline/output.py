@@ -159,6 +159,7 @@ def _remove_all(output: str) -> None:
     """Remove an earlier run, its `_run.json` last; refuse to touch what is not one."""
     if _read_run(output) is None:
         return
+    storage.delete(storage.join(output, SUCCESS))  # before what it stands for counts no more
     keep = {_run_uri(output), storage.join(output, ledgers.LOCK), ledgers.void(output)}
     for info in storage.list_objects(output):
         name = info.uri[len(output) + 1 :]

@@ -131,7 +131,9 @@ def remove_broken_writes(uri: str) -> None:
 def list_objects(uri: str) -> Iterator[ObjectInfo]:
     """Every object below a folder or prefix, sorted by URI, as a stream. Hidden names (`.x`) are left out."""
     store, path = _locate(uri)
-    return (replace(info, uri=redact(info.uri)) if uri in _SIGNED else info for info in store.list_objects(path))
+    given = _as_given(uri)
+    found = store.list_objects(path)
+    return found if given == uri else (replace(info, uri=uri + info.uri[len(given) :]) for info in found)
 
 
 def list_glob(pattern: str) -> Iterator[ObjectInfo]:
@@ -157,14 +159,14 @@ def _locate(uri: str) -> tuple[Store, str]:
 
 
 def _as_given(uri: str) -> str:
-    """With the credentials that were withheld from it, or from a folder above it."""
+    """With the credentials that were withheld from it, or the user and password from a folder above it."""
+    if uri in _SIGNED or redact(uri) != uri:  # the latter has its own
+        return _SIGNED.get(uri, uri)
     folder = uri
     while _SIGNED and folder not in _SIGNED and "/" in folder.partition("://")[2]:
         folder = folder.rpartition("/")[0]
-    if folder not in _SIGNED:
-        return uri
-    base, mark, query = _SIGNED[folder].partition("?")
-    return f"{base}{uri[len(folder) :]}{mark}{query}"
+    given = _SIGNED.get(folder, folder)
+    return uri if "?" in given else given + uri[len(folder) :]
 
 
 _LOCAL = LocalStore()

@@ -142,7 +142,7 @@ def test_killed_jobs_go_on_and_come_to_the_same(jobs: Jobs, tmp_path: Path) -> N
         process.wait()
         assert process.returncode == -signal.SIGKILL
     done = jobs.run("embed", *settings, "--output", out)
-    assert "images were done before, by 2 earlier attempts" in done.stdout
+    assert "images were done before, by earlier attempts" in done.stdout
     assert verify(str(out)).is_whole, list(verify(str(out)).lines())
     assert same(embeddings(out), embeddings(tmp_path / "undisturbed"))
 

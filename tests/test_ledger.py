@@ -12,6 +12,7 @@ import pytest
 from conftest import S3Server
 
 from pipeline import ledger as ledgers
+from pipeline import output as outputs
 from pipeline import sink, storage
 from pipeline.errors import OutputLocked, OutputRefused
 from pipeline.ledger import Commit, Ledger, Lock
@@ -199,3 +200,17 @@ def test_ten_thousand_commits_are_read_in_seconds(tmp_path: Path) -> None:
     ledger = ledgers.begin(output)
     assert isinstance(ledger, Ledger)
     assert ledger.rows == 90_000
+
+
+def test_an_overwrite_that_is_cut_short_leaves_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path)
+    storage.write(f"{folder}/_run.json", b"{}")
+    ledgers.begin(folder)
+    commit(folder, 1, 0, 0, 10)
+    outputs.finish(folder)
+    deleted: list[str] = []
+    monkeypatch.setattr(storage, "delete", lambda uri: Path(uri).unlink() if not deleted else 1 / 0)
+    monkeypatch.setattr(outputs.ledgers, "void", lambda output: deleted.append(output))
+    with pytest.raises(ZeroDivisionError):
+        outputs._remove_all(folder)
+    assert not outputs.is_finished(folder)

@@ -62,16 +62,19 @@ class PrivateFolder(http.server.SimpleHTTPRequestHandler):
 
 
 def test_a_folders_credentials_open_what_lies_in_it(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jpg").write_bytes(b"one")
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    for name in ("a.jpg", "more/b.jpg"):
+        (tmp_path / "in" / name).write_bytes(name.encode())
     handler = partial(PrivateFolder, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{server.server_port}"
         folder = storage.withhold(f"http://{USER}:{PASSWORD}@{host}/in")
         found = [info.uri for info in storage.list_objects(folder)]
-        assert found == [f"http://{host}/in/a.jpg"]
-        assert storage.read(found[0]) == b"one"
+        assert found == [f"http://{host}/in/a.jpg", f"http://{host}/in/more/b.jpg"]
+        assert [storage.read(uri) for uri in found] == [b"a.jpg", b"more/b.jpg"]
+        assert [info.uri for info in storage.list_objects(f"{folder}/more")] == found[1:]
+        assert [info.uri for info in storage.list_glob(f"{folder}/more/*.jpg")] == found[1:]
         server.shutdown()
 
 
