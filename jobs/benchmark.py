@@ -5,9 +5,9 @@
 
 Each command runs on a small and on a large archive, in turn. Marginal images/s (more images / more seconds) are what a
 long run sees, start-up what is left. Memory and core-seconds are those of all processes of a command. Weights are
-random, networks and images the same for all. The network `null` does nothing: what a run costs then is the cost of
-everything else. Without --images the archives are drawn. --form standard takes half an hour on two cores, long some
-hours, quick minutes: it only shows that everything runs.
+random, networks and images the same for all, and of several GPUs everyone has one. The network `null` does nothing:
+what a run costs then is the cost of everything else. Without --images the archives are drawn. --form standard takes
+half an hour on two cores, long some hours, quick minutes: it only shows that everything runs.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--peers", metavar="PEER,…", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all)"
     )
-    made.add_argument("--batch-size", metavar="N", type=int, default=64, help="of the peers (default: 64, as ours)")
+    made.add_argument(
+        "--batch-size", metavar="N", type=int, help="of the peers (default: as ours, 64, and 256 where there is a GPU)"
+    )
     made.add_argument("--json", metavar="FILE", type=Path, help="write every figure")
     made.add_argument("--chart", metavar="FILE", type=Path, help="write a bar chart of the marginal rates, as PNG")
     return made
@@ -64,7 +66,7 @@ class Benchmark:
     entries: list[Entry]
     peers: list[str]
     rounds: int
-    peer_batch_size: int
+    peer_batch_size: int | None
     json: Path | None
     chart: Path | None
     trains: bool = False
@@ -87,7 +89,7 @@ class Benchmark:
         entries = form.entries(chosen, given.model, given.small, given.large)
         rounds = form.rounds if given.rounds is None else given.rounds
         for flag, value in (("--rounds", rounds), ("--batch-size", given.batch_size)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise SettingRefused(f"{flag} is {value}: it must be at least 1")
         for entry in entries:
             if not 2 <= entry.small < entry.large:

@@ -36,7 +36,7 @@ def main() -> int:
         call("verify.py", f"{folder}/labels")
     except subprocess.CalledProcessError as error:
         print(f"demo: {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
-        return error.returncode
+        return int(error.returncode)
     show(folder)
     return 0
 
@@ -50,10 +50,21 @@ def make_archive(folder: Path, images: str) -> None:
 
 
 def call(job: str, *arguments: str) -> None:
-    """Run a job with this Python, after printing the command as one would type it."""
+    """Run a job with this Python, after printing the command as one would type it. Raises CalledProcessError."""
     command = [os.path.relpath(sys.executable), os.path.relpath(JOBS / job), *arguments]
     print(f"\n$ {shlex.join(command)}", flush=True)
-    subprocess.run(command, check=True)
+    if code := wait(subprocess.Popen(command)):
+        raise subprocess.CalledProcessError(code, command)
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a job, as a shell tells it. Ctrl-C reaches the job too, and it ends by itself."""
+    while True:
+        try:
+            code = process.wait()
+            return code if code >= 0 else 128 - code
+        except KeyboardInterrupt:
+            continue
 
 
 def show(folder: Path) -> None:
@@ -68,15 +79,21 @@ def show(folder: Path) -> None:
     step = max(1, len(rows) // 6)
     print(f"\n{len(rows):,} images, each with a label and {len(rows['embedding'][0])} numbers; here one in {step}:")
     print(table.iloc[::step].to_string(index=False))
-    errors = pd.read_parquet(folder / "embeddings" / "_errors", **ONE_THREAD)
     print("\nbroken on purpose, one row each in _errors/:")
-    print(errors["error_type"].value_counts().to_string(header=False))
+    print(errors_by_type(folder / "embeddings" / "_errors"))
     python = os.path.relpath(sys.executable)
     print("\nnext:")
     print(f"  {python} jobs/embed.py --input YOUR_FOLDER --output embeddings --model resnet50")
     print(f"  {python} -c 'import pandas; print(pandas.read_parquet(\"{folder}/labels\"))'")
     lab = f"NIGHTSHIFT_DEMO={shlex.quote(str(folder.resolve()))} {python} -m jupyterlab notebooks/query_results.ipynb"
     print(f"  {python} -m pip install jupyterlab && {lab}")
+
+
+def errors_by_type(folder: Path) -> str:
+    """How many of each, a line a type. The folder is not there where no image failed, as in a small archive."""
+    if not folder.exists():
+        return "none"
+    return str(pd.read_parquet(folder, **ONE_THREAD)["error_type"].value_counts().to_string(header=False))
 
 
 if __name__ == "__main__":

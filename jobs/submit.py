@@ -81,10 +81,11 @@ def work(given: argparse.Namespace, job_arguments: Sequence[str]) -> int:
         if not existing:
             check(given.job, job_arguments, given.working_dir)
             variables = environment.variables(given.env)
+            required = environment.required(given.working_dir, given.requirement)
         client = connect(address)
         if given.stop:
             return stop(client, given.stop)
-        submission_id = given.attach or send(client, given, job_arguments, variables)
+        submission_id = given.attach or send(client, given, job_arguments, variables, required)
         how_to_attach = f"python jobs/submit.py --address {storage.redact(address)} --attach {submission_id}"
         if not given.wait:
             cli.tell(f"it runs; follow it with: {how_to_attach}")
@@ -121,7 +122,13 @@ def check(job: str, arguments: Sequence[str], folder: Path) -> None:
         )
 
 
-def send(client: Client, given: argparse.Namespace, arguments: Sequence[str], variables: dict[str, str]) -> str:
+def send(
+    client: Client,
+    given: argparse.Namespace,
+    arguments: Sequence[str],
+    variables: dict[str, str],
+    required: Sequence[str],
+) -> str:
     """Submit the job; returns its id."""
     folder = given.working_dir.resolve()
     submission_id = given.submission_id or f"nightshift-{given.job}-{uuid.uuid4().hex[:8]}"
@@ -130,7 +137,7 @@ def send(client: Client, given: argparse.Namespace, arguments: Sequence[str], va
         archive = Path(scratch) / "project.zip"
         pack(folder, archive)
         runtime_env = {"working_dir": str(archive), "env_vars": {**variables, **secrets}}
-        if needed := requirements(client, given, archive):
+        if needed := lacking(client, given, required, archive):
             runtime_env["pip"] = environment.pip(needed, folder)
             cli.tell(f"each node installs {', '.join(needed)} first, which may take minutes")
         submit(client, submission_id, entrypoint, runtime_env)
@@ -138,11 +145,10 @@ def send(client: Client, given: argparse.Namespace, arguments: Sequence[str], va
     return submission_id
 
 
-def requirements(client: Client, given: argparse.Namespace, archive: Path) -> list[str]:
-    """What the nodes have to install first."""
+def lacking(client: Client, given: argparse.Namespace, required: Sequence[str], archive: Path) -> list[str]:
+    """Which of the requirements the nodes have to install first."""
     if given.pip is False:
         return list(given.requirement)
-    required = environment.required(given.working_dir, given.requirement)
     if given.pip:
         return [text for text in required if environment.is_installable(text)]
     return environment.missing(client, required, {"working_dir": str(archive)})

@@ -44,8 +44,9 @@ class Costs:
     """What one image costs on average.
 
     read, decode, write, predict: core-seconds; predict: of the network on a CPU. predict_seconds: wall time of one
-    actor for it. read_seconds: wall time of one stream of reading, load_seconds: of one that also decodes, on one
-    thread. gpu_seconds: by the name of a GPU, where measured.
+    actor for it, which kept predict_cores cores busy. Where the network ran on a GPU these three say nothing of CPUs.
+    read_seconds: wall time of one stream of reading, load_seconds: of one that also decodes, on one thread.
+    gpu_seconds: by the name of a GPU, where measured.
     flops: of the network, a multiply-add as two; None where nobody has counted them.
     encoded_bytes: as stored. pixel_bytes: as sent to the network. result_bytes: as written.
     """
@@ -60,6 +61,7 @@ class Costs:
     encoded_bytes: float
     pixel_bytes: float
     result_bytes: float
+    predict_cores: float = 1.0
     flops: float | None = None
     gpu_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -81,11 +83,13 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Parallelism:
-    """How a job shares a cluster among its stages: read tasks at once, decode threads of each, model actors."""
+    """How a job shares a cluster among its stages: read tasks at once, decode threads of each, model actors, and the
+    vCPUs that one of them computes on without a GPU."""
 
     read_tasks: int
     threads: int
     actors: int
+    actor_threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,8 @@ class Workload:
                 count * machine.gpus * self.gpu_rate(machine.gpu) for count, machine in cluster.groups if machine.gpus
             )
         else:
-            limits[ACTORS] = at_once.actors / costs.predict_seconds
+            cores = at_once.actors * at_once.actor_threads * cluster.cores / cluster.vcpus
+            limits[ACTORS] = cores / (costs.predict_seconds * costs.predict_cores)
         network = self._card_limit(cluster)
         if network is not None:
             limits[NETWORK_CARDS] = network
@@ -194,10 +199,13 @@ class Workload:
 
     def _near(self, cluster: Cluster) -> Iterator[Cluster]:
         """One change away: machines of another size with the same GPU, fewer or more of them, other CPU machines
-        beside them. Of a machine of one's own: each machine of the prices, one of it."""
+        beside them. Of a machine of one's own: each machine of the prices, one of it; of one with GPUs only those
+        with GPUs, since nobody has measured the network on its CPU."""
         machines = self.prices.machines.values()
         if cluster.is_local:
-            yield from (Cluster(((1, machine),)) for machine in machines if not machine.gpus or self._knows(machine))
+            for machine in machines:
+                if self._knows(machine) if machine.gpus else not cluster.gpus:
+                    yield Cluster(((1, machine),))
             return
         for place, (count, machine) in enumerate(cluster.groups):
             others = cluster.groups[:place] + cluster.groups[place + 1 :]
@@ -213,7 +221,8 @@ class Workload:
                     yield from (Cluster((*with_gpus, (number, machine))) for number in range(1, most + 1))
 
     def _knows(self, machine: Machine) -> bool:
-        return bool(machine.gpu in self.prices.gpus and self.costs.flops)
+        is_rated = bool(machine.gpu in self.prices.gpus and self.costs.flops)
+        return is_rated or machine.gpu in self.costs.gpu_seconds
 
     def _card_limit(self, cluster: Cluster) -> float | None:
         """images/s that the network cards carry; None where the speed of one is not known.

@@ -1,6 +1,7 @@
 """What a job will take, before it is run: a sample of its archive, an estimate, and a better shape of cluster."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,16 +11,19 @@ from rich.table import Table
 
 from pipeline import models, network, output, sample
 from pipeline.config import RunConfig
+from pipeline.errors import SettingRefused
 from pipeline.estimate import EXPLAINED, STARTUP_SECONDS, Estimate, Parallelism, Workload
 from pipeline.layout import Layout
 from pipeline.loader import Loader
-from pipeline.machines import LOCAL, Machine, Prices
+from pipeline.machines import LOCAL, Cluster, Machine, Prices
 from pipeline.plan import Plan
 from pipeline.predictors import NetworkPredictor
 from pipeline.sample import Sample
 from pipeline.sources.discover import Archive
 
 WIDTH = 100
+OTHER_GPU = r"(?i:Ti|Super|D|Laptop|Max-Q|MIG)"
+"""A word that makes it another GPU than the one whose name comes before."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Forecast:
     """parallelism: how the job would share the cluster among its stages. core_seconds: of an image, by stage.
 
     gpu_rates: images/s of the network on one GPU, by its name. better: a shape that is cheaper and no slower, or None.
+    assumed: what could not be measured here, in words.
     """
 
     model: str
@@ -39,6 +44,7 @@ class Forecast:
     parallelism: Parallelism
     core_seconds: dict[str, float]
     gpu_rates: dict[str, float]
+    assumed: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +58,7 @@ class Forecast:
             "core_seconds_per_image": self.core_seconds,
             "gpu_images_per_second": self.gpu_rates,
             "better": self.better and _figures(self.better),
+            "assumed": list(self.assumed),
         }
 
     def show(self) -> None:
@@ -86,8 +93,8 @@ class Forecast:
         else:
             yield "network", f"{self.model}: {found.network}"
         yield "better", self._better()
-        if not cluster.is_local:
-            yield "assumed", "cores there are as fast as here, and the store answers as it does here"
+        if self.assumed:
+            yield "assumed", "; ".join(self.assumed)
 
     def _better(self) -> str:
         if self.better is None:
@@ -102,15 +109,18 @@ def forecast(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
     Raises the errors of `pipeline.errors`; those of settings before anything is measured.
     """
     prices = Prices.load(config.prices)
-    shape = config.cluster or LOCAL
-    prices.cluster(shape)
+    here = _this_machine(prices)
+    cluster = prices.cluster(config.cluster or LOCAL, here)
+    _check(config, cluster)
     archive = Archive(config)
     predictor.prepare()
-    machine = _this_machine(prices)
+    sampled = replace(config, decoder=_sampled_decoder(config, cluster, here))
+    machine = here if cluster.gpus else replace(here, gpus=0, gpu="")  # the network is measured on what it will run on
     with output.draft(archive) as plan:
-        found = _sample(config, predictor, archive, plan, machine, say)
+        found = _sample(sampled, predictor, archive, plan, machine, say)
+    if sampled.decoder == "gpu":  # what is known of other GPUs does not tell how fast they decode
+        prices = replace(prices, gpus={})
     workload = Workload(predictor.model, found.images, found.costs, prices, _parallelism(config, plan.shards))
-    cluster = prices.cluster(shape, machine)
     estimate = workload.on(cluster)
     return Forecast(
         predictor.model,
@@ -123,14 +133,44 @@ def forecast(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
         workload.parallelism(cluster.vcpus, cluster.gpus),
         found.costs.stages(on_gpu=cluster.gpus > 0),
         {each.gpu: workload.gpu_rate(each.gpu) for _, each in cluster.groups if each.gpus},
+        tuple(_assumptions(config, sampled, cluster)),
     )
+
+
+def _check(config: RunConfig, cluster: Cluster) -> None:
+    """Raises SettingRefused for what a plan does not reckon with, and for what does not fit the cluster."""
+    for flag, value in (("--actors", config.actors), ("--gpus-per-actor", config.gpus_per_actor)):
+        if value != "auto":
+            raise SettingRefused(f"{flag} is {value}: a plan compares clusters, each with {flag} auto; leave it out")
+    Layout.of(config, cluster.vcpus, cluster.gpus)
 
 
 def _this_machine(prices: Prices) -> Machine:
     """With its GPUs, by the name that the prices have for them."""
     count, name = network.gpus_here()
-    known = [gpu for gpu in prices.gpus if gpu in name]
-    return Machine.local(count, max(known, key=len, default=name))
+    return Machine.local(count, known_gpu(name, prices.gpus))
+
+
+def known_gpu(name: str, known: Iterable[str]) -> str:
+    """The longest of the known names that stands in a GPU's own as whole words; its own where none does.
+
+    An RTX 3090 Ti is no RTX 3090.
+    """
+    found = [gpu for gpu in known if re.search(rf"(?<!\w){re.escape(gpu)}(?!\w)(?!.*\b{OTHER_GPU}\b)", name)]
+    return max(found, key=len, default=name)
+
+
+def _sampled_decoder(config: RunConfig, cluster: Cluster, here: Machine) -> str:
+    """How the sample is decoded: as the job will, unless that is on GPUs that this machine does not have."""
+    gpus = {machine.gpu for _, machine in cluster.groups if machine.gpus}
+    return "fast" if config.decoder == "gpu" and gpus != {here.gpu} else config.decoder
+
+
+def _assumptions(config: RunConfig, sampled: RunConfig, cluster: Cluster) -> Iterator[str]:
+    if not cluster.is_local:
+        yield "cores there are as fast as here, and the store answers as it does here"
+    if sampled.decoder != config.decoder:
+        yield f"the CPUs decode, as with --decoder {sampled.decoder}, since there is no such GPU here to try it on"
 
 
 def _sample(
@@ -150,12 +190,11 @@ def _sample(
 
 
 def _parallelism(config: RunConfig, shards: int) -> Callable[[int, int], Parallelism]:
-    """On any cluster: the numbers that a user gives for one of them say nothing of the others."""
-    own = replace(config, actors="auto", gpus_per_actor="auto")
+    """On any cluster."""
 
     def of(vcpus: int, gpus: int) -> Parallelism:
-        layout = Layout.of(own, vcpus, gpus)
-        return Parallelism(*layout.read_tasks(shards), layout.actors[1])
+        layout = Layout.of(config, vcpus, gpus)
+        return Parallelism(*layout.read_tasks(shards), layout.actors[1], layout.actor_threads or 1)
 
     return of
 

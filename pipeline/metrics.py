@@ -48,6 +48,7 @@ class RunMetrics:
         self.commits = _Total("commits_total", "Parts that were written and committed", labels)
         self.active = _Level("run_active", "1 while the driver works, 0 once it has ended", labels)
         self.done_images = _Level("done_images", "Images that are accounted for, by all attempts", labels)
+        self.done_errors = _Level("done_errors", "Bad images, by all attempts", labels)
         self.planned_images = _Level("planned_images", "Images of the plan, once they are all counted", labels)
         self.done_bytes = _Level("done_bytes", "Bytes of encoded images read, by all attempts", labels)
         self.planned_bytes = _Level("planned_bytes", "Bytes of the plan's shards as they are stored", labels)
@@ -69,6 +70,7 @@ class RunMetrics:
             self.seconds.reach(seconds, stage=stage)
         self.commits.reach(len(self.ledger.names) - self.commits_before)
         self.done_images.set(self.ledger.rows + self.ledger.errors)
+        self.done_errors.set(self.ledger.errors)
         totals = self.ledger.coverage.totals
         self.planned_images.set(self.plan.images(totals) if len(totals) >= self.uncounted_shards else None)
         self.done_bytes.set(earlier.bytes_read + now.bytes_read)
@@ -110,10 +112,10 @@ class ActorMetrics:
         self.gpu_memory = _gauge("gpu_memory_bytes", "Memory of its GPU that a model actor holds", labels)
 
     def add(self, images: int, batch_size: int, gpu_memory_bytes: int | None) -> None:
-        """Tell of one batch. gpu_memory_bytes: None without a GPU."""
+        """Tell of one batch. gpu_memory_bytes: None without a GPU. The row that ends a shard may come alone."""
         if images:
             self.images.inc(images)
-        self.capacity.inc(batch_size)
+            self.capacity.inc(batch_size)
         self.gpu_memory.set(gpu_memory_bytes)
 
 

@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline import storage
 from pipeline.errors import printable
@@ -121,8 +122,7 @@ class Report:
             gone = f"; {self.removed:,} are gone from the archive, see _plan/removed.parquet" if self.removed else ""
             yield "update", f"{self.unchanged:,} images or shards were done before and are unchanged{gone}"
         if self.resumed_images:
-            attempts = f"{self.attempt - 1} earlier attempt{'s' * (self.attempt > 2)}"
-            yield "resumed", f"{self.resumed_images:,} images were done before, by {attempts}"
+            yield "resumed", f"{self.resumed_images:,} images were done before, by earlier attempts"
         yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
         yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
         gpu = f" · {self.gpu_seconds:,.1f} GPU-seconds" if self.gpu_seconds else ""
@@ -154,7 +154,10 @@ def _cost(cluster: Cluster | None, wall_seconds: float, images: int) -> dict[str
 
 
 class Meter:
-    """Shows a run's progress: a bar on a terminal, a plain line every ten seconds elsewhere."""
+    """Shows a run's progress at each commit: a bar on a terminal, elsewhere a plain line, at most one in ten seconds.
+
+    The time that is left is its own reckoning: rich forgets what is older than half a minute, and commits come rarely.
+    """
 
     def __init__(self, plan: Plan, ledger: Ledger, console: Console) -> None:
         self.plan, self.ledger, self.console = plan, ledger, console
@@ -169,9 +172,9 @@ class Meter:
         done = self.ledger.rows + self.ledger.errors
         total = None if self.plan.uncounted_shards else self.plan.rows
         if self.bar:
-            self.bar.update(
-                self.task, completed=done, total=total, note=f"{self.rate():.1f}/s · {self.ledger.errors} errors"
-            )
+            left = f" · {left}" if (left := self._left(done, total)) else ""
+            note = f"{self.rate():.1f}/s · {self.ledger.errors} errors{left}"
+            self.bar.update(self.task, completed=done, total=total, note=note)
         elif time.monotonic() - self.printed >= PLAIN_LINE_SECONDS:
             self.printed = time.monotonic()
             self.console.print(self._line(done, total), highlight=False)
@@ -187,10 +190,14 @@ class Meter:
 
     def _line(self, done: int, total: int | None) -> str:
         of = f" of {total:,} ({done / max(total, 1):.0%})" if total is not None else ""
-        rate = self.rate()
-        speed = f", {rate:.1f}/s" if rate else ""
-        left = f", {(total - done) / rate:,.0f} s left" if total is not None and rate else ""
+        speed = f", {rate:.1f}/s" if (rate := self.rate()) else ""
+        left = f", {left}" if (left := self._left(done, total)) else ""
         return f"{done:,} images{of}{speed}, {self.ledger.errors:,} errors{left}"
+
+    def _left(self, done: int, total: int | None) -> str:
+        """Hours, minutes and seconds to the end at the rate so far; "" where they cannot be told."""
+        rate = self.rate()
+        return f"{timedelta(seconds=round((total - done) / rate))} left" if total is not None and rate else ""
 
 
 @contextmanager
@@ -201,13 +208,7 @@ def meter(plan: Plan, ledger: Ledger) -> Iterator[Meter]:
     if not console.is_terminal:
         yield shown
         return
-    columns = (
-        TextColumn("images"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console, transient=True) as bar:
         shown.bar = bar
         shown.task = bar.add_task("images", total=None, note="starting")

@@ -114,14 +114,17 @@ def measure(
         sum(each) for each in zip(*((read.core_seconds, read.seconds) for read in reads), strict=True)
     )
     encoded_bytes = sum(read.encoded_bytes for read in reads)
+    threads = predictor.threads or 1
+    predict_cores = min(threads, machine.cores)
     costs = Costs(
         read=read_core_seconds / sampled,
         decode=max(0.0, load_core_seconds - read_core_seconds) / sampled,
         write=write,
-        predict=core_seconds / machine.vcpus_per_core,
+        predict=core_seconds * predict_cores / threads,
         read_seconds=read_seconds / sampled,
         load_seconds=load_seconds / sampled,
         predict_seconds=seconds,
+        predict_cores=predict_cores,
         encoded_bytes=encoded_bytes / sampled,
         pixel_bytes=pc.mean(pc.binary_length(images[schema.PIXELS])).as_py(),
         result_bytes=result_bytes,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from whole import wait_for, write_folder
 
 from jobs import benchmark
 from jobs.bench import archives, chart, contest, measure, show
-from jobs.bench.archives import CASES, Case
+from jobs.bench.archives import CASES, Archive, Case
 from jobs.bench.contest import OURS, PEERS, Result, Run, left_out, marginal_rate, startup_seconds
 from jobs.bench.measure import COMMAND, CommandFailed, Spent, spend
 from jobs.bench.programme import FORMS, NULL, Entry
@@ -192,6 +193,33 @@ def test_who_is_left_out_and_why() -> None:
     assert left_out("daft", "resnet18", in_tars=True), "no tars, or not installed"
 
 
+@pytest.mark.parametrize(("given", "one"), [(None, "0"), ("", ""), ("3", "3"), ("GPU-5f,GPU-8a", "GPU-5f")])
+def test_everyone_has_the_same_gpu(given: str | None, one: str) -> None:
+    environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+    assert contest.one_gpu(environment) == {"CUDA_VISIBLE_DEVICES": one}
+
+
+@pytest.mark.parametrize("name", [OURS, *PEERS])
+def test_a_command_runs_on_one_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its environment is caught; no command is run."""
+    caught: list[Mapping[str, str]] = []
+
+    def spend_nothing(line: Sequence[str], environment: Mapping[str, str]) -> Spent:
+        caught.append(environment)
+        return Spent(1, 1, 1.0, 0.1)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(contest, "spend", spend_nothing)
+    contest._run(name, NULL, Archive(tmp_path, 0), None)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in caught] == ["2"]
+
+
+def test_peers_choose_their_batch_size_unless_they_are_told(tmp_path: Path) -> None:
+    archive = Archive(tmp_path, 0)
+    assert "--batch-size" not in contest.command("ray", NULL, archive, tmp_path, None)
+    assert contest.command("ray", NULL, archive, tmp_path, 8)[-2:] == ["--batch-size", "8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -199,6 +227,7 @@ def test_who_is_left_out_and_why() -> None:
         (("--peers", "spark"), "--peers is 'spark'"),
         (("--small", "20", "--large", "20"), "--small is 20 and --large is 20"),
         (("--rounds", "0"), "--rounds is 0"),
+        (("--batch-size", "0"), "--batch-size is 0"),
         (("--images", "none"), "--images none is no folder"),
         (("--json", "none/figures.json"), "none/figures.json cannot be written"),
     ],

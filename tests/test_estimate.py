@@ -13,12 +13,13 @@ PRICES = Prices.load()
 L4 = PRICES.gpus["L4"].images_per_second["resnet50"]
 PHOTO = Costs(
     read=0.0002, decode=0.003, write=0.00005, predict=0.05, read_seconds=0.0002, load_seconds=0.0033,
-    predict_seconds=0.025, encoded_bytes=110_000, pixel_bytes=150_528, result_bytes=2_100, flops=RESNET50_FLOPS,
+    predict_seconds=0.025, predict_cores=2, encoded_bytes=110_000, pixel_bytes=150_528, result_bytes=2_100,
+    flops=RESNET50_FLOPS,
 )  # fmt: skip
 
 
 def every_core(vcpus: int, gpus: int) -> Parallelism:
-    return Parallelism(read_tasks=vcpus, threads=1, actors=max(1, gpus))
+    return Parallelism(read_tasks=vcpus, threads=1, actors=max(1, gpus), actor_threads=vcpus)
 
 
 def workload(costs: Costs = PHOTO, images: int = 1_000_000, model: str = "resnet50") -> Workload:
@@ -43,7 +44,18 @@ def test_without_a_gpu_the_network_is_the_cpus() -> None:
     found = workload().on(PRICES.cluster("2xc7i.4xlarge"))
     assert estimates.GPU not in found.limits
     assert found.limits[estimates.CPU] == pytest.approx(16 / (0.05325 + PHOTO.ray))
-    assert found.limits[estimates.ACTORS] == pytest.approx(1 / 0.025)
+    assert found.limits[estimates.ACTORS] == pytest.approx(16 / 0.05), "two cores took 0.025 s"
+    assert found.bottleneck == estimates.CPU
+
+
+@pytest.mark.parametrize(("actors", "actor_threads"), [(8, 4), (4, 8), (2, 16)])
+@pytest.mark.parametrize(("vcpus_per_core", "cores"), [(1, 32), (2, 16)])
+def test_actors_are_as_fast_as_their_cores(actors: int, actor_threads: int, vcpus_per_core: int, cores: int) -> None:
+    """However many of them share the threads; where two threads share a core they are half as fast."""
+    desk = Machine("local", 32, vcpus_per_core)
+    cluster = PRICES.cluster("local", desk)
+    shared = Workload("resnet50", 1000, PHOTO, PRICES, lambda vcpus, gpus: Parallelism(32, 1, actors, actor_threads))
+    assert shared.on(cluster).limits[estimates.ACTORS] == pytest.approx(cores / 0.05)
 
 
 def test_a_large_network_keeps_the_gpus_busy() -> None:
@@ -109,6 +121,19 @@ def test_a_better_shape_is_cheaper_and_no_slower() -> None:
     assert better.usd < 0.95 * given.usd
     again = workload().better(better)
     assert again is None or (again.usd or 0) < better.usd
+
+
+def test_a_network_that_was_measured_on_a_gpu_is_not_sent_to_cpus() -> None:
+    """What it costs there nobody knows."""
+    desk = Machine("local", 8, 1, gpus=1, gpu="L4")
+    measured = workload(replace(PHOTO, predict=1e-6, predict_seconds=1e-6, gpu_seconds={"L4": 1e-3}))
+    better = measured.better(measured.on(PRICES.cluster("local", desk)))
+    assert better is not None
+    assert better.cluster.gpus
+    unknown = replace(measured, prices=replace(PRICES, gpus={}))
+    better = unknown.better(unknown.on(PRICES.cluster("local", desk)))
+    assert better is not None
+    assert {machine.gpu for _, machine in better.cluster.groups} == {"L4"}
 
 
 def test_no_shape_is_better_than_the_best() -> None:

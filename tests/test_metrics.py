@@ -1,11 +1,14 @@
-"""The names under which Prometheus and Ray know a run."""
+"""The names under which Prometheus and Ray know a run, and what they are told of it."""
+
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
 from pipeline import engine
 from pipeline.config import RunConfig
-from pipeline.metrics import labels
+from pipeline.ledger import Commit, Ledger
+from pipeline.metrics import ActorMetrics, RunMetrics, labels
 from pipeline.predictors import Predictor
 
 
@@ -44,3 +47,23 @@ def test_a_stage_bears_the_name_of_its_predictor() -> None:
 
     assert engine._named(engine.ModelActor, Brightness()).__name__ == "Brightness"
     assert engine._named(engine.ModelActor, Überblick()).__name__ == r"\xdcberblick timm:resnet50"
+
+
+def test_bad_images_are_told_of_all_attempts() -> None:
+    ledger = Ledger("out", attempt=2)
+    plan = SimpleNamespace(uncounted_shards=0, images=lambda totals: 1_000, size_bytes=1)
+    ledger.accept(Commit("part-1-0-0", 1, None, None, {0: ((0, 10),)}, {}, rows=7, errors=3))
+    told = RunMetrics(RunConfig(input="photos", output="out"), plan, ledger, {})  # type: ignore[arg-type]
+    assert (told.done_errors.value, told.done_images.value) == (3, 10)
+    ledger.accept(Commit("part-2-0-10", 2, None, None, {0: ((10, 20),)}, {}, rows=8, errors=2))
+    told.update()
+    assert (told.done_errors.value, told.done_images.value) == (5, 20)
+
+
+def test_a_lone_end_of_a_shard_is_no_batch_that_could_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    actor = ActorMetrics({})
+    monkeypatch.setattr(actor.capacity, "inc", told.append)
+    for images in (64, 0, 3):
+        actor.add(images, 64, None)
+    assert told == [64, 64]

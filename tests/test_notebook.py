@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from small_run import small_run
@@ -32,6 +33,21 @@ def test_it_defines_no_logic(notebook: nbformat.NotebookNode) -> None:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     for cell in code_cells(notebook):
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source))), cell.source
+
+
+@pytest.mark.parametrize("kinds", [[], ["truncated", "not_an_image", "truncated"]])
+def test_errors_are_counted_where_there_are_some(
+    notebook: nbformat.NotebookNode, tmp_path: Path, kinds: list[str]
+) -> None:
+    if kinds:
+        (tmp_path / "labels" / "_errors").mkdir(parents=True)
+        pd.DataFrame({"stage": "decode", "error_type": kinds}).to_parquet(tmp_path / "labels/_errors/part.parquet")
+    (source,) = (cell.source for cell in code_cells(notebook) if "_errors" in cell.source)
+    *statements, shown = source.splitlines()
+    names = {"pd": pd, "DEMO": tmp_path}
+    exec("\n".join(statements), names)
+    counts = eval(shown, names)["images"]
+    assert counts.to_dict() == {("decode", kind): kinds.count(kind) for kind in kinds}
 
 
 @pytest.mark.slow

@@ -238,6 +238,7 @@ def test_the_numbers_are_those_of_the_report(watched: Watched) -> None:
     assert report["planned"] == IMAGES + BAD_IMAGES
     assert report["errors_by_type"] == {"decode/not_an_image": BAD_IMAGES}
     assert value('sum(ray_nightshift_errors_total{stage="decode", error_type="not_an_image"})') == BAD_IMAGES
+    assert value("max(last_over_time(ray_nightshift_done_errors[5m]))") == report["errors"] == BAD_IMAGES
     assert value("max(last_over_time(ray_nightshift_done_bytes[5m]))") == report["bytes_read"]
     assert value("max(last_over_time(ray_nightshift_planned_images[5m]))") == report["planned"]
     assert (

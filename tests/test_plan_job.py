@@ -7,8 +7,8 @@ import pytest
 from whole import TINY, jpeg, write_folder, write_tar
 
 from jobs import plan
-from pipeline import forecast, sample
-from pipeline.machines import PRICES
+from pipeline import forecast, network, sample
+from pipeline.machines import PRICES, Prices, cpus_here
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,7 @@ def test_json_holds_every_figure_and_they_agree(tars: Path, capsys: pytest.Captu
     assert estimate["usd"] == pytest.approx((4 * 0.9776 + 2 * 0.714) * seconds / 3600)
     assert found["parallelism"]["read_tasks"] == 3, "no more than shards"
     assert found["sample"]["costs"]["flops"] > 0
+    assert found["assumed"] == ["cores there are as fast as here, and the store answers as it does here"]
 
 
 def test_the_machine_at_hand_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -65,6 +66,11 @@ def test_the_machine_at_hand_is_the_default(tmp_path: Path, capsys: pytest.Captu
     assert found["estimate"]["cluster"] == "local"
     assert found["estimate"]["usd"] is None
     assert found["better"]["cluster"].startswith("1x")
+    assert found["assumed"] == []
+    costs, parallelism = found["sample"]["costs"], found["parallelism"]
+    actors = found["estimate"]["limits_images_per_second"]["actors"]
+    cores = parallelism["actors"] * parallelism["actor_threads"] * found["estimate"]["cores"] / cpus_here()
+    assert actors == pytest.approx(cores / (costs["predict_seconds"] * costs["predict_cores"]))
 
 
 def test_prices_of_ones_own_count(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -86,6 +92,9 @@ def test_prices_of_ones_own_count(tars: Path, tmp_path: Path, capsys: pytest.Cap
         (("--cluster", "0xg6.xlarge"), "write how many of which machine"),
         (("--prices", "none.yaml"), "none.yaml cannot be read"),
         (("--input", "none"), "none does not exist"),
+        (("--actors", "2"), "--actors is 2: a plan compares clusters"),
+        (("--gpus-per-actor", "0.5"), "--gpus-per-actor is 0.5: a plan compares clusters"),
+        (("--decoder", "gpu", "--cluster", "c7i.2xlarge"), "the network has none"),
     ],
 )
 def test_bad_settings_end_with_a_sentence_before_anything_is_measured(
@@ -98,6 +107,53 @@ def test_bad_settings_end_with_a_sentence_before_anything_is_measured(
     assert printed.err.startswith("nightshift: ")
     assert said in printed.err
     assert printed.out == ""
+
+
+def test_gpus_that_are_not_here_cannot_be_tried_at_decoding(tars: Path, capsys: pytest.CaptureFixture) -> None:
+    assert plan.main(["--input", str(tars), *TINY, "--decoder", "gpu", "--cluster", "g6.xlarge", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["assumed"][1].startswith("the CPUs decode, as with --decoder fast")
+    assert found["sample"]["costs"]["pixel_bytes"] == 32 * 32 * 3
+
+
+def test_a_gpu_that_is_here_decodes_in_the_sample(
+    tars: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is an invented one: the network and torchvision's decoder run on the CPU for it."""
+    monkeypatch.setattr(network, "gpus_here", lambda: (1, "NVIDIA L4"))
+    assert plan.main(["--input", str(tars), *TINY, "--decoder", "gpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["sample"]["costs"]["gpu_seconds"]) == ["L4"]
+    assert found["sample"]["costs"]["pixel_bytes"] == found["sample"]["costs"]["encoded_bytes"]
+    assert found["assumed"] == []
+    assert found["better"] is None or found["better"]["cluster"].startswith("1xg6.")
+
+
+def test_for_a_cluster_of_cpus_the_network_is_measured_on_the_cpu(
+    tars: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "gpus_here", lambda: (1, "NVIDIA L4"))
+    assert plan.main(["--input", str(tars), *TINY, "--cluster", "2xc7i.2xlarge", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sample"]["costs"]["gpu_seconds"] == {}
+    assert found["sample"]["network"].startswith("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("Tesla T4", "T4"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        *((name, name) for name in ("NVIDIA L40", "NVIDIA T400 4GB", "NVIDIA A100X", "NVIDIA H200")),
+        *((f"NVIDIA GeForce RTX 3090{more}",) * 2 for more in (" Ti", " SUPER", " D", " Laptop GPU", "M")),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb",) * 2,
+    ],
+)
+def test_a_gpu_is_one_of_the_prices_only_where_it_is_that_one(name: str, known: str) -> None:
+    assert forecast.known_gpu(name, Prices.load().gpus) == known
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,26 @@ def test_a_gpu_of_the_machine_is_measured(tmp_path: Path) -> None:
     assert found.costs.gpu_seconds == {"T4": found.costs.predict_seconds}
 
 
+@pytest.mark.parametrize(
+    ("threads", "machine", "cores", "share"),
+    [
+        (2, Machine("local", 2, 1), 2, 1),  # a core for each thread
+        (4, Machine("local", 4, 2), 2, 0.5),  # two threads share a core
+        (4, Machine("local", 16, 2), 4, 1),  # the cores of other actors are idle
+    ],
+)
+def test_core_seconds_are_of_whole_cores(
+    tmp_path: Path, threads: int, machine: Machine, cores: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "photos", 16)
+    predict = sample._predict
+    monkeypatch.setattr(sample, "_predict", lambda *given: (0.25, 0.125, predict(*given)[2]))
+    predictor = Warming()
+    predictor.threads = threads
+    costs = measured(folder, predictor, machine).costs
+    assert (costs.predict, costs.predict_seconds, costs.predict_cores) == (0.25 * share, 0.125, cores)
+
+
 def test_shards_are_taken_from_all_over_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(9):
         write_tar(tmp_path / f"{number}.tar", {"a.png": images.encode(images.tile("urban", number), "PNG")})

@@ -90,6 +90,8 @@ def test_the_project_itself_is_small_and_has_its_jobs() -> None:
         (["classify", "--", "--input", "a", "--output", "vectors"], "--output vectors would be in the job's own copy"),
         (["embed", "--env", "NOT_SET_ANYWHERE", "--", "--input", "a", "--output", "/b"], "--env NOT_SET_ANYWHERE"),
         (["embed", "--env", "a b=c", "--", "--input", "a", "--output", "/b"], "--env a b: it is NAME=VALUE"),
+        (["embed", "--requirement", "no such", "--", "--input", "a", "--output", "/b"], "--requirement: "),
+        (["embed", "--no-pip", "--requirement", "=", "--", "--input", "a", "--output", "/b"], "--requirement: "),
         (["embed", "--address", "http://127.0.0.1:{port}", "--", "--input", "a", "--output", "/b"], "no Ray dashboard"),
     ],
 )
@@ -139,11 +141,43 @@ def test_requirements_are_the_projects_and_get_its_pins() -> None:
         environment.required(ROOT, ["no such"])
 
 
+def project(folder: Path, pins: str) -> Path:
+    (folder / environment.CONSTRAINTS).write_text(f"# tried together\n{pins}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed"),
+    [
+        ("timm", "timm==1.0.31"),
+        ("Timm>=1.0", "Timm==1.0.31"),
+        ("timm==1.0.31", "timm==1.0.31"),
+        ("typing-extensions>=4", "typing-extensions==4.16.0"),
+        ("timm[extra]>=1.0", "timm[extra]==1.0.31"),
+        ("timm>=1; python_version > '3'", 'timm==1.0.31; python_version > "3"'),
+        ("mine @ https://host/mine.whl", "mine @ https://host/mine.whl"),
+        ("mine[extra]==2", "mine[extra]==2"),
+    ],
+)
+def test_a_requirement_keeps_what_the_pin_does_not_say(asked: str, installed: str, tmp_path: Path) -> None:
+    folder = project(tmp_path, "timm==1.0.31\ntyping_extensions==4.16.0\n")
+    assert environment.pip([asked], folder)["packages"][0] == installed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("timm==1.0.9", "timm==1.0.9"), ("timm @ https://user:pass@host/timm.whl", "timm from a URL")],
+)
+def test_a_requirement_that_contradicts_a_pin_is_refused(asked: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingRefused, match=f"^--requirement {said}: .*constraints.txt pins timm==1.0.31; "):
+        environment.pip([asked], project(tmp_path, "timm==1.0.31\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "met"),
     [
         ("python>=3.11", True), ("python>=4", False), ("numpy>=2", True), ("numpy>=99", False), ("nosuch", False),
-        ("nosuch; sys_platform == 'other'", True),
+        ("nosuch; sys_platform == 'other'", True), ("numpy @ https://host/numpy.whl", False),
     ],
 )  # fmt: skip
 def test_the_probe(text: str, met: bool) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -147,15 +147,15 @@ def left_out(peer: str, model: str, in_tars: bool = False, on_s3: bool = False) 
     return None
 
 
-def command(name: str, model: str, archive: Archive, output: Path, peer_batch_size: int) -> list[str]:
+def command(name: str, model: str, archive: Archive, output: Path, peer_batch_size: int | None) -> list[str]:
     """The command line of Nightshift, with its default settings, or of a peer."""
     if name == OURS:
         paths = ["--input", archive.uri, "--output", str(output)]
         network = ["--model", our_name(model), "--weights", "random"]
         return [sys.executable, str(JOBS / "embed.py"), *paths, *network]
     script = str(JOBS / "peers" / PEERS[name].script)
-    settings = ["--model", model, "--batch-size", str(peer_batch_size)]
-    return [sys.executable, script, archive.uri, str(output), *settings]
+    batch_size = [] if peer_batch_size is None else ["--batch-size", str(peer_batch_size)]
+    return [sys.executable, script, archive.uri, str(output), "--model", model, *batch_size]
 
 
 def our_name(model: str) -> str:
@@ -169,7 +169,7 @@ def contest(
     small: Archive,
     large: Archive,
     rounds: int,
-    peer_batch_size: int,
+    peer_batch_size: int | None,
     say: Callable[[str], None],
 ) -> dict[str, Result]:
     """Run everyone, each round beginning with the next one. Raises CommandFailed."""
@@ -185,13 +185,19 @@ def contest(
     return results
 
 
-def _run(name: str, model: str, archive: Archive, peer_batch_size: int) -> Run:
+def one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that leaves a command one GPU, the first of those that this environment allows: no peer takes more
+    than one."""
+    return {"CUDA_VISIBLE_DEVICES": environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
+
+
+def _run(name: str, model: str, archive: Archive, peer_batch_size: int | None) -> Run:
     """One command. Raises CommandFailed where it fails, or does not write a row for each image."""
     quiet = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "DAFT_ANALYTICS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         output = Path(folder) / "output"
         line = command(name, model, archive, output, peer_batch_size)
-        spent = spend(line, {**os.environ, **quiet, **archive.environment})
+        spent = spend(line, {**os.environ, **quiet, **one_gpu(os.environ), **archive.environment})
         results = list(output.glob("*.parquet"))
         rows = sum(pq.read_metadata(path).num_rows for path in [*results, *output.glob("_errors/*.parquet")])
         if rows != archive.images:

@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("input", metavar="INPUT")
 parser.add_argument("output", metavar="OUTPUT", type=Path)
 parser.add_argument("--model", default="resnet18")
-parser.add_argument("--batch-size", type=int, default=64)
+parser.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 64)
 given = parser.parse_args()
 
 transform = transforms.Compose(

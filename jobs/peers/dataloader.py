@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT", type=Path)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 64)
     given = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +102,7 @@ def main() -> None:
     network.fc = torch.nn.Identity()
     network = network.eval().to(device)
 
-    workers = os.cpu_count() or 1
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     names, found = [], []
     with torch.inference_mode():
         for paths, pixels in DataLoader(dataset(given.input), batch_size=given.batch_size, num_workers=workers):

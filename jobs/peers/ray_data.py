@@ -37,7 +37,8 @@ def preprocess_sample(row: dict[str, Any]) -> dict[str, Any]:
 
 class Embed:
     def __init__(self, model: str) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor of one CPU one thread
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(cpus)  # Ray gives an actor of one CPU one thread
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         network = named(model)
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT", type=Path)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 64)
     given = parser.parse_args()
 
     ray.init(include_dashboard=False, logging_level="ERROR")

@@ -7,11 +7,12 @@ import shlex
 import time
 import tomllib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from jobs.submission.client import Client, submit
 from pipeline import storage
@@ -93,7 +94,7 @@ def missing(client: Client, requirements: Sequence[str], runtime_env: dict[str, 
 def pip(requirements: Sequence[str], folder: Path) -> dict[str, Any]:
     """A runtime_env's `pip` for requirements: at the project's pins, and what they bring along too.
 
-    Raises SettingRefused for what only another cluster can meet.
+    Raises SettingRefused for what only another cluster can meet, and for what contradicts a pin.
     """
     if fixed := [text for text in requirements if not is_installable(text)]:
         raise SettingRefused(f"the cluster does not have {' and '.join(fixed)}: start it from an image that has")
@@ -101,6 +102,22 @@ def pip(requirements: Sequence[str], folder: Path) -> dict[str, Any]:
     if not constraints.is_file():
         return {"packages": list(requirements)}
     lines = [line for line in constraints.read_text().splitlines() if line and not line.startswith("#")]
-    pins = {Requirement(line).name.lower(): line for line in lines}
-    packages = [pins.get(Requirement(text).name.lower(), text) for text in requirements]
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
+    packages = [_pinned(text, pins) for text in requirements]
     return {"packages": [*packages, f"--constraint ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{CONSTRAINTS}"]}
+
+
+def _pinned(text: str, pins: Mapping[str, Requirement]) -> str:
+    """A requirement at its pin, extras and marker as they are; itself where nothing pins it."""
+    asked = Requirement(text)
+    pin = pins.get(canonicalize_name(asked.name))
+    if pin is None:
+        return text
+    versions = [each.version for each in pin.specifier]
+    if asked.url or not all(asked.specifier.contains(version, prereleases=True) for version in versions):
+        raise SettingRefused(
+            f"--requirement {asked.name}{asked.specifier or ' from a URL'}: the project's {CONSTRAINTS} pins {pin}; "
+            "ask for it without a version, or change the pin"
+        )
+    asked.specifier = pin.specifier
+    return str(asked)
