@@ -6,7 +6,7 @@
 
 Shards and bytes are counted, some images of a few shards are read and decoded here, and the network runs here for ten
 seconds; the rate of a GPU that this machine lacks is looked up in a table. Nothing is written. Without --cluster
-it is about this machine. Takes the flags of jobs/embed.py.
+it is about this machine. Takes the flags of jobs/embed.py; actors are reckoned as a job chooses them by itself.
 """
 
 import json
