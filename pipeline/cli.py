@@ -119,24 +119,31 @@ def _config_words(path: str | None, flags: dict[str, "Field[Any]"]) -> list[str]
         raise SettingRefused(f"--config {path}: it must hold one flag a line, as in `model: resnet50`")
     words: list[str] = []
     for name, value in values.items():
-        flag, known = name.replace("_", "-"), flags.get(name.replace("-", "_"))
-        if known is None:
+        field = flags.get(name.replace("-", "_"))
+        if field is None:
             raise SettingRefused(f"--config {path}: no flag is called {name}")
-        texts = value if isinstance(value, list) and known.default == () else [value]
-        if not all(isinstance(text, str) for text in texts):
-            many = " or a list of them" * (known.default == ())
-            raise SettingRefused(f"--config {path}: {name} is {value}: it must be one value{many}")
-        if texts[0].lower() in NOTHING:
-            continue
-        if isinstance(known.default, bool):
-            if texts[0].lower() not in BOOLEANS:
-                raise SettingRefused(f"--config {path}: {name} is {value!r}: it must be true or false")
-            words.append(f"--{BOOLEANS[texts[0].lower()]}{flag}")
-        elif known.name in LIST_FLAGS:
-            words += [f"--{flag}", *texts]
-        else:
-            words += [f"--{flag}={text}" for text in texts]
+        try:
+            words += _words(field, value)
+        except ValueError as error:
+            raise SettingRefused(f"--config {path}: {name} is {value!r}: it must be {error}") from error
     return words
+
+
+def _words(field: "Field[Any]", value: Any) -> list[str]:
+    """A flag with what YAML says of it, a text, or several where it takes them. Raises ValueError: what it must be."""
+    flag, takes_several = field.name.replace("_", "-"), field.default == ()
+    texts = value if isinstance(value, list) and takes_several else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("one value or a list of them" if takes_several else "one value")
+    if not texts or (isinstance(value, str) and value.lower() in NOTHING):
+        return []
+    if isinstance(field.default, bool):
+        if texts[0].lower() not in BOOLEANS:
+            raise ValueError("true or false")
+        return [f"--{BOOLEANS[texts[0].lower()]}{flag}"]
+    if field.name in LIST_FLAGS:
+        return [f"--{flag}", *texts]
+    return [f"--{flag}={text}" for text in texts]
 
 
 def _run(config: RunConfig, predictor: Any) -> int:

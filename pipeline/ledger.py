@@ -216,7 +216,11 @@ def sweep(ledger: Ledger) -> int:
 def check_newest(ledger: Ledger) -> None:
     """Raise OutputLocked if a later attempt has begun: what counts is its to say."""
     if last_attempt(ledger.output) != ledger.attempt:
-        raise OutputLocked(f"another driver took over {ledger.output} while this one stood still; this one stops")
+        raise _taken_over(ledger.output)
+
+
+def _taken_over(output: str) -> OutputLocked:
+    return OutputLocked(f"another driver took over {output} while this one stood still; this one stops")
 
 
 def void(output: str) -> str | None:
@@ -286,13 +290,8 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
 
     def __enter__(self) -> "Lock":
-        beat = self._content(0)
         try:
-            try:
-                storage.create(self.uri, beat)
-            except FileExistsError:
-                self._wait_for_stale()
-                storage.write(self.uri, beat)
+            self._take()
         except OSError as error:
             if not isinstance(error, PermissionError | NotADirectoryError) and error.errno != errno.EROFS:
                 raise
@@ -310,13 +309,21 @@ class Lock:
             with contextlib.suppress(OSError, StorageRefused):
                 storage.delete(self.uri)
 
+    def _take(self) -> None:
+        beat = self._content(0)
+        try:
+            storage.create(self.uri, beat)
+        except FileExistsError:
+            self._wait_for_stale()
+            storage.write(self.uri, beat)
+
     def check(self) -> None:
         """Raise OutputLocked if another driver has taken over. By its own heart, unless that has stood still."""
         stood_still = abs(time.time() - self.beaten) > LEASE_SECONDS / 2
         if stood_still and self._read().get("id", self.owner["id"]) != self.owner["id"]:
             self.lost.set()  # a lock that is missing, or is being written, is nobody else's
         if self.lost.is_set():
-            raise OutputLocked(f"another driver took over {self.output} while this one stood still; this one stops")
+            raise _taken_over(self.output)
 
     def _beat(self) -> None:
         for number in range(1, 1 << 62):

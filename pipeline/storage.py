@@ -160,10 +160,10 @@ def _locate(uri: str) -> tuple[Store, str]:
 
 def _as_given(uri: str) -> str:
     """With the credentials that were withheld from it, or the user and password from a folder above it."""
-    if uri in _SIGNED or redact(uri) != uri:  # the latter has its own
+    if not _SIGNED or uri in _SIGNED or redact(uri) != uri:  # the last one has its own
         return _SIGNED.get(uri, uri)
     folder = uri
-    while _SIGNED and folder not in _SIGNED and "/" in folder.partition("://")[2]:
+    while folder not in _SIGNED and "/" in folder.partition("://")[2]:
         folder = folder.rpartition("/")[0]
     given = _SIGNED.get(folder, folder)
     return uri if "?" in given else given + uri[len(folder) :]

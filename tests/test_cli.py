@@ -159,3 +159,9 @@ def test_the_jobs_flags(job: type, own: set[str], capsys: pytest.CaptureFixture)
     words = capsys.readouterr().out.replace(",", " ").split()
     shown = {word for word in words if word.startswith("--")} - {"--help", "--config", "--no-exif-rotate"}
     assert {flag for flag in shown if not flag.startswith("--no-")} == FLAGS | NETWORK_FLAGS | own
+
+
+def test_empty_values_in_the_file_leave_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("input: []\nkeep: []\nlimit:\noverwrite: ~\n")
+    assert parsed("--config", str(file)) == ({}, {})
