@@ -1,33 +1,27 @@
-"""What of a run is done: commits, attempts, and the lock of an output directory.
+"""What of a run is done: commits and attempts.
 
 A commit is a small JSON record, written after its part and only if there is none of its name. It counts if the newest
 attempt wrote it, or if it stands in the list that the newest attempt began with; any other came from a driver that had
-been replaced (paused and woken, cut off) and does not exist for anybody. Correctness rests on that alone; the lock and
-its heartbeat only keep a second driver from wasting work.
+been replaced (paused and woken, cut off) and does not exist for anybody. Correctness rests on that alone, and not on
+the lock (lock.py).
 """
 
-import contextlib
-import errno
 import json
-import os
 import socket
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from pipeline import storage
 from pipeline.coverage import Coverage, Ranges
-from pipeline.errors import OutputLocked, OutputRefused, StorageRefused
+from pipeline.errors import OutputLocked
+from pipeline.lock import taken_over
 from pipeline.prefetch import ordered_map
 
-COMMITS, ATTEMPTS, LOCK = "_commits", "_attempts", "_lock.json"
+COMMITS, ATTEMPTS = "_commits", "_attempts"
 READ_THREADS = 16
-HEARTBEAT_SECONDS = 5.0
-LEASE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,11 +210,7 @@ def sweep(ledger: Ledger) -> int:
 def check_newest(ledger: Ledger) -> None:
     """Raise OutputLocked if a later attempt has begun: what counts is its to say."""
     if last_attempt(ledger.output) != ledger.attempt:
-        raise _taken_over(ledger.output)
-
-
-def _taken_over(output: str) -> OutputLocked:
-    return OutputLocked(f"another driver took over {output} while this one stood still; this one stops")
+        raise taken_over(ledger.output)
 
 
 def void(output: str) -> str | None:
@@ -266,119 +256,3 @@ def _stem(uri: str) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-class Lock:
-    """One driver at a time on an output directory, as long as its heart beats.
-
-    A lock left behind is taken over at once if its process is gone from this machine, else after its heartbeat has
-    stood still for LEASE_SECONDS by the clock of whoever waits: clocks of two machines are never compared.
-    """
-
-    def __init__(self, output: str) -> None:
-        self.output = output
-        self.uri = storage.join(output, LOCK)
-        self.owner = {
-            "id": uuid.uuid4().hex,
-            "host": _machine(),
-            "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
-        }
-        self.lost = threading.Event()
-        self.beaten = time.time()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
-
-    def __enter__(self) -> "Lock":
-        try:
-            self._take()
-        except OSError as error:
-            if not isinstance(error, PermissionError | NotADirectoryError) and error.errno != errno.EROFS:
-                raise
-            raise OutputRefused(
-                f"--output {self.output} cannot be written: {error}; name a directory or bucket that you may write to"
-            ) from error
-        self.beaten = time.time()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=1)  # a store that does not answer must not hold up the end
-        if not self.lost.is_set():
-            with contextlib.suppress(OSError, StorageRefused):
-                storage.delete(self.uri)
-
-    def _take(self) -> None:
-        beat = self._content(0)
-        try:
-            storage.create(self.uri, beat)
-        except FileExistsError:
-            self._wait_for_stale()
-            storage.write(self.uri, beat)
-
-    def check(self) -> None:
-        """Raise OutputLocked if another driver has taken over. By its own heart, unless that has stood still."""
-        stood_still = abs(time.time() - self.beaten) > LEASE_SECONDS / 2
-        if stood_still and self._read().get("id", self.owner["id"]) != self.owner["id"]:
-            self.lost.set()  # a lock that is missing, or is being written, is nobody else's
-        if self.lost.is_set():
-            raise _taken_over(self.output)
-
-    def _beat(self) -> None:
-        for number in range(1, 1 << 62):
-            if self._stop.wait(HEARTBEAT_SECONDS):
-                return
-            with contextlib.suppress(OSError, StorageRefused):  # a beat missed is made up for by the next
-                if self._read().get("id") != self.owner["id"]:
-                    self.lost.set()
-                    return
-                storage.write(self.uri, self._content(number))
-                self.beaten = time.time()
-
-    def _wait_for_stale(self) -> None:
-        seen = self._read()
-        deadline = time.monotonic() + LEASE_SECONDS
-        while not self._owner_is_gone(seen) and time.monotonic() < deadline:
-            time.sleep(min(1.0, LEASE_SECONDS / 4))
-            found = self._read()
-            if not found:
-                return
-            if found != seen:
-                host = str(found.get("host", "?")).partition("/")[0]
-                raise OutputLocked(
-                    f"{self.output} is in use by process {found.get('pid')} on {host}; wait until it ends, or stop it"
-                )
-
-    def _owner_is_gone(self, owner: dict[str, Any]) -> bool:
-        if not owner:
-            return True
-        return bool(owner["host"] == self.owner["host"] and _process_start(owner["pid"]) != owner["process_start"])
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(storage.read(self.uri)))
-        except (FileNotFoundError, ValueError):
-            return {}
-
-    def _content(self, beat: int) -> bytes:
-        return json.dumps({**self.owner, "beat": beat}).encode()
-
-
-def _machine() -> str:
-    """Host name and boot id: process numbers mean something only between equal ones."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"
-
-
-def _process_start(pid: int) -> str:
-    """When a process of this machine started, in clock ticks; "" if there is none (or, without /proc, unknown)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""

@@ -17,6 +17,7 @@ from pipeline import plan as plans
 from pipeline import schema, storage
 from pipeline.config import RunConfig, fingerprint
 from pipeline.errors import OutputRefused, SettingRefused
+from pipeline.lock import LOCK
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.sources.discover import Archive
@@ -141,7 +142,7 @@ def _run_uri(output: str) -> str:
 def _refuse_foreign(output: str) -> None:
     """Never mix results into a directory of something else."""
     for info in storage.list_objects(output):
-        if info.uri != storage.join(output, ledgers.LOCK) and not info.uri.startswith(storage.join(output, ATTEMPTS)):
+        if info.uri != storage.join(output, LOCK) and not info.uri.startswith(storage.join(output, ATTEMPTS)):
             raise OutputRefused(
                 f"{output} holds {info.uri} and is no earlier run of Nightshift; name an empty directory"
             )
@@ -160,7 +161,7 @@ def _remove_all(output: str) -> None:
     if _read_run(output) is None:
         return
     storage.delete(storage.join(output, SUCCESS))  # before what it stands for counts no more
-    keep = {_run_uri(output), storage.join(output, ledgers.LOCK), ledgers.void(output)}
+    keep = {_run_uri(output), storage.join(output, LOCK), ledgers.void(output)}
     for info in storage.list_objects(output):
         name = info.uri[len(output) + 1 :]
         if info.uri not in keep and name.startswith(("part-", "_")):

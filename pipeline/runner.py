@@ -13,7 +13,8 @@ from pipeline import output, report
 from pipeline import sink as sinks
 from pipeline.config import RunConfig
 from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageRefused, TooManyErrors
-from pipeline.ledger import Commit, Ledger, Lock
+from pipeline.ledger import Commit, Ledger
+from pipeline.lock import Lock
 from pipeline.machines import Cluster, Prices
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor

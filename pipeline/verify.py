@@ -17,7 +17,8 @@ from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline import sink as sinks
 from pipeline.errors import InputRefused, message_line
-from pipeline.ledger import Commit, Ledger, Lock
+from pipeline.ledger import Commit, Ledger
+from pipeline.lock import Lock
 from pipeline.output import RUN, SUCCESS, is_finished
 from pipeline.plan import Plan
 from pipeline.prefetch import ordered_map

@@ -15,6 +15,7 @@ LAYERS = [
     {
         "plan",
         "update",
+        "lock",
         "ledger",
         "decode",
         "weights",

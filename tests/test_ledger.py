@@ -12,10 +12,12 @@ import pytest
 from conftest import S3Server
 
 from pipeline import ledger as ledgers
+from pipeline import lock as locks
 from pipeline import output as outputs
 from pipeline import sink, storage
 from pipeline.errors import OutputLocked, OutputRefused
-from pipeline.ledger import Commit, Ledger, Lock
+from pipeline.ledger import Commit, Ledger
+from pipeline.lock import Lock
 
 
 def commit(output: str, attempt: int, shard: int, start: int, stop: int, **more: object) -> Commit:
@@ -133,8 +135,8 @@ class TestS3(LedgerContract):
 
 @pytest.fixture
 def quick_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(ledgers, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
 
 
 @pytest.mark.usefixtures("quick_lease")
@@ -152,7 +154,7 @@ class TestLock:
     def test_a_driver_that_stood_still_looks_before_it_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ledgers, "HEARTBEAT_SECONDS", 60.0)  # its heart will not tell it
+        monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 60.0)  # its heart will not tell it
         with Lock(str(tmp_path)) as lock:
             time.sleep(0.6)
             lock.check()
@@ -166,8 +168,8 @@ class TestLock:
             pass
 
     def test_a_dead_process_is_taken_over_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ledgers, "LEASE_SECONDS", 60.0)
-        code = f"import os; from pipeline.ledger import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
+        monkeypatch.setattr(locks, "LEASE_SECONDS", 60.0)
+        code = f"import os; from pipeline.lock import Lock; Lock({str(tmp_path)!r}).__enter__(); os._exit(9)"
         assert subprocess.run([sys.executable, "-c", code]).returncode == 9
         started = time.monotonic()
         with Lock(str(tmp_path)):

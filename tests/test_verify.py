@@ -11,10 +11,12 @@ import pytest
 
 from jobs import verify as job
 from pipeline import ledger as ledgers
+from pipeline import lock as locks
 from pipeline import plan as plans
 from pipeline import schema, storage
 from pipeline.errors import InputRefused, OutputLocked
-from pipeline.ledger import Commit, Lock
+from pipeline.ledger import Commit
+from pipeline.lock import Lock
 from pipeline.plan import Shard
 from pipeline.sink import Sink
 from pipeline.verify import repair, verify
@@ -198,7 +200,7 @@ def test_repair_leaves_a_part_that_may_be_committed_yet(output: Path) -> None:
 
 
 def test_no_driver_works_on_what_is_repaired(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
     list_commits, refused = ledgers.valid_commits, []
 
     def list_beside_a_driver(text: str, last_attempt: int) -> Iterator[Commit]:
