@@ -15,7 +15,6 @@ Ends with 1 where a limit is passed.
 
 import argparse
 import operator
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from pipeline.coverage import END
 from pipeline.decode import decode, leave_encoded
 from pipeline.errors import InputRefused
 from pipeline.loader import Loader
+from pipeline.machines import cpus_here
 from pipeline.models import build, resolve
 from pipeline.plan import Shard
 from pipeline.predict import Predict
@@ -216,7 +216,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.trained == bool(given.photos):
         parser.error("name a folder of photos, or --trained")
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    torch.set_num_threads(min(torch.get_num_threads(), cpus_here()))
     return cli.guarded(lambda: report_classes(given.min_same) if given.trained else report(given))
 
 

@@ -200,7 +200,10 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; files of the same name are replaced")
     parser.add_argument("--images", metavar="N", type=int, default=600, help="how many (default: 600)")
     given = parser.parse_args()
-    print(make_archive(given.out, given.images))
+    try:
+        print(make_archive(given.out, given.images))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

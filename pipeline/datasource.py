@@ -10,6 +10,7 @@ from ray.data.block import BlockMetadata
 from pipeline import plan as plans
 from pipeline.coverage import Ranges
 from pipeline.loader import Loader
+from pipeline.plan import Plan
 
 Unit = tuple[int, Ranges]
 """A piece of work: a shard's index and what is left of it."""
@@ -21,9 +22,9 @@ SignedKeys = Mapping[int, tuple[str, ...]]
 class ShardDatasource(Datasource):
     """Ray's view of the plan: one read task a group of units, each a stream of decoded tables."""
 
-    def __init__(self, output: str, tasks: list[list[Unit]], loader: Loader, signed_keys: SignedKeys) -> None:
+    def __init__(self, plan: Plan, tasks: list[list[Unit]], loader: Loader, signed_keys: SignedKeys) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.output, self.tasks, self.loader, self.signed_keys = output, tasks, loader, signed_keys
+        self.plan, self.tasks, self.loader, self.signed_keys = plan, tasks, loader, signed_keys
 
     def get_name(self) -> str:
         return " and decode"  # Ray puts "Read" before it
@@ -34,20 +35,27 @@ class ShardDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        output, loader = self.output, self.loader
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [
-            ReadTask(_read_task(output, units, loader, [self.signed_keys.get(index) for index, _ in units]), unknown)
+            ReadTask(
+                _read_task(
+                    [(self.plan.file(index), index, todo, self.signed_keys.get(index)) for index, todo in units],
+                    self.loader,
+                ),
+                unknown,
+            )
             for units in self.tasks
         ]
 
 
 def _read_task(
-    output: str, units: list[Unit], loader: Loader, signed: list[tuple[str, ...] | None]
+    units: list[tuple[str, int, Ranges, tuple[str, ...] | None]], loader: Loader
 ) -> Callable[[], Iterator[pa.Table]]:
+    """units: the file of the plan, the shard's index, what is left of it, and its keys where they are signed."""
+
     def read() -> Iterator[pa.Table]:
-        for (index, todo), keys in zip(units, signed, strict=True):
-            shard = plans.load_shard(output, index)
+        for file, index, todo, keys in units:
+            shard = plans.load_shard(file, index)
             yield from loader.load(replace(shard, keys=keys) if keys else shard, todo)
 
     return read

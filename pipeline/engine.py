@@ -60,8 +60,11 @@ def connect() -> None:
         if port.isdigit() and "://" not in address:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_SECONDS).close()  # Ray would wait for ever
         ray.init(address=address, **quiet)
-    except OSError as error:  # ConnectionError among them
-        raise SettingRefused(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError among them
+        raise SettingRefused(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {message_line(error)}; it is HOST:PORT of the cluster's "
+            "GCS, auto, or local"
+        ) from error
 
 
 def cluster_size() -> tuple[float, float]:
@@ -91,7 +94,7 @@ def cluster_grows() -> bool:
 class Flow:
     """One pass of the four stages over units of work."""
 
-    output: str
+    plan: Plan
     units: list[Unit]
     signed_keys: SignedKeys
     loader: Loader
@@ -124,16 +127,14 @@ class Flow:
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, batch_size)
         signed_keys = archive.signed_keys(plan)
         labels = metrics.labels(config, predictor)
-        return Flow(
-            config.output, units, signed_keys, loader, predictor, sink, layout, batch_size, rows_per_part, labels
-        )
+        return Flow(plan, units, signed_keys, loader, predictor, sink, layout, batch_size, rows_per_part, labels)
 
     def commits(self) -> Iterator[Commit]:
         """Run the flow; yield each commit as it is made."""
         self._set_context()
         tasks = self._tasks()
         dataset = ray.data.read_datasource(
-            ShardDatasource(self.output, tasks, self.loader, self.signed_keys),
+            ShardDatasource(self.plan, tasks, self.loader, self.signed_keys),
             override_num_blocks=len(tasks),
             num_cpus=self.layout.read_cpus,
         )

@@ -7,6 +7,7 @@ the lock (lock.py).
 """
 
 import json
+import re
 import socket
 import time
 import uuid
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 from pipeline import storage
 from pipeline.coverage import Coverage, Ranges
-from pipeline.errors import OutputLocked
+from pipeline.errors import NightshiftError, OutputLocked
 from pipeline.lock import taken_over
 from pipeline.prefetch import ordered_map
 
@@ -189,19 +190,24 @@ def valid_commits(output: str, last_attempt: int) -> Iterator[Commit]:
 def sweep(ledger: Ledger) -> int:
     """Remove commits that do not count, parts that no commit names, and half files; return how many of the first two.
 
-    A driver that was replaced may be writing still: it fails, as it must. Raises OutputLocked in such a driver.
+    A driver that was replaced may be writing still: it fails, as it must. Raises OutputLocked in such a driver, which
+    removes nothing of its successor's; NightshiftError where a file that counts is gone.
     """
-    check_newest(ledger)
-    storage.remove_broken_writes(ledger.output)
     commits = {info.uri: _stem(info.uri) in ledger.names for info in _list(ledger.output, COMMITS)}
     kept = ordered_map(storage.read, [uri for uri, counts in commits.items() if counts], READ_THREADS, 8 * READ_THREADS)
-    named: set[str | None] = set()
+    named = {commit_uri(ledger.output, name) for name in ledger.names}
     for commit in map(Commit.from_json, kept):
-        named |= {commit.part, commit.errors_part and f"_errors/{commit.errors_part}"}
-    orphans = [uri for uri, counts in commits.items() if not counts]
-    for info in parts(ledger.output):
-        if info.uri[len(ledger.output) + 1 :] not in named:
-            orphans.append(info.uri)
+        files = commit.part, commit.errors_part and f"_errors/{commit.errors_part}"
+        named.update(storage.join(ledger.output, file) for file in files if file)
+    there = {*commits, *(info.uri for info in parts(ledger.output))}
+    check_newest(ledger)  # a replaced driver's list may show its successor's files: they are no orphans
+    if gone := named - there:
+        raise NightshiftError(
+            f"{len(gone)} files of finished work are gone, {min(gone)} among them; jobs/verify.py {ledger.output} "
+            "--repair takes back what they held, then the same command makes it anew"
+        )
+    storage.remove_broken_writes(ledger.output)
+    orphans = [uri for uri in there - named if _attempt_of(uri) <= ledger.attempt]
     for uri in orphans:
         storage.delete(uri)
     return len(orphans)
@@ -248,6 +254,12 @@ def _list(output: str, folder: str) -> list[storage.ObjectInfo]:
         return list(storage.list_objects(storage.join(output, folder).rstrip("/")))
     except FileNotFoundError:
         return []
+
+
+def _attempt_of(uri: str) -> int:
+    """The attempt that wrote a part or a commit, 0 where its name does not say."""
+    named = re.fullmatch(r"part-(\d+)-\d+-\d+(-\w+)?", _stem(uri))
+    return int(named[1]) if named else 0
 
 
 def _stem(uri: str) -> str:

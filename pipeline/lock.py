@@ -28,6 +28,8 @@ class Lock:
 
     A lock left behind is taken over at once if its process is gone from this machine, else after its heartbeat has
     stood still for LEASE_SECONDS by the clock of whoever waits: clocks of two machines are never compared.
+
+    lost: another driver has it. slow: a beat took so long that another one may have had it meanwhile.
     """
 
     def __init__(self, output: str) -> None:
@@ -39,7 +41,7 @@ class Lock:
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
         }
-        self.lost = threading.Event()
+        self.lost, self.slow = threading.Event(), threading.Event()
         self.beaten = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
@@ -60,22 +62,24 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=1)  # a store that does not answer must not hold up the end
-        if not self.lost.is_set():
-            with contextlib.suppress(OSError, StorageRefused):
+        with contextlib.suppress(OSError, StorageRefused):
+            if not self.lost.is_set() and self._is_mine(self._read()):
                 storage.delete(self.uri)
 
     def _take(self) -> None:
         beat = self._content(0)
-        try:
-            storage.create(self.uri, beat)
-        except FileExistsError:
-            self._wait_for_stale()
-            storage.write(self.uri, beat)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                storage.create(self.uri, beat)
+                return
+            if self._wait_for_stale():
+                storage.write(self.uri, beat)
+                return
 
     def check(self) -> None:
         """Raise OutputLocked if another driver has taken over. By its own heart, unless that has stood still."""
         stood_still = abs(time.time() - self.beaten) > LEASE_SECONDS / 2
-        if stood_still and self._read().get("id", self.owner["id"]) != self.owner["id"]:
+        if stood_still and not self._is_mine(self._read() or self.owner):
             self.lost.set()  # a lock that is missing, or is being written, is nobody else's
         if self.lost.is_set():
             raise taken_over(self.output)
@@ -84,26 +88,35 @@ class Lock:
         for number in range(1, 1 << 62):
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
+            began = time.time()
             with contextlib.suppress(OSError, StorageRefused):  # a beat missed is made up for by the next
-                if self._read().get("id") != self.owner["id"]:
+                found = self._read()
+                if found and not self._is_mine(found):
                     self.lost.set()
                     return
-                storage.write(self.uri, self._content(number))
+                (storage.write if found else storage.create)(self.uri, self._content(number))
                 self.beaten = time.time()
+            if abs(time.time() - began) > LEASE_SECONDS / 2:
+                self.slow.set()
 
-    def _wait_for_stale(self) -> None:
+    def _wait_for_stale(self) -> bool:
+        """True where the lock that is there counts no more, False where there is none any more."""
         seen = self._read()
         deadline = time.monotonic() + LEASE_SECONDS
         while not self._owner_is_gone(seen) and time.monotonic() < deadline:
             time.sleep(min(1.0, LEASE_SECONDS / 4))
             found = self._read()
             if not found:
-                return
+                return False
             if found != seen:
                 host = str(found.get("host", "?")).partition("/")[0]
                 raise OutputLocked(
                     f"{self.output} is in use by process {found.get('pid')} on {host}; wait until it ends, or stop it"
                 )
+        return True
+
+    def _is_mine(self, found: dict[str, Any]) -> bool:
+        return found.get("id") == self.owner["id"]
 
     def _owner_is_gone(self, owner: dict[str, Any]) -> bool:
         if not owner:
@@ -121,13 +134,13 @@ class Lock:
 
 
 def _machine() -> str:
-    """Host name and boot id: process numbers mean something only between equal ones."""
+    """Host name, boot id and namespace of processes: process numbers mean something only between equal ones."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
+            more = f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"
+        more = ""
+    return f"{socket.gethostname()}/{more}"
 
 
 def _process_start(pid: int) -> str:

@@ -1,11 +1,10 @@
 """An output directory as a run finds it and leaves it: `_run.json`, the plan, `_SUCCESS`."""
 
-import itertools
 import json
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,13 +16,17 @@ from pipeline import plan as plans
 from pipeline import schema, storage
 from pipeline.config import RunConfig, fingerprint
 from pipeline.errors import OutputRefused, SettingRefused
-from pipeline.lock import LOCK
+from pipeline.lock import LOCK, taken_over
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.sources.discover import Archive
 from pipeline.update import Change
 
-RUN, SUCCESS, ATTEMPTS = "_run.json", "_SUCCESS", f"{ledgers.ATTEMPTS}/"
+RUN, SUCCESS = "_run.json", "_SUCCESS"
+MOST_COLUMN_BYTES = (1 << 31) - 1
+"""Of an Arrow column of bytes."""
+OWN = (LOCK, f"{ledgers.ATTEMPTS}/", plans.FILES)
+"""Beginnings of names that may lie in an output that has no `_run.json`."""
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
 
 
@@ -33,15 +36,30 @@ def settings(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     return dict(json.loads(json.dumps(found)))  # as it reads back from a file
 
 
-def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[Plan, Change | None]:
-    """Make the output ready for the next attempt: the plan it has or a new one, and what an update found."""
+def prepare(
+    config: RunConfig, predictor: Predictor, archive: Archive, still_mine: Callable[[], object] = lambda: None
+) -> tuple[Plan, Change | None]:
+    """Make the output ready for the next attempt: the plan it has or a new one, and what an update found.
+
+    What is refused leaves an earlier run as it was. still_mine: raises OutputLocked in a driver that was replaced.
+    """
     wanted = settings(config, predictor)
     _check_keep(config, predictor)
-    if config.overwrite:
-        _remove_all(config.output)
+    _check_batch(config, predictor)
     found = _read_run(config.output)
     if found is None:
         _refuse_foreign(config.output)
+    elif not config.overwrite:
+        plan = plans.load(config.output)
+        if found["settings"] != wanted and (plan or _has_commits(config.output)):
+            raise OutputRefused(_difference(config.output, found["settings"], wanted))
+        if plan:
+            return _update(plan, archive, still_mine) if config.update else (plan, None)
+    plan = plans.make(config.output, archive.shards(), archive.keep_types)
+    still_mine()
+    if found and config.overwrite:
+        _remove_all(plan, still_mine)
+    if not found or config.overwrite or found["settings"] != wanted:
         record = {
             "fingerprint": fingerprint(wanted),
             "settings": wanted,
@@ -50,12 +68,11 @@ def prepare(config: RunConfig, predictor: Predictor, archive: Archive) -> tuple[
             "versions": _versions(),
         }
         storage.write(_run_uri(config.output), json.dumps(record, indent=1).encode())
-    elif found["settings"] != wanted:
-        raise OutputRefused(_difference(config.output, found["settings"], wanted))
-    plan = plans.load(config.output)
-    if plan is None:
-        return plans.make(config.output, archive.shards(), archive.keep_types), None
-    return _update(plan, archive) if config.update else (plan, None)
+    try:
+        plans.save(plan, is_first=True)
+    except FileExistsError as error:
+        raise taken_over(config.output) from error
+    return plan, None
 
 
 def _check_keep(config: RunConfig, predictor: Predictor) -> None:
@@ -70,21 +87,28 @@ def _check_keep(config: RunConfig, predictor: Predictor) -> None:
         taken.add(alias)
 
 
+def _check_batch(config: RunConfig, predictor: Predictor) -> None:
+    most = MOST_COLUMN_BYTES // (3 * predictor.transform.crop**2)
+    if config.batch_size is not None and config.batch_size > most:
+        raise SettingRefused(f"--batch-size is {config.batch_size}: at this network's size it can be at most {most}")
+
+
 def _versions() -> dict[str, str]:
     """This package's is the code's own: a job may run from a checkout on machines that have another one, or none."""
     found = {"nightshift": pipeline.__version__, "python": platform.python_version()}
     return found | {name: version(name) for name in PACKAGES}
 
 
-def _update(plan: Plan, archive: Archive) -> tuple[Plan, Change]:
+def _update(plan: Plan, archive: Archive, still_mine: Callable[[], object]) -> tuple[Plan, Change]:
     """Add to the plan what is new; the output is unfinished from then on until that is done."""
     change = Change(plan)
-    shards = archive.new_shards(change)
-    first = next(shards, None)
-    if first is None:
+    extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.retired)
+    if extended.files == plan.files:
         return plan, change
+    still_mine()
     storage.delete(storage.join(plan.output, SUCCESS))
-    return plans.extend(plan, itertools.chain([first], shards), archive.keep_types, change.retired), change
+    plans.save(extended)
+    return extended, change
 
 
 def footer(config: RunConfig, predictor: Predictor) -> str:
@@ -115,6 +139,7 @@ def draft(archive: Archive) -> Iterator[Plan]:
 def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     """The plan's totals and the settings, without writing to the output."""
     _check_keep(config, predictor)
+    _check_batch(config, predictor)
     with draft(Archive(config)) as plan:
         kinds = dict(Counter(shard.kind for shard in plans.read_shards(plan)))
     return {
@@ -140,9 +165,10 @@ def _run_uri(output: str) -> str:
 
 
 def _refuse_foreign(output: str) -> None:
-    """Never mix results into a directory of something else."""
+    """Never mix results into a directory of something else. A run that got no further left nothing but `OWN`."""
+    own = tuple(storage.join(output, name) for name in OWN)
     for info in storage.list_objects(output):
-        if info.uri != storage.join(output, LOCK) and not info.uri.startswith(storage.join(output, ATTEMPTS)):
+        if not info.uri.startswith(own):
             raise OutputRefused(
                 f"{output} holds {info.uri} and is no earlier run of Nightshift; name an empty directory"
             )
@@ -156,14 +182,18 @@ def _difference(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> s
     )
 
 
-def _remove_all(output: str) -> None:
-    """Remove an earlier run, its `_run.json` last; refuse to touch what is not one."""
-    if _read_run(output) is None:
-        return
+def _has_commits(output: str) -> bool:
+    return next(ledgers.valid_commits(output, ledgers.last_attempt(output)), None) is not None
+
+
+def _remove_all(plan: Plan, still_mine: Callable[[], object]) -> None:
+    """Remove the run that is there for that of this plan, which does not count yet. `_run.json` stays to be replaced:
+    until then the output is seen to be a run's."""
+    output = plan.output
     storage.delete(storage.join(output, SUCCESS))  # before what it stands for counts no more
-    keep = {_run_uri(output), storage.join(output, LOCK), ledgers.void(output)}
-    for info in storage.list_objects(output):
-        name = info.uri[len(output) + 1 :]
-        if info.uri not in keep and name.startswith(("part-", "_")):
+    names = {RUN, LOCK, *plan.files}
+    keep = {ledgers.void(output), *(storage.join(output, name) for name in names)}
+    for info in list(storage.list_objects(output)):  # whole: a list that goes on may show what a later driver wrote
+        if info.uri not in keep and info.uri[len(output) + 1 :].startswith(("part-", "_")):
+            still_mine()
             storage.delete(info.uri)
-    storage.delete(_run_uri(output))

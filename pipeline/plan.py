@@ -1,15 +1,17 @@
 """The plan: which shards a run reads, written once before any work and read again by every later attempt.
 
-`_plan/shards-00000.parquet`, `_plan/shards-00001.parquet` … hold one row a shard, in order; `_plan/plan.json`, written
-last, holds the totals. A virtual shard (a run of loose images) carries the keys of its images in its own row. An update
-adds files and takes rows back whose images were replaced; it changes nothing else. No URI in it bears a credential:
-`sources.uris` has those of lists, `storage.withhold` those of inputs.
+`_plan/shards-00000-<planning>.parquet`, `_plan/shards-00001-<planning>.parquet` … hold one row a shard, in order;
+`_plan/plan.json`, written last, names them and holds the totals: what no plan.json names does not exist, so that two
+drivers which plan at once cannot mix their plans. A virtual shard (a run of loose images) carries the keys of its
+images in its own row. An update adds files and takes rows back whose images were replaced; it changes nothing else. No
+URI in it bears a credential: `sources.uris` has those of lists, `storage.withhold` those of inputs.
 """
 
 import base64
 import io
 import itertools
 import json
+import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +28,9 @@ from pipeline.coverage import END, Coverage, Ranges, count, intersect, normalize
 OBJECTS_PER_SHARD = 512
 SHARDS_PER_FILE = 512
 SHARDS_PER_ROW_GROUP = 16
-NAME = "_plan/plan.json"
+FOLDER = "_plan"
+NAME = f"{FOLDER}/plan.json"
+FILES = f"{FOLDER}/shards-"
 
 SCHEMA = pa.schema(
     [
@@ -76,13 +80,15 @@ class Shard:
 class Plan:
     """What the driver keeps of a plan: totals, and a number a shard.
 
-    shards: how many. size_bytes: of all. keep: the `--keep` columns by their names in the shards, with their types.
+    files: with the shards, by name. shards: how many. size_bytes: of all. keep: the `--keep` columns by their names in
+    the shards, with their types.
     shard_rows: int64, by shard index: planned images, -1 where only reading tells, 0 for an index that is not in use.
     retired: rows that an update took back, since their image was replaced; by shard.
     withheld: the keys of some shard lack their credentials.
     """
 
     output: str
+    files: tuple[str, ...]
     shards: int
     size_bytes: int
     keep: pa.Schema
@@ -100,8 +106,12 @@ class Plan:
         """Shards whose images only reading can count."""
         return int((self.shard_rows < 0).sum())
 
+    def file(self, index: int) -> str:
+        """URI of the file with the row of a shard."""
+        return storage.join(self.output, self.files[index // SHARDS_PER_FILE])
+
     def load(self, index: int) -> Shard:
-        return load_shard(self.output, index)
+        return load_shard(self.file(index), index)
 
     def planned(self, shard: int) -> Ranges:
         """The rows of a shard that must end up somewhere; an unknown end is `END`."""
@@ -134,11 +144,11 @@ class Plan:
 
 
 def make(output: str, shards: Iterable[Shard], keep_types: Mapping[str, pa.DataType]) -> Plan:
-    """Write the plan of these shards, as a stream, and return it. Their `index` is given here.
+    """The plan of these shards, which are read as a stream. Their `index` is given here.
 
-    keep_types may be filled while `shards` is being read.
+    keep_types may be filled while `shards` is being read. Files are written, but no plan counts until `save`.
     """
-    return extend(Plan(output, 0, 0, pa.schema([]), np.empty(0, np.int64), {}), shards, keep_types, {})
+    return extend(Plan(output, (), 0, 0, pa.schema([]), np.empty(0, np.int64), {}), shards, keep_types, {})
 
 
 def extend(
@@ -146,15 +156,18 @@ def extend(
 ) -> Plan:
     """Add shards to a plan and take rows back; both mappings may be filled while `shards` is being read.
 
-    The plan on disk is the old one until `plan.json` is replaced, at the end.
+    Files are written, but the plan that counts is the old one until `save`.
     """
+    planning = uuid.uuid4().hex[:12]
+    files = list(plan.files)
     first = -(-len(plan.shard_rows) // SHARDS_PER_FILE) * SHARDS_PER_FILE  # written files are never written again
     rows = array("q", plan.shard_rows.tolist() + [0] * (first - len(plan.shard_rows)))
     size_bytes, withheld = plan.size_bytes, plan.withheld
     numbered = (replace(shard, index=first + place) for place, shard in enumerate(shards))
     while shard := next(numbered, None):
         file_shards = itertools.chain([shard], itertools.islice(numbered, SHARDS_PER_FILE - 1))
-        for each in _written(plan.output, file_shards):
+        files.append(f"{FILES}{len(files):05d}-{planning}.parquet")
+        for each in _written(storage.join(plan.output, files[-1]), file_shards):
             rows.append(-1 if each.rows is None else each.rows)
             size_bytes += each.size_bytes
             withheld |= each.withheld
@@ -163,19 +176,23 @@ def extend(
         shard: union(plan.retired.get(shard, ()), retired.get(shard, ())) for shard in sorted({*plan.retired, *retired})
     }
     shards_in_all = plan.shards + len(rows) - first
-    made = Plan(plan.output, shards_in_all, size_bytes, keep, np.array(rows, np.int64), merged, withheld)
+    return Plan(plan.output, tuple(files), shards_in_all, size_bytes, keep, np.array(rows, np.int64), merged, withheld)
+
+
+def save(plan: Plan, *, is_first: bool = False) -> None:
+    """From here on this plan counts. is_first: FileExistsError where there is one already."""
     record = {
-        "shards": made.shards,
-        "images": made.rows,
-        "uncounted_shards": made.uncounted_shards,
-        "size_bytes": size_bytes,
-        "indices": len(rows),
-        "keep": base64.b64encode(keep.serialize()).decode(),
-        "retired": merged,
-        "withheld": withheld,
+        "files": plan.files,
+        "shards": plan.shards,
+        "images": plan.rows,
+        "uncounted_shards": plan.uncounted_shards,
+        "size_bytes": plan.size_bytes,
+        "indices": len(plan.shard_rows),
+        "keep": base64.b64encode(plan.keep.serialize()).decode(),
+        "retired": plan.retired,
+        "withheld": plan.withheld,
     }
-    storage.write(storage.join(plan.output, NAME), json.dumps(record, indent=1).encode())
-    return made
+    (storage.create if is_first else storage.write)(storage.join(plan.output, NAME), json.dumps(record).encode())
 
 
 def load(output: str) -> Plan | None:
@@ -185,46 +202,39 @@ def load(output: str) -> Plan | None:
     except FileNotFoundError:
         return None
     keep = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["keep"])))
-    rows = np.zeros(record["indices"], np.int64)
-    for number in range(-(-len(rows) // SHARDS_PER_FILE)):
-        table = _read_file(_file(output, number), ["index", "rows"])
+    rows, files = np.zeros(record["indices"], np.int64), tuple(record["files"])
+    for name in files:
+        table = _read_file(storage.join(output, name), ["index", "rows"])
         rows[table["index"].to_numpy()] = table["rows"].fill_null(-1).to_numpy()
     retired = {int(shard): tuple((a, b) for a, b in ranges) for shard, ranges in record["retired"].items()}
-    return Plan(output, record["shards"], record["size_bytes"], keep, rows, retired, record["withheld"])
+    return Plan(output, files, record["shards"], record["size_bytes"], keep, rows, retired, record["withheld"])
 
 
 def read_shards(plan: Plan) -> Iterator[Shard]:
     """Every shard, whole, in order, a file of the plan at a time."""
-    for number in range(-(-len(plan.shard_rows) // SHARDS_PER_FILE)):
-        for batch in _read_file(_file(plan.output, number), SCHEMA.names).to_batches(
-            max_chunksize=SHARDS_PER_ROW_GROUP
-        ):
+    for name in plan.files:
+        table = _read_file(storage.join(plan.output, name), SCHEMA.names)
+        for batch in table.to_batches(max_chunksize=SHARDS_PER_ROW_GROUP):
             yield from map(_to_shard, batch.to_pylist())
 
 
-def load_shard(output: str, index: int) -> Shard:
-    """Read one shard's row, and no more of the plan than its row group."""
-    number, place = divmod(index, SHARDS_PER_FILE)
-    group, row = divmod(place, SHARDS_PER_ROW_GROUP)
-    with storage.open_read(_file(output, number)) as file:
+def load_shard(uri: str, index: int) -> Shard:
+    """Read one shard's row from its file of the plan, and no more of that than its row group."""
+    group, row = divmod(index % SHARDS_PER_FILE, SHARDS_PER_ROW_GROUP)
+    with storage.open_read(uri) as file:
         table = pq.ParquetFile(file).read_row_group(group, use_threads=False)
     return _to_shard(table.slice(row, 1).to_pylist()[0])
 
 
-def _file(output: str, number: int) -> str:
-    return storage.join(output, f"_plan/shards-{number:05d}.parquet")
-
-
-def _written(output: str, shards: Iterator[Shard]) -> Iterator[Shard]:
+def _written(uri: str, shards: Iterator[Shard]) -> Iterator[Shard]:
     """Write one file of the plan, a row group at a time, for memory's sake; give the shards on."""
-    buffer, index = io.BytesIO(), 0
+    buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
         while group := list(itertools.islice(shards, SHARDS_PER_ROW_GROUP)):
-            index = group[0].index
             columns = {name: [getattr(shard, name) for shard in group] for name in SCHEMA.names}
             writer.write_table(pa.table(columns, schema=SCHEMA))
             yield from group
-    storage.write(_file(output, index // SHARDS_PER_FILE), buffer.getvalue())
+    storage.write(uri, buffer.getvalue())
 
 
 def _read_file(uri: str, columns: list[str]) -> pa.Table:

@@ -39,13 +39,13 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
 
     archive = Archive(config)
     with _interruptible() as catch_signals, Lock(config.output) as lock:
-        if not output.is_finished(config.output):
+        if config.overwrite or not output.is_finished(config.output):
             engine.connect()
             catch_signals()  # Ray has put its own handlers in place
             engine.layout_here(config)  # what does not fit is refused before anything is written
         prepared()
         lock.check()  # a driver that stood still may have been replaced meanwhile
-        plan, change = output.prepare(config, predictor, archive)
+        plan, change = output.prepare(config, predictor, archive, lock.check)
         if output.is_finished(config.output):
             return Report.load(config.output).with_change(change)
         lock.check()
@@ -80,6 +80,9 @@ def _work(
     flow = engine.Flow.of(config, predictor, archive, plan, ledger.attempt, units)
     for commit in flow.commits():
         lock.check()
+        if lock.slow.is_set():
+            lock.slow.clear()
+            ledgers.check_newest(ledger)
         _accept(ledger, commit)
         for watcher in watchers:
             watcher.update()
@@ -124,17 +127,23 @@ def _reported(
         yield
         _check_errors(config, plan, ledger)
         status = "done"
-    except NightshiftError as error:
-        status = type(error).__name__
+    except (NightshiftError, _Stopped) as error:
+        status = (Interrupted if isinstance(error, _Stopped) else type(error)).__name__
         raise
     finally:
         if status != OutputLocked.__name__:
             model = str(predictor.settings().get("model", ""))
             made = Report.of(plan, ledger, model, status, time.monotonic() - started, change, cluster)
             # Where the work failed since nothing can be written, that is what the user must be told.
-            with contextlib.nullcontext() if status == "done" else contextlib.suppress(OSError, StorageRefused):
+            suppressed = () if status == "done" else (OSError, StorageRefused, OutputLocked)
+            with contextlib.suppress(*suppressed):
+                ledgers.check_newest(ledger)
                 made.save()
                 ledgers.end(ledger, status)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal, until it is `Interrupted`: what tries again after any other exception, here or in Ray, lets it pass."""
 
 
 @contextmanager
@@ -144,7 +153,7 @@ def _interruptible() -> Iterator[Callable[[], None]]:
     def stop(number: int, _: object) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)  # one is enough: what follows takes less than three seconds
-        raise Interrupted(number)
+        raise _Stopped(number)
 
     def catch() -> None:
         for number in before:
@@ -154,6 +163,8 @@ def _interruptible() -> Iterator[Callable[[], None]]:
     catch()
     try:
         yield catch
+    except _Stopped as stopped:
+        raise Interrupted(stopped.args[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,8 +9,8 @@ for whatever could not be done after all retries. They are about one object. Wha
 for a bad image.
 
 Faults that may pass are tried again with jittered exponential back-off for NIGHTSHIFT_RETRY_SECONDS (150); the last try
-may end up to a minute later. http and https give up after 10 seconds. A request that stands still, before its answer
-or within it, is broken off after STALL_SECONDS and tried again.
+may end up to a minute later. Loose images of http and https are given up after 10 seconds. A request that stands
+still, before its answer or within it, is broken off after STALL_SECONDS and tried again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import BinaryIO
 import fsspec
 import fsspec.utils
 
-from pipeline.stores.base import Changed, ObjectInfo, Store, escaped, redact
+from pipeline.stores.base import Changed, ObjectInfo, Store, TooLarge, escaped, redact
 from pipeline.stores.bucket import bucket_store
 from pipeline.stores.local import LocalStore
 from pipeline.stores.other import fsspec_store
@@ -33,6 +33,7 @@ OBSTORE_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure", "ad
 __all__ = [
     "Changed",
     "ObjectInfo",
+    "TooLarge",
     "create",
     "delete",
     "escaped",

@@ -81,7 +81,7 @@ def _planned(plan: Plan) -> Iterator[_Planned]:
     last = ""
     for shard in read_shards(plan):
         if shard.keys is None:
-            if plan.planned(shard.index):
+            if (0, END) not in plan.retired.get(shard.index, ()):  # one without images stands as well
                 whole.append(_Planned(shard.uri, shard.etag, shard.index, ((0, END),)))
             continue
         if not runs or storage.join(shard.uri, shard.keys[0]) < last:

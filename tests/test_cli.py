@@ -106,6 +106,8 @@ def test_values_in_the_file_are_what_was_written(tmp_path: Path) -> None:
         ({"actors": "4:2"}, "--actors is '4:2'"),
         ({"actors": "many"}, "--actors is 'many'"),
         ({"gpus_per_actor": "1.5"}, "--gpus-per-actor is '1.5'"),
+        ({"gpus_per_actor": "inf"}, "--gpus-per-actor is 'inf'"),
+        ({"gpus_per_actor": "nan"}, "--gpus-per-actor is 'nan'"),
     ],
 )
 def test_bad_settings_are_refused_with_value_and_remedy(values: dict, said: str) -> None:

@@ -211,6 +211,68 @@ def test_kept_columns_of_a_list(folder: Path) -> None:
     assert archive.keep_types == {"n": pa.int64(), "place": pa.string()}
 
 
+def test_kept_lists_of_a_list_become_text(folder: Path) -> None:
+    path = folder / "list.parquet"
+    columns = {
+        "url": pa.array(["loose/a/1.jpg", "loose/a/2.JPEG"]),
+        "tags": pa.array([["a", "b"], None]),
+        "box": pa.array([{"x": 1}, {"x": 2}]),
+    }
+    pq.write_table(pa.table(columns), path)
+    archive = Archive(RunConfig(input=str(path), output="/o", keep="tags,box", uri_column="url"))
+    records = [item for shard in archive.shards() for item in read(shard, ((0, 9),), archive.options())][:2]
+    assert [dict(record.kept) for record in records] == [
+        {"tags": '["a", "b"]', "box": '{"x": 1}'},
+        {"tags": None, "box": '{"x": 2}'},
+    ]
+    assert set(archive.keep_types.values()) == {pa.string()}
+
+
+def test_columns_of_one_name_are_refused_where_they_are_asked_for(folder: Path) -> None:
+    (folder / "list.csv").write_text("url,label,label\nloose/a/1.jpg,1,2\n")
+    assert len(shards(folder / "list.csv")) == 1
+    with pytest.raises(InputRefused, match="2 columns called 'label'"):
+        shards(folder / "list.csv", keep="label")
+    twice = pa.table([pa.array([IMAGE]), pa.array([IMAGE])], names=["image", "image"])
+    pq.write_table(twice, folder / "twice.parquet")
+    with pytest.raises(InputRefused, match="2 columns called 'image'"):
+        shards(folder / "twice.parquet")
+
+
+def test_a_broken_parquet_is_a_shard_beside_others_and_refused_alone(folder: Path) -> None:
+    (folder / "loose" / "half.parquet").write_bytes(b"PAR1 cut")
+    assert [shard.kind for shard in shards(folder / "loose")] == ["objects", "parquet"]
+    with pytest.raises(InputRefused, match="cannot be read as Parquet"):
+        shards(folder / "loose" / "half.parquet")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("photos/**.jpg", "cannot be read: Invalid pattern"), ("a/{0000..0099.tar", "its braces make no sense")],
+)
+def test_patterns_that_make_no_sense_are_refused(folder: Path, given: str, said: str) -> None:
+    with pytest.raises(InputRefused, match=said):
+        shards(folder / given)
+
+
+def test_a_list_in_sparks_spelling_names_the_same_images(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"s3a://bucket/x.jpg\nfile://{tmp_path}/y.jpg\ns3://bucket/x.jpg\n")
+    assert ids(shards(tmp_path / "list.txt")) == [
+        "s3://bucket/x.jpg",
+        f"{tmp_path}/y.jpg",
+        "s3://bucket/x.jpg#row=2",
+    ]
+
+
+def test_empty_parts_of_a_path_stay(tmp_path: Path) -> None:
+    storage.write("memory://deep//x.jpg", IMAGE)
+    try:
+        (shard,) = shards("memory://deep//x.jpg")
+        assert ids([shard]) == ["memory://deep//x.jpg"]
+    finally:
+        storage.delete("memory://deep//x.jpg")
+
+
 def test_limit_cuts_shards_that_nobody_has_counted(folder: Path) -> None:
     assert [s.rows for s in shards(folder / "shards/*.tar", limit=3)] == [2, 1]
     assert [s.rows for s in shards(folder / "shards/*.parquet", limit=4)] == [3, 1]

@@ -31,6 +31,14 @@ def test_all_stages_run_side_by_side_on_cpus(cpus: int) -> None:
     assert found.actor_threads * found.actors[1] <= max(cpus, 1)
 
 
+def test_a_dashboards_address_is_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(
+        SettingRefused, match=r"^no Ray cluster answers at RAY_ADDRESS=http://127.0.0.1:8265: .*HOST:PORT"
+    ):
+        engine.connect()
+
+
 @pytest.mark.parametrize(("cpus", "units"), [(1, 9), (2, 1), (2, 99), (3, 99), (8, 1), (8, 3), (8, 99), (64, 99)])
 def test_decoding_has_a_thread_a_core(cpus: int, units: int) -> None:
     tasks, threads = layout(cpus, 0).read_tasks(units)

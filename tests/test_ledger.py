@@ -14,8 +14,9 @@ from conftest import S3Server
 from pipeline import ledger as ledgers
 from pipeline import lock as locks
 from pipeline import output as outputs
+from pipeline import plan as plans
 from pipeline import sink, storage
-from pipeline.errors import OutputLocked, OutputRefused
+from pipeline.errors import NightshiftError, OutputLocked, OutputRefused
 from pipeline.ledger import Commit, Ledger
 from pipeline.lock import Lock
 
@@ -190,6 +191,54 @@ class TestLock:
                 lock.check()
         assert (tmp_path / "_lock.json").exists(), "the other driver's lock was removed"
 
+    def test_a_lock_that_vanished_is_taken_again(self, tmp_path: Path) -> None:
+        with Lock(str(tmp_path)) as lock:
+            (tmp_path / "_lock.json").unlink()
+            deadline = time.monotonic() + 5
+            while not (tmp_path / "_lock.json").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            lock.check()
+
+    def test_another_drivers_lock_is_left_to_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 60.0)  # its heart will not tell it
+        with Lock(str(tmp_path)):
+            (tmp_path / "_lock.json").write_text(json.dumps({"id": "another"}))
+        assert (tmp_path / "_lock.json").exists()
+
+    def test_a_beat_that_took_long_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write = storage.write
+        monkeypatch.setattr(storage, "write", lambda *given: (time.sleep(locks.LEASE_SECONDS), write(*given)))
+        with Lock(str(tmp_path)) as lock:
+            assert not lock.slow.is_set()
+            assert lock.slow.wait(10)
+
+    def test_a_process_of_another_namespace_is_not_known_by_its_number(self, tmp_path: Path) -> None:
+        assert os.readlink("/proc/self/ns/pid") in Lock(str(tmp_path)).owner["host"]
+
+
+def test_nothing_of_a_later_attempt_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver was replaced right after it had looked."""
+    output = str(tmp_path)
+    mine = ledgers.begin(output)
+    ledgers.begin(output)
+    for attempt in (1, 2):
+        commit(output, attempt, 0, 0, 10)
+    monkeypatch.setattr(ledgers, "check_newest", lambda ledger: None)
+    assert ledgers.sweep(mine) == 2
+    assert names(output) == ["part-0002-000000-00000000-x.parquet"]
+    assert len(list(tmp_path.glob("_commits/*"))) == 1
+
+
+@pytest.mark.parametrize("gone", ["part-0001-000000-00000000-x.parquet", "_commits/part-0001-000000-00000000.json"])
+def test_finished_work_that_is_gone_is_told(tmp_path: Path, gone: str) -> None:
+    ledger = ledgers.begin(str(tmp_path))
+    ledger.accept(commit(str(tmp_path), 1, 0, 0, 10))
+    ledgers.sweep(ledger)
+    (tmp_path / gone).unlink()
+    with pytest.raises(NightshiftError, match=f"1 files of finished work are gone, .*{gone} among them"):
+        ledgers.sweep(ledger)
+
 
 def test_ten_thousand_commits_are_read_in_seconds(tmp_path: Path) -> None:
     output = str(tmp_path)
@@ -210,9 +259,10 @@ def test_an_overwrite_that_is_cut_short_leaves_no_finished_run(tmp_path: Path, m
     ledgers.begin(folder)
     commit(folder, 1, 0, 0, 10)
     outputs.finish(folder)
+    plan = plans.make(folder, [], {})
     deleted: list[str] = []
     monkeypatch.setattr(storage, "delete", lambda uri: Path(uri).unlink() if not deleted else 1 / 0)
     monkeypatch.setattr(outputs.ledgers, "void", lambda output: deleted.append(output))
     with pytest.raises(ZeroDivisionError):
-        outputs._remove_all(folder)
+        outputs._remove_all(plan, lambda: None)
     assert not outputs.is_finished(folder)

@@ -25,6 +25,8 @@ def shards(count: int) -> list[Shard]:
 def test_a_plan_reads_back_as_it_was(tmp_path: Path) -> None:
     wanted = shards(1200)
     made = plans.make(str(tmp_path), iter(wanted), {"label": pa.int64(), "tags": pa.list_(pa.string())})
+    assert plans.load(str(tmp_path)) is None, "no plan counts before it is saved"
+    plans.save(made)
     loaded = plans.load(str(tmp_path))
     assert loaded is not None
     assert (made.shards, made.rows, made.uncounted_shards) == (1200, 1600, 400)
@@ -79,7 +81,7 @@ def test_what_remains_of_a_plan(tmp_path: Path) -> None:
 
 def test_an_extended_plan_keeps_its_shards_and_takes_rows_back(tmp_path: Path) -> None:
     old = plans.make(str(tmp_path), shards(3), {})
-    plans.extend(old, [Shard(0, "tar", "new", 5)], {}, {1: ((0, 1),), 0: ((0, END),)})
+    plans.save(plans.extend(old, [Shard(0, "tar", "new", 5)], {}, {1: ((0, 1),), 0: ((0, END),)}))
     plan = plans.load(str(tmp_path))
     assert plan is not None
     assert [shard.uri for shard in plans.read_shards(plan)] == [*(shard.uri for shard in shards(3)), "new"]
@@ -88,3 +90,15 @@ def test_an_extended_plan_keeps_its_shards_and_takes_rows_back(tmp_path: Path) -
     assert list(plan.remaining(Coverage())) == [(1, ((1, 2),)), (2, ((0, 2),)), (new, ((0, 5),))]
     assert plan.load(new).uri == "new"
     assert plan.images({}) == 8
+
+
+def test_two_who_plan_at_once_do_not_mix_their_plans(tmp_path: Path) -> None:
+    first = plans.make(str(tmp_path), shards(5), {})
+    second = plans.make(str(tmp_path), shards(3), {})
+    plans.save(first, is_first=True)
+    with pytest.raises(FileExistsError):
+        plans.save(second, is_first=True)
+    plan = plans.load(str(tmp_path))
+    assert plan is not None
+    assert list(plans.read_shards(plan)) == shards(5)
+    assert plan.load(4) == shards(5)[4]

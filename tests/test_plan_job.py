@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from whole import TINY, jpeg, write_folder, write_tar
@@ -25,6 +26,12 @@ def tars(tmp_path: Path) -> Path:
     return folder
 
 
+def figures(capsys: pytest.CaptureFixture, *arguments: object) -> dict[str, Any]:
+    """What a plan with these flags prints as JSON."""
+    assert plan.main([*map(str, arguments), *TINY, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_it_says_hours_dollars_bottleneck_and_a_better_shape(tars: Path, capsys: pytest.CaptureFixture) -> None:
     assert plan.main(["--input", str(tars), *TINY, "--cluster", "2xg6.xlarge"]) == 0
     printed = capsys.readouterr().out
@@ -45,8 +52,7 @@ def test_it_says_hours_dollars_bottleneck_and_a_better_shape(tars: Path, capsys:
 
 
 def test_json_holds_every_figure_and_they_agree(tars: Path, capsys: pytest.CaptureFixture) -> None:
-    assert plan.main(["--input", str(tars), *TINY, "--cluster", "4xg6.2xlarge+2xc7i.4xlarge", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "--input", tars, "--cluster", "4xg6.2xlarge+2xc7i.4xlarge")
     estimate = found["estimate"]
     assert (estimate["vcpus"], estimate["cores"], estimate["gpus"], estimate["images"]) == (64, 32, 4, 60)
     assert estimate["images_per_second"] == min(estimate["limits_images_per_second"].values())
@@ -61,8 +67,7 @@ def test_json_holds_every_figure_and_they_agree(tars: Path, capsys: pytest.Captu
 
 def test_the_machine_at_hand_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_folder(tmp_path / "photos", 10)
-    assert plan.main(["--input", str(folder), *TINY, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "--input", folder)
     assert found["estimate"]["cluster"] == "local"
     assert found["estimate"]["usd"] is None
     assert found["better"]["cluster"].startswith("1x")
@@ -76,11 +81,9 @@ def test_the_machine_at_hand_is_the_default(tmp_path: Path, capsys: pytest.Captu
 def test_prices_of_ones_own_count(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(PRICES.read_text().replace("usd_per_hour: 0.8048", "usd_per_hour: 80.48"))
-    arguments = ["--input", str(tars), *TINY, "--cluster", "g6.xlarge", "--json"]
     dollars = []
-    for more in ([], ["--prices", str(mine)]):
-        assert plan.main([*arguments, *more]) == 0
-        estimate = json.loads(capsys.readouterr().out)["estimate"]
+    for more in ([], ["--prices", mine]):
+        estimate = figures(capsys, "--input", tars, "--cluster", "g6.xlarge", *more)["estimate"]
         dollars.append(estimate["usd"] / estimate["hours"])
     assert dollars == [pytest.approx(0.8048), pytest.approx(80.48)]
 
@@ -110,8 +113,7 @@ def test_bad_settings_end_with_a_sentence_before_anything_is_measured(
 
 
 def test_gpus_that_are_not_here_cannot_be_tried_at_decoding(tars: Path, capsys: pytest.CaptureFixture) -> None:
-    assert plan.main(["--input", str(tars), *TINY, "--decoder", "gpu", "--cluster", "g6.xlarge", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "--input", tars, "--decoder", "gpu", "--cluster", "g6.xlarge")
     assert found["assumed"][1].startswith("the CPUs decode, as with --decoder fast")
     assert found["sample"]["costs"]["pixel_bytes"] == 32 * 32 * 3
 
@@ -121,8 +123,7 @@ def test_a_gpu_that_is_here_decodes_in_the_sample(
 ) -> None:
     """The GPU is an invented one: the network and torchvision's decoder run on the CPU for it."""
     monkeypatch.setattr(network, "gpus_here", lambda: (1, "NVIDIA L4"))
-    assert plan.main(["--input", str(tars), *TINY, "--decoder", "gpu", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "--input", tars, "--decoder", "gpu")
     assert list(found["sample"]["costs"]["gpu_seconds"]) == ["L4"]
     assert found["sample"]["costs"]["pixel_bytes"] == found["sample"]["costs"]["encoded_bytes"]
     assert found["assumed"] == []
@@ -133,8 +134,7 @@ def test_for_a_cluster_of_cpus_the_network_is_measured_on_the_cpu(
     tars: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "gpus_here", lambda: (1, "NVIDIA L4"))
-    assert plan.main(["--input", str(tars), *TINY, "--cluster", "2xc7i.2xlarge", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "--input", tars, "--cluster", "2xc7i.2xlarge")
     assert found["sample"]["costs"]["gpu_seconds"] == {}
     assert found["sample"]["network"].startswith("cpu")
 

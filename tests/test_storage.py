@@ -2,8 +2,11 @@
 
 import contextlib
 import http.server
+import io
 import os
+import signal
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +15,12 @@ import pytest
 from conftest import S3Server
 
 from jobs.bench import s3
-from pipeline import storage
+from pipeline import runner, storage
+from pipeline.errors import Interrupted
+from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
+from pipeline.sources import ReadOptions, Record, objects
+from pipeline.stores.retry import retried
 
 
 class StorageContract:
@@ -156,12 +163,113 @@ class Endless(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_web_server_that_never_stops_sending_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stores.other.MAX_BODY_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.stores.base.MAX_OBJECT_BYTES", 1 << 20)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(OSError, match="the server sends more than 1048576 bytes"):
+        with pytest.raises(storage.TooLarge, match="the limit is 1048576"):
             storage.read(f"http://127.0.0.1:{server.server_port}/a.jpg")
         server.shutdown()
+
+
+class Plain(http.server.BaseHTTPRequestHandler):
+    """Sends `content` the simplest way: whole, without its length. The first requests may be refused."""
+
+    content, refusals, modified = b"", 0, ""
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        if self.answer():
+            self.wfile.write(self.content)
+
+    def answer(self) -> bool:
+        if type(self).refusals:
+            type(self).refusals -= 1
+            self.send_error(503)
+            return False
+        self.send_response(200)
+        if self.modified:
+            self.send_header("Last-Modified", self.modified)
+            self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        return True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def plain() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+    Plain.content, Plain.refusals, Plain.modified = b"", 0, ""
+
+
+def archive_of(names: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    return buffer.getvalue()
+
+
+def test_what_a_web_server_sends_without_a_length_can_be_read_from_anywhere(plain: str) -> None:
+    Plain.content = archive_of(["a.jpg", "b.jpg"])
+    with storage.open_read(f"{plain}main.zip") as file, zipfile.ZipFile(file) as archive:
+        assert archive.read("b.jpg") == b"b.jpg"
+    Plain.content = b"a.jpg\nb.jpg\n"
+    with storage.open_read(f"{plain}list.txt") as file:
+        assert list(file) == [b"a.jpg\n", b"b.jpg\n"]
+
+
+@pytest.mark.parametrize("refusals", [2, 4, 7])
+def test_a_web_server_that_is_away_for_a_moment_loses_no_shard(plain: str, refusals: int) -> None:
+    """fsspec asks twice for a size, and calls whatever goes wrong "not found"."""
+    Plain.content, Plain.refusals = b"tar", refusals
+    with storage.open_read(f"{plain}a.tar") as file:
+        assert file.read() == b"tar"
+
+
+def test_a_web_server_that_gives_no_etag_gives_a_date(plain: str) -> None:
+    Plain.content, Plain.modified = b"one", "Sat, 21 Nov 2026 10:00:00 GMT"
+    etag = storage.head(f"{plain}a.tar").etag
+    assert etag == f"{Plain.modified}/3"
+    Plain.content = b"other"
+    with pytest.raises(storage.Changed):
+        storage.open_read(f"{plain}a.tar", etag)
+
+
+def test_an_object_of_a_list_that_would_fill_the_memory(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = s3.uri("large/video.jpg")
+    storage.write(uri, bytes(2000))
+    monkeypatch.setattr("pipeline.stores.base.MAX_OBJECT_BYTES", 1000)
+    shard = Shard(0, "objects", "", 1, keys=(uri,))
+    record, _ = objects.read(shard, ((0, 1),), ReadOptions())
+    assert isinstance(record, Record)
+    assert record.error is not None
+    assert record.error.error_type == "too_large"
+
+
+def test_objects_of_unknown_size_are_fetched_ahead_by_the_size_of_the_last_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    under_way, most = set(), []
+
+    def read(uri: str, etag: str) -> bytes:
+        under_way.add(uri)
+        return bytes(100)
+
+    monkeypatch.setattr("pipeline.prefetch.AHEAD_BYTES", 250)
+    monkeypatch.setattr(storage, "read", read)
+    keys = tuple(f"s3://bucket/{i}.tif" for i in range(200))
+    for record in objects.read(Shard(0, "objects", "", 200, keys=keys), ((0, 200),), ReadOptions()):
+        if isinstance(record, Record):
+            under_way.discard(record.source)
+            most.append(len(under_way))
+    assert max(most[40:]) <= 4
 
 
 def test_work_ahead_is_bounded_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,3 +293,8 @@ def test_links_in_circles_and_to_nothing_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "nothing.jpg").symlink_to("there-is-no-such-file.jpg")
     (tmp_path / "above").symlink_to(tmp_path)
     assert [info.uri for info in storage.list_objects(str(tmp_path))] == [str(tmp_path / "a.jpg")]
+
+
+def test_a_signal_is_no_fault_that_passes() -> None:
+    with pytest.raises(Interrupted), runner._interruptible():
+        retried(lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -3,6 +3,8 @@
 import os
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import free_port
@@ -10,6 +12,7 @@ from conftest import free_port
 from jobs import submit
 from jobs.submission import environment, package, probe
 from jobs.submission.client import connect
+from jobs.submission.client import submit as submit_job
 from pipeline.errors import SettingRefused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +108,35 @@ def test_what_cannot_work_is_refused(
     assert said in err
     assert err.startswith("nightshift: ")
     assert err.count("\n") == 1
+
+
+class Lossy:
+    """Takes every job, and loses the answer to the first requests, as `losses` says it."""
+
+    def __init__(self, losses: list[Exception]) -> None:
+        self.losses = losses
+        self.jobs: dict[str, dict[str, str]] = {}
+
+    def submit_job(self, submission_id: str, metadata: dict[str, str], **_: object) -> None:
+        if submission_id in self.jobs:
+            raise RuntimeError(f"Request failed with status code 500: job {submission_id} already exists.")
+        self.jobs[submission_id] = metadata
+        if self.losses:
+            raise self.losses.pop(0)
+
+    def get_job_info(self, submission_id: str) -> SimpleNamespace:
+        return SimpleNamespace(metadata=self.jobs[submission_id])
+
+
+@pytest.mark.parametrize("loss", [ConnectionError("lost"), RuntimeError("No available agent to submit job")])
+def test_a_job_whose_answer_was_lost_is_followed_and_another_one_is_not(
+    loss: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    client: Any = Lossy([loss])
+    submit_job(client, "night", "python job.py", {})
+    with pytest.raises(SettingRefused, match="--submission-id night is an earlier job's"):
+        submit_job(client, "night", "python job.py", {})
 
 
 def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def output(tmp_path: Path) -> Path:
     """A whole output of two shards of ten images, one counted and one not, in four parts."""
     text = str(tmp_path)
     storage.write(f"{text}/_run.json", json.dumps({"fingerprint": "f", "settings": {}}).encode())
-    plans.make(text, [Shard(0, "tar", "/data/0", ROWS), Shard(1, "tar", "/data/1", None)], {})
+    plans.save(plans.make(text, [Shard(0, "tar", "/data/0", ROWS), Shard(1, "tar", "/data/1", None)], {}))
     ledgers.begin(text)
     sink = Sink(text, 1, RESULT, json.dumps({"fingerprint": "f"}))
     for shard in range(2):

@@ -6,10 +6,11 @@ Prints JSON: number format → GFLOP/s, 2 n³ operations a product. bfloat16 onl
 """
 
 import json
-import os
 import time
 
 import torch
+
+from pipeline.machines import cpus_here
 
 CPU_SIDE, GPU_SIDE = 2048, 8192
 TRIES = 20
@@ -40,7 +41,7 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cpus_here())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
     side = GPU_SIDE if device == "cuda" else CPU_SIDE

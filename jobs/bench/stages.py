@@ -9,7 +9,6 @@ other forms: compiled, and `plain`, as the peers run it; with images/s, and the 
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from pipeline import cli, models, schema, sources
 from pipeline.config import RunConfig
 from pipeline.coverage import END
 from pipeline.loader import Loader
+from pipeline.machines import cpus_here
 from pipeline.plan import Shard
 from pipeline.predict import Predict
 from pipeline.predictors import Embedder, Predictor
@@ -174,7 +174,7 @@ def main() -> int:
 
 
 def report(given: argparse.Namespace) -> int:
-    predictor = Embedder(model=given.model, weights="random", threads=os.cpu_count() or 1, compile="off")
+    predictor = Embedder(model=given.model, weights="random", threads=cpus_here(), compile="off")
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         stages = Stages.of(RunConfig(input=given.archive, output=folder), predictor, given.rows_per_part)
         found: dict[str, Any] = medians(stages)

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import uuid
 from typing import Any
 
 from ray.job_submission import JobSubmissionClient
@@ -15,6 +16,10 @@ REQUEST_TIMEOUT_S = 30.0
 
 START_PATIENCE_S = 60.0
 """A cluster that has only just started takes no jobs yet."""
+
+
+REQUEST = "nightshift_request"
+"""Of a job's metadata: which call of `submit` it comes from."""
 
 
 class Client(JobSubmissionClient):
@@ -42,19 +47,23 @@ def connect(address: str) -> Client:
 def submit(client: Client, submission_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
     """Submit once, however many requests that takes. Raises SettingRefused if the id is another job's."""
     deadline = time.monotonic() + START_PATIENCE_S
-    may_have_arrived = False
+    mark = {REQUEST: uuid.uuid4().hex}  # by it a job is known that an unanswered request has started
     while True:
         try:
-            client.submit_job(submission_id=submission_id, entrypoint=entrypoint, runtime_env=runtime_env)
-            return
-        except (OSError, RuntimeError) as error:
-            if f"{submission_id} already exists" in str(error):
-                if may_have_arrived:
+            try:
+                client.submit_job(
+                    submission_id=submission_id, entrypoint=entrypoint, runtime_env=runtime_env, metadata=mark
+                )
+            except RuntimeError as error:
+                if f"{submission_id} already exists" not in str(error):
+                    raise
+                if mark.items() <= (client.get_job_info(submission_id).metadata or {}).items():
                     return
                 raise SettingRefused(f"--submission-id {submission_id} is an earlier job's: name another") from error
+            return
+        except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "No available agent" not in str(error):
                 raise NightshiftError(f"the cluster does not take the job: {error}") from error
             if time.monotonic() > deadline:
                 raise NightshiftError(f"the cluster took no job for {START_PATIENCE_S:g} seconds: {error}") from error
-            may_have_arrived = isinstance(error, OSError)
             time.sleep(1)

@@ -17,6 +17,7 @@ from pipeline.plan import OBJECTS_PER_SHARD, Plan, Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import parquet, uris
 from pipeline.sources.base import ReadOptions, ShardEnd, is_image
+from pipeline.sources.records import only
 from pipeline.storage import ObjectInfo
 from pipeline.update import Change
 
@@ -40,7 +41,8 @@ class Archive:
             raise InputRefused(
                 f"--update cannot tell what is new in a list of URIs: give {lists[0]} an output of its own"
             )
-        yield from self._group(change.new(_merged([self._first_checked(name) for name in self._names()])))
+        self.keep_types.update((column.name, column.type) for column in change.plan.keep)
+        yield from self._group(change.new(_merged([self._first_checked(name) for name in self._names()])), is_new=True)
 
     def shards(self) -> Iterator[Shard]:
         """Every shard, sorted by URI within each input kind, no object twice; raises InputRefused."""
@@ -129,7 +131,7 @@ class Archive:
             raise InputRefused(f"--input {name} does not exist") from error
         except NotADirectoryError:
             first = None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a glob that makes no sense
             raise InputRefused(f"--input {name} cannot be read: {error}") from error
         if first is None:
             raise InputRefused(
@@ -140,12 +142,17 @@ class Archive:
     def _is_ours(self, uri: str) -> bool:
         return _kind(uri) is not None and not uri.startswith(self.config.output + "/")
 
-    def _group(self, objects: Iterator[ObjectInfo]) -> Iterator[Shard]:
-        """Loose images in runs of OBJECTS_PER_SHARD; every other object is a shard of its own."""
+    def _group(self, objects: Iterator[ObjectInfo], *, is_new: bool = False) -> Iterator[Shard]:
+        """Loose images in runs of OBJECTS_PER_SHARD; every other object is a shard of its own. is_new: it is an update.
+
+        Raises InputRefused where there is nothing but Parquet files of which none can be read.
+        """
+        may_be_unreadable = is_new
         loose: list[ObjectInfo] = []
         parquet_files: list[ObjectInfo] = []
         for info in objects:
             kind = _kind(info.uri)
+            may_be_unreadable |= kind != "parquet"
             if kind == "objects":
                 loose.append(info)
                 if len(loose) == OBJECTS_PER_SHARD:
@@ -160,9 +167,9 @@ class Archive:
         if loose:
             yield _virtual_shard(loose)
         if parquet_files:
-            yield from self._parquet_shards(parquet_files)
+            yield from self._parquet_shards(parquet_files, may_be_unreadable)
 
-    def _parquet_shards(self, files: list[ObjectInfo]) -> Iterator[Shard]:
+    def _parquet_shards(self, files: list[ObjectInfo], may_be_unreadable: bool) -> Iterator[Shard]:
         """Read every footer; a file whose footer is broken stays a shard (and becomes an error row)."""
         readable = 0
         for info, found in zip(files, ordered_map(_footer, files, FOOTER_THREADS, 4 * FOOTER_THREADS), strict=True):
@@ -172,7 +179,7 @@ class Archive:
                 readable += 1
                 self._check_parquet(schema, info.uri)
             yield Shard(0, "parquet", info.uri, rows, info.size_bytes, info.etag)
-        if not readable:
+        if not readable and not may_be_unreadable:
             raise InputRefused(f"--input {files[0].uri} cannot be read as Parquet: {found}")
 
     def _check_parquet(self, schema: pa.Schema, uri: str) -> None:
@@ -180,6 +187,7 @@ class Archive:
         for name in self.config.keep_names():
             if name not in schema.names:
                 raise InputRefused(f"--keep {name}: {uri} has the columns {', '.join(schema.names)}")
+            only(schema, name, uri)
             uris.add_keep_type(self.keep_types, name, schema.field(name).type, uri)
 
 
@@ -207,7 +215,10 @@ def _expand(given: str) -> list[str]:
     name = storage.normalize(given)
     if "{" not in name or (storage.is_local(name) and _exists(name)):
         return [name]
-    return list(braceexpand(name))
+    try:
+        return list(braceexpand(name))
+    except ValueError as error:
+        raise InputRefused(f"--input {name}: its braces make no sense ({error})") from error
 
 
 def _exists(name: str) -> bool:
@@ -273,7 +284,7 @@ def _not_utf_8(name: str) -> InputRefused:
 
 def _virtual_shard(images: list[ObjectInfo]) -> Shard:
     base = posixpath.commonprefix([images[0].uri, images[-1].uri]).rpartition("/")[0]  # sorted: the ends differ most
-    base = "" if base.endswith(":/") else base
+    base = "" if base.endswith("/") else base  # that slash would be lost
     cut = len(base) + 1 if base else 0
     return Shard(
         0,

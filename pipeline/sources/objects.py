@@ -25,9 +25,15 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     count = len(shard.keys)
     rows = (row for start, stop in todo for row in range(start, min(stop, count)))
     threads = LOCAL_THREADS if storage.is_local(shard.uri or shard.keys[0]) else REMOTE_THREADS
-    sizes = shard.key_sizes
-    size_bytes = sizes.__getitem__ if sizes else (lambda _: 0)
-    yield from ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes)
+    expected = 0
+
+    def size_bytes(row: int) -> int:
+        return shard.key_sizes[row] if shard.key_sizes else expected
+
+    for record in ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes):
+        # A list names no sizes: the next ones are taken to be about as large as the last ones were.
+        expected = max(len(record.data or b""), expected * 3 // 4)
+        yield record
     yield ShardEnd(count)
 
 
@@ -48,6 +54,8 @@ def _fetch(shard: Shard, row: int) -> Record:
         error = fault
     except FileNotFoundError:
         error = ReadError("not_found", f"there is no {plain}")
+    except storage.TooLarge as fault:
+        error = ReadError("too_large", str(fault))
     except storage.Changed as fault:
         error = ReadError("changed", str(fault))
     except Exception as fault:  # beside OSError, what the stores raise for URIs that make no sense

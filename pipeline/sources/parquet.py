@@ -13,7 +13,7 @@ from pipeline.coverage import Ranges
 from pipeline.errors import InputRefused, ReadError, message_line
 from pipeline.plan import Shard
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
-from pipeline.sources.records import Rows, rows_of, storage_fault, values_of
+from pipeline.sources.records import Rows, only, rows_of, storage_fault, values_of
 
 IMAGE_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "data", "content")
 BATCH_ROWS = 64
@@ -27,6 +27,7 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
     names: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
     if image_column:
         if image_column in names:
+            only(schema, image_column, uri)
             return image_column
         has = f"the columns {', '.join(schema.names)}"
         if image_column in schema.names:
@@ -35,6 +36,7 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
     usual = {name.lower(): name for name in reversed(names)}
     for name in IMAGE_NAMES:
         if name in usual:
+            only(schema, usual[name], uri)
             return usual[name]
     if len(names) == 1:
         return names[0]
@@ -118,7 +120,7 @@ class _Reader:
         rows.total = self.parquet.metadata.num_rows
         self.column = _column(schema, options.image_column, rows.uri)
         self.has_paths = pa.types.is_struct(schema.field(self.column).type)
-        self.keep = [name for name in options.keep if name in schema.names]
+        self.keep = [name for name in options.keep if schema.names.count(name) == 1]
 
     def records(self) -> Iterator[Record]:
         first = 0

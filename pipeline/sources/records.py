@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.coverage import END, Ranges, intersect
-from pipeline.errors import ReadError
+from pipeline.errors import InputRefused, ReadError
 from pipeline.plan import Shard
 from pipeline.sources.base import Record, ShardEnd, is_image
 
@@ -140,6 +140,12 @@ def rows_of(batch: pa.RecordBatch, names: Iterable[str]) -> list[dict[str, Any]]
     """These columns of a batch, a dictionary a row."""
     columns = {name: values_of(batch.column(name)) for name in names}
     return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
+
+
+def only(schema: pa.Schema, name: str, uri: str) -> None:
+    """Raise InputRefused where several columns bear a name that is asked for."""
+    if schema.names.count(name) > 1:
+        raise InputRefused(f"{uri} has {schema.names.count(name)} columns called {name!r}: name them apart")
 
 
 def is_image_member(name: str) -> bool:

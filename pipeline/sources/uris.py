@@ -1,6 +1,7 @@
 """Lists of image URIs (text, CSV, Parquet) → virtual shards of kind "objects". Streamed, once, on the driver."""
 
 import itertools
+import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from pipeline import storage
 from pipeline.errors import InputRefused, message_line
 from pipeline.plan import OBJECTS_PER_SHARD, Shard
 from pipeline.sources.objects import IMAGE_ID, keep_json
-from pipeline.sources.records import rows_of, values_of
+from pipeline.sources.records import only, rows_of, values_of
 
 LIST_SUFFIXES = (".txt", ".csv")
 URI_NAMES = (
@@ -158,6 +159,8 @@ def _shard(keys: list[str], kept: list[str], withheld: bool) -> Shard:
 
 def _absolute(name: str, list_uri: str) -> str:
     """Relative names are relative to the folder of their list."""
+    if name.lower().startswith(("s3a://", "file://")):
+        return storage.normalize(name)
     if "://" in name or os.path.isabs(name):
         return name
     return storage.join(list_uri.rpartition("/")[0], name)
@@ -177,9 +180,14 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
         for name in keep:
             if name not in schema.names:
                 raise InputRefused(f"--keep {name}: {uri} has the columns {', '.join(schema.names)}")
+            only(schema, name, uri)
             add_keep_type(keep_types, name, _plain(schema.field(name).type), uri)
+        only(schema, column, uri)
+        texts = [name for name in keep if pa.types.is_string(_plain(schema.field(name).type))]
         for batch in _checked(uri, batches):
             kept = rows_of(batch, keep)
+            for values in kept if texts else ():
+                values.update((name, _text(values[name])) for name in texts)
             names = values_of(batch.column(column))
             yield from ((str(name).strip(), values) for name, values in zip(names, kept, strict=True) if name)
 
@@ -217,3 +225,10 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     """What survives the plan's JSON as it is; anything else is kept as text."""
     is_plain = pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
     return type_ if is_plain else pa.string()
+
+
+def _text(value: Any) -> str | None:
+    """Lists and structs as JSON, anything else as Python writes it."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str)
+    return None if value is None else str(value)

@@ -11,10 +11,16 @@ BUFFER_BYTES = 8 << 20
 CONNECT_SECONDS = 5
 STALL_SECONDS = 10.0
 REQUEST_SECONDS = 600
+MAX_OBJECT_BYTES = 1 << 30
+"""What is read whole lies in memory. A list of URIs, or a web server, may name anything."""
 
 
 class Changed(OSError):
     """The object is no longer the one that was planned: its etag differs."""
+
+
+class TooLarge(OSError):
+    """More than MAX_OBJECT_BYTES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,11 @@ def check(info: ObjectInfo, etag: str) -> ObjectInfo:
     if etag and info.etag.strip('"') != etag.strip('"'):
         raise Changed(f"{redact(info.uri)} was replaced after it was planned")
     return info
+
+
+def check_size(uri: str, size_bytes: int) -> None:
+    if size_bytes > MAX_OBJECT_BYTES:
+        raise TooLarge(f"{redact(uri)} has {size_bytes} bytes, the limit is {MAX_OBJECT_BYTES}")
 
 
 def whole(data: Any, size_bytes: int) -> Any:

@@ -25,6 +25,7 @@ from pipeline.stores.base import (
     ObjectInfo,
     RawReader,
     check,
+    check_size,
     whole,
 )
 from pipeline.stores.retry import Exhausted, lasting_fault, refusal_of, retried, status_of
@@ -61,6 +62,7 @@ class BucketStore:
         def get() -> bytes:
             result = obstore.get(self.store, path)
             info = check(self._info(result.meta), etag)
+            check_size(info.uri, info.size_bytes)
             return bytes(whole(result.bytes(), info.size_bytes))
 
         return self.retried(get)

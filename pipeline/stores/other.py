@@ -1,7 +1,10 @@
 """Everything else (http, https, memory, hf, …), over fsspec."""
 
+import contextlib
 import functools
 import io
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, BinaryIO, TypeVar, cast
@@ -17,12 +20,14 @@ from pipeline.stores.base import (
     ObjectInfo,
     RawReader,
     check,
+    check_size,
     whole,
 )
 from pipeline.stores.retry import retried
 
 HTTP_RETRY_SECONDS = 10.0
-MAX_BODY_BYTES = 1 << 30
+STAMPS = ("ETag", "etag", "mtime", "created", "Content-MD5", "Digest", "Last-Modified")
+"""What may stand for an etag, the best first."""
 
 T = TypeVar("T")
 
@@ -39,12 +44,13 @@ class FsspecStore:
 
             timeouts = {"total": REQUEST_SECONDS, "sock_connect": CONNECT_SECONDS, "sock_read": STALL_SECONDS}
             options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(**timeouts)}}
-            # One dead web server among a million image URLs must not hold up its neighbours for minutes.
+            # One dead web server among a million image URLs must not hold up its neighbours for minutes. A shard is
+            # many images: `open_read` has the patience that there is with every store.
             self.limit_seconds = HTTP_RETRY_SECONDS
         self.filesystem = fsspec.filesystem(scheme, **options)
 
     def head(self, path: str) -> ObjectInfo:
-        return self._info(path, self.retried(lambda: self.filesystem.info(path)))
+        return self._head(path, self.limit_seconds)
 
     def read(self, path: str, etag: str) -> bytes:
         if etag:
@@ -61,19 +67,20 @@ class FsspecStore:
             body = bytearray()
             async for piece in answer.content.iter_any():
                 body += piece
-                if len(body) > MAX_BODY_BYTES:
-                    raise ValueError(f"the server sends more than {MAX_BODY_BYTES} bytes")
+                check_size(url, len(body))
             return bytes(body)
 
     def open_read(self, path: str, etag: str) -> BinaryIO:
-        check(self.head(path), etag)
+        check(self._head(path, None), etag)
 
         def reopen() -> Any:
-            return self.filesystem.open(path, "rb", block_size=BUFFER_BYTES // 8)  # read ahead beyond what is asked for
+            # It reads ahead beyond what is asked for.
+            return self._told(lambda: self.filesystem.open(path, "rb", block_size=BUFFER_BYTES // 8))
 
-        file = self.retried(reopen)
-        if getattr(file, "size", None) is None:  # a stream: it cannot be taken up again in the middle
-            return cast(BinaryIO, file)
+        file = retried(reopen)
+        if getattr(file, "size", None) is None:
+            file.close()
+            return retried(lambda: self._copied(path))
 
         def read_range(start: int, stop: int) -> Any:
             def get() -> Any:
@@ -86,9 +93,19 @@ class FsspecStore:
                 file = opened
                 return data
 
-            return self.retried(get)
+            return retried(get)
 
         return cast(BinaryIO, io.BufferedReader(RawReader(read_range, file.size), BUFFER_BYTES))
+
+    def _copied(self, path: str) -> BinaryIO:
+        """On this machine's disk: what is sent without a size cannot be read, nor taken up again, from the middle."""
+        with contextlib.ExitStack() as stack:
+            copy = stack.enter_context(tempfile.TemporaryFile(prefix="nightshift-"))
+            with self._told(lambda: self.filesystem.open(path, "rb")) as file:
+                shutil.copyfileobj(file, copy, BUFFER_BYTES)
+            stack.pop_all()
+        copy.seek(0)
+        return cast(BinaryIO, copy)
 
     def write(self, path: str, data: bytes) -> None:
         self.retried(lambda: self.filesystem.makedirs(self.filesystem._parent(path), exist_ok=True))
@@ -112,10 +129,23 @@ class FsspecStore:
     def retried(self, action: Callable[[], T]) -> T:
         return retried(action, self.limit_seconds)
 
+    def _head(self, path: str, limit_seconds: float | None) -> ObjectInfo:
+        return self._info(path, retried(lambda: self._told(lambda: self.filesystem.info(path)), limit_seconds))
+
+    def _told(self, action: Callable[[], T]) -> T:
+        """Whatever kept fsspec from asking a web server for a size, it says that nothing is there."""
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise (error.__cause__ if self.is_http and error.__cause__ else error) from None
+
     def _info(self, uri: str, info: dict[str, Any]) -> ObjectInfo:
-        etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or ""
-        etag = etag.timestamp() if isinstance(etag, datetime) else etag  # one store may spell a time in two ways
-        return ObjectInfo(uri, info.get("size") or 0, str(etag))
+        size_bytes = info.get("size") or 0
+        stamp = next((info[name] for name in STAMPS if info.get(name)), "")
+        stamp = stamp.timestamp() if isinstance(stamp, datetime) else stamp  # one store may spell a time in two ways
+        if stamp and stamp == info.get("Last-Modified"):
+            stamp = f"{stamp}/{size_bytes}"
+        return ObjectInfo(uri, size_bytes, str(stamp))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import obstore
 import obstore.exceptions
 
 from pipeline.errors import Refused, SettingRefused, StorageRefused
-from pipeline.stores.base import Changed, redact
+from pipeline.stores.base import Changed, TooLarge, redact
 
 RETRY_SECONDS = 150.0
 FIRST_PAUSE_SECONDS = 0.2
@@ -105,7 +105,7 @@ def lasting_fault(error: Exception) -> Exception | None:
     """The error that says what a try again would say too; None for a fault that may pass."""
     if isinstance(error, FileNotFoundError) and "\n" in str(error):
         return FileNotFoundError(_one_line(error))
-    lasting = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, Changed)
+    lasting = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, Changed, TooLarge)
     if isinstance(error, (Refused, *lasting)):
         return error
     if code_of(error)[0] in _PASSING:

@@ -1,0 +1,134 @@
+"""What a start finds in its output directory, and what it changes there: nothing, where it is refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from whole import jpeg, write_folder
+
+from pipeline import ledger as ledgers
+from pipeline import output as outputs
+from pipeline import plan as plans
+from pipeline.config import RunConfig, Transform
+from pipeline.errors import InputRefused, OutputLocked, OutputRefused, SettingRefused
+from pipeline.plan import Plan
+from pipeline.sources.discover import Archive
+
+
+def predictor(model: str = "a") -> Any:
+    return SimpleNamespace(
+        columns=pa.schema([("embedding", pa.list_(pa.float32()))]),
+        transform=Transform(),
+        settings=lambda: {"model": model},
+        provenance=dict,
+    )
+
+
+def prepare(output: Path, *inputs: object, model: str = "a", check: Any = lambda: None, **settings: Any) -> Plan:
+    output.mkdir(exist_ok=True)  # the lock makes it
+    config = RunConfig(input=[str(each) for each in inputs], output=str(output), **settings)
+    return outputs.prepare(config, predictor(model), Archive(config), check)[0]
+
+
+def files(output: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "photos", 4)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, photos: Path) -> Path:
+    output = tmp_path / "out"
+    prepare(output, photos)
+    ledgers.begin(str(output))
+    (output / "part-0001-000000-00000000-x.parquet").write_bytes(b"rows")
+    outputs.finish(str(output))
+    return output
+
+
+def replaced() -> None:
+    raise OutputLocked("another driver took over")
+
+
+def test_an_overwrite_that_is_refused_leaves_everything(tmp_path: Path, photos: Path, finished: Path) -> None:
+    before = files(finished)
+    with pytest.raises(InputRefused, match="does not exist"):
+        prepare(finished, tmp_path / "photoss", overwrite=True)
+    with pytest.raises(InputRefused, match="loose images carry no columns"):
+        prepare(finished, photos, overwrite=True, keep="label")
+    with pytest.raises(OutputLocked):
+        prepare(finished, photos, overwrite=True, check=replaced)
+    assert {name: data for name, data in files(finished).items() if "/_plan/shards-" not in name or name in before} == (
+        before
+    )
+    assert outputs.is_finished(str(finished))
+
+
+def test_an_overwrite_leaves_nothing_of_the_run_before(photos: Path, finished: Path) -> None:
+    (finished / "mine.txt").write_text("not a run's")
+    plan = prepare(finished, photos, overwrite=True, model="b")
+    names = {path.name for path in finished.rglob("*") if path.is_file()}
+    assert names == {"_run.json", "plan.json", "2.json", "mine.txt", *(name.partition("/")[2] for name in plan.files)}
+    assert plans.load(str(finished)).files == plan.files  # type: ignore[union-attr]
+    with pytest.raises(OutputRefused, match='model was "b" and is "a"'):
+        prepare(finished, photos)
+
+
+def test_after_a_refused_input_the_corrected_command_goes_on(tmp_path: Path, photos: Path) -> None:
+    output = tmp_path / "out"
+    for wrong in ({"input": photos, "keep": "label"}, {"input": tmp_path / "photoss"}):
+        with pytest.raises(InputRefused):
+            prepare(output, wrong.pop("input"), **wrong)
+    assert prepare(output, photos, model="b").rows == 4
+
+
+def test_a_driver_that_was_replaced_while_it_planned_has_no_plan(tmp_path: Path, photos: Path) -> None:
+    output = tmp_path / "out"
+    theirs: list[Plan] = []
+    with pytest.raises(OutputLocked):
+        prepare(output, photos, check=lambda: theirs.append(prepare(output, photos)))
+    plan = plans.load(str(output))
+    assert plan is not None
+    assert plan.files == theirs[0].files
+
+
+def test_an_update_that_ends_early_leaves_a_finished_run(photos: Path, finished: Path) -> None:
+    assert prepare(finished, photos, update=True).rows == 4
+    (photos / "new.jpg").write_bytes(jpeg(9))
+    with pytest.raises(OutputLocked):
+        prepare(finished, photos, update=True, check=replaced)
+    assert outputs.is_finished(str(finished))
+    assert prepare(finished, photos, update=True).rows == 5
+    assert not outputs.is_finished(str(finished))
+
+
+def test_an_update_takes_a_broken_parquet_for_an_error_row_to_be(photos: Path, finished: Path) -> None:
+    (photos / "half.parquet").write_bytes(b"PAR1 cut")
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), photos / "none.parquet")
+    plan = prepare(finished, photos, update=True)
+    assert (plan.shards, plan.rows, plan.uncounted_shards) == (3, 4, 1)
+    outputs.finish(str(finished))
+    assert prepare(finished, photos, update=True).shards == 3, "a file without images is no news each night"
+    assert outputs.is_finished(str(finished))
+
+
+def test_an_update_may_not_change_the_type_of_a_kept_column(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"image": [b"1"], "label": pa.array([1], pa.int64())}), folder / "a.parquet")
+    prepare(tmp_path / "out", folder, keep="label")
+    pq.write_table(pa.table({"image": [b"1"], "label": pa.array([1], pa.float64())}), folder / "b.parquet")
+    with pytest.raises(InputRefused, match=r"--keep label: it is double in \S+b.parquet but int64"):
+        prepare(tmp_path / "out", folder, keep="label", update=True)
+
+
+def test_a_batch_is_a_table(tmp_path: Path, photos: Path) -> None:
+    prepare(tmp_path / "out", photos, batch_size=14_266)
+    with pytest.raises(SettingRefused, match="--batch-size is 14267: at this network's size it can be at most 14266"):
+        prepare(tmp_path / "out2", photos, batch_size=14_267)
