@@ -19,6 +19,8 @@ class Transform:
 
     The short side is resized to `resize` pixels with antialiasing, the centre `crop` × `crop` pixels are cut out; this
     happens on uint8 where the image is decoded. `(pixel / 255 - mean) / std` follows on the network's device.
+
+    squash: both sides are resized to `resize`, whatever their proportion.
     """
 
     resize: int = 256
@@ -26,6 +28,7 @@ class Transform:
     interpolation: str = "bilinear"  # nearest, bilinear, bicubic, lanczos
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    squash: bool = False
 
 
 def flag(help: str, default: Any, **more: Any) -> Any:

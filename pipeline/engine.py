@@ -20,7 +20,7 @@ from pipeline.datasource import ShardDatasource, SignedKeys, Unit
 from pipeline.errors import NightshiftError, SettingRefused, message_line
 from pipeline.layout import Layout
 from pipeline.ledger import Commit
-from pipeline.loader import LEAST_DECODE_BYTES, Loader
+from pipeline.loader import LEAST_DECODE_BYTES, LEFT_TABLE_BYTES, Loader
 from pipeline.plan import Plan
 from pipeline.predict import Predict
 from pipeline.predictors import Predictor
@@ -29,6 +29,9 @@ from pipeline.sources.discover import Archive
 
 MAX_READ_TASKS = 10_000
 MIN_BLOCK_BYTES = 1 << 20
+TABLE_SHARE = 0.7
+"""A table of 1 / 0.7 targets is a block, whole, and so is one in which up to 0.3 of the pixels are missing: errors have
+none, and tiles fewer."""
 PART_BYTES = 128 << 20
 MOST_PART_BYTES = 512 << 20
 """In memory. A part is cut there, however few its rows: how long kept texts and lists are shows only then."""
@@ -187,13 +190,23 @@ class Flow:
         context.raise_original_map_exception = True  # else the cause of an error comes back as text only
         context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
-        # A block is a batch: what waits between the stages is counted in batches, whatever the size of the images. Of
-        # tiny images it is more than one, but never more than a part.
-        image_bytes = self.loader.transform.crop**2 * 3
-        context.target_max_block_size = image_bytes * max(
-            self.batch_size, min(self.rows_per_part, MIN_BLOCK_BYTES // image_bytes)
-        )
+        context.target_max_block_size = block_bytes(self.loader, self.rows_per_part)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
+
+
+def block_bytes(loader: Loader, rows_per_part: int) -> int:
+    """Ray's target for a block, so that a block is a batch: what waits between the stages is counted in batches.
+
+    Ray puts tables together until they exceed the target, and cuts what is 1.5 times as large; a batch and one row more
+    would be two batches to the network. Of tiny images a block is more than a batch, but never more than a part; of
+    JPEGs that stay encoded it is several tables.
+    """
+    if loader.leave_jpegs:
+        return 2 * LEFT_TABLE_BYTES
+    image_bytes = loader.transform.crop**2 * 3
+    return max(
+        int(TABLE_SHARE * loader.rows_per_table * image_bytes), min(rows_per_part * image_bytes, MIN_BLOCK_BYTES)
+    )
 
 
 class ModelActor(Predict):

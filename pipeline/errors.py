@@ -89,6 +89,12 @@ def message_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """As Python, torch on CUDA, torch on the CPU, cuBLAS and cuDNN say it; the last one too where it tries kernels."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 class ImageError(Exception):
     """One bad image.
 

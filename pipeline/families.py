@@ -155,9 +155,15 @@ class _Timm(Family):
         _, height, width = data["input_size"]
         if height != width:
             raise SettingRefused(f"--model {model} takes {height} × {width} pixels: only square images are made")
+        if data["crop_mode"] not in ("center", "squash"):
+            raise SettingRefused(
+                f"--model {model} wants its images with crop_mode {data['crop_mode']!r}, not made here"
+            )
         how = data["interpolation"] if data["interpolation"] != "random" else "bilinear"
         resize = math.floor(height / data["crop_pct"])
-        self.transform = Transform(resize, height, how, tuple(data["mean"]), tuple(data["std"]))
+        self.transform = Transform(
+            resize, height, how, tuple(data["mean"]), tuple(data["std"]), data["crop_mode"] == "squash"
+        )
 
     def network(self, own: bool, sizes: dict[str, int]) -> nn.Module:
         names = {"num_classes": sizes.get("num_classes"), "in_chans": sizes.get("in_channels")}

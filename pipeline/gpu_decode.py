@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from pipeline.config import Transform
 from pipeline.decode import Encoded, decode, scaled_sizes
-from pipeline.errors import DecodeError, SettingRefused, message_line
+from pipeline.errors import DecodeError, SettingRefused, is_out_of_memory, message_line
 from pipeline.lane import finish
 from pipeline.vision import torchvision
 
@@ -63,9 +63,11 @@ class JpegDecoder:
             with self._own_stream():
                 self._probe()
         except Exception as error:  # no nvJPEG in this torchvision, or none that works here
+            full = is_out_of_memory(error)
+            mend = "end what has taken its memory" if full else "install a torchvision that is built with CUDA"
             raise SettingRefused(
                 f"--decoder gpu: torchvision {version('torchvision')} decodes no JPEG on {device}: "
-                f"{message_line(error)}; install a torchvision that is built with CUDA, or take --decoder fast"
+                f"{message_line(error)}; {mend}, or take --decoder fast"
             ) from error
 
     def __call__(self, jpegs: Sequence[Encoded]) -> tuple[Tensor, dict[int, DecodeError]]:

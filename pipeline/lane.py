@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import message_line
+from pipeline.errors import is_out_of_memory, message_line
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Lane:
         self.copied = torch.cuda.Event(blocking=True) if self.stream else None  # type: ignore[no-untyped-call]
         self.staging = torch.empty(0, dtype=torch.uint8)
         self.graph: _Graph | None = None
-        self.records = self.stream is not None
+        self.records, self.starved = self.stream is not None, False
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -96,12 +96,13 @@ class Lane:
             return _Graph(forward, pixels)
         except RuntimeError as error:  # a network that looks at its own numbers, or a GPU without the memory
             log.warning("no CUDA graph of the network, so it runs without: %s", message_line(error))
-            self.records = False
+            self.records, self.starved = False, is_out_of_memory(error)
             return None
 
     def free(self) -> None:
         """Give back the memory; what runs meanwhile keeps its own until it ends."""
         self.staging, self.graph = torch.empty(0, dtype=torch.uint8), None
+        self.records, self.starved = self.records or self.starved, False
 
 
 class _Graph:

@@ -20,7 +20,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from pipeline.config import Transform
-from pipeline.errors import SettingRefused
+from pipeline.errors import SettingRefused, is_out_of_memory, message_line
 from pipeline.head import Network
 from pipeline.lane import Forward, Lane, Outputs, finish
 from pipeline.models import ModelSpec, build
@@ -58,7 +58,7 @@ class NetworkRunner:
     """A network on this process's GPU, or on the CPU with so many threads.
 
     compile: on (at once), off, or auto: once it is known how fast the network runs without, if the `images` that are to
-    come make it worth while. A compiled network takes batches of one size, to which short ones are padded.
+    come make it worth while. A compiled network takes batches of one size: less than half of one goes without it.
     batch_size: images at once at most; fewer on a CPU, and where the GPU's memory does not hold so many.
     lanes: batches under way at once, each from a thread of its own; a GPU's network is started by one at a time.
     gpu_share: of a GPU, what this process was given, none with 0; its batches are made so small that they fit into that
@@ -93,15 +93,18 @@ class NetworkRunner:
         self.fixed_size: int | None = None
         self.state = f"{self.device}, {str(dtype).removeprefix('torch.')}"
         network = _FromPixels(_folded(build(spec), spec), spec, dtype)
-        self.forward: Forward = network.to(self.device)
         self.batches, self.pace = 0, math.inf  # seconds an image, uncompiled
         self.starting = threading.RLock()
         self.all_lanes = [Lane(self.device) for _ in range(lanes)]
         self.free_lanes: SimpleQueue[Lane] = SimpleQueue()
         for lane in self.all_lanes:
             self.free_lanes.put(lane)
-        if self.device.type == "cuda":
-            self.batch_size = min(self.batch_size, self._fitting(gpu_share or 1.0))
+        with _refused_by_gpu(self.device):
+            self.forward: Forward = network.to(self.device)
+            self.eager = self.forward
+            if self.device.type == "cuda":
+                self.batch_size = evenly(self.batch_size, self._fitting(gpu_share or 1.0))
+        self.largest = self.batch_size
         if compile == "on":
             self._compile()
 
@@ -142,15 +145,16 @@ class NetworkRunner:
 
     def _rows(self, images: int) -> int:
         """What a batch of so many is filled up to."""
-        if self.fixed_size is None and self.device.type == "cuda":
-            return rounded_up(images, self.batch_size)
-        return max(self.fixed_size or 0, images)
+        if self.fixed_size and self.fixed_size // 2 < images <= self.fixed_size:
+            return self.fixed_size
+        return rounded_up(images, self.batch_size) if self.device.type == "cuda" else images
 
     def _batch(self, lane: Lane, pixels: np.ndarray | Tensor, rows: int) -> Outputs:
         with torch.no_grad():
             on_device = self._at_crop(lane.upload(pixels, rows))
             with nullcontext() if self.workers else self.starting:
-                features, logits = lane.run(self.forward, on_device, self.fixed_size is not None)
+                is_fixed = rows == self.fixed_size
+                features, logits = lane.run(self.forward if is_fixed else self.eager, on_device, is_fixed)
         return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
 
     def _consider(self, images: int, seconds: float) -> None:
@@ -172,9 +176,10 @@ class NetworkRunner:
                     self._compile()
 
     def shrink(self, size: int) -> None:
-        """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size."""
+        """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size. Or
+        take larger batches again, up to what it began with."""
         with self.starting:
-            self.batch_size = min(self.batch_size, size)
+            self.batch_size = evenly(self.largest, min(size, self.largest))
             self.fixed_size = self.fixed_size and self.batch_size
             for lane in self.all_lanes:
                 lane.free()
@@ -234,6 +239,22 @@ def _device(gpu_share: float | None) -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def _refused_by_gpu(device: torch.device) -> Iterator[None]:
+    """What a try on another GPU would meet as well, or only somebody else can mend, is a SettingRefused."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type != "cuda" or not (is_out_of_memory(error) or "no kernel image" in str(error)):
+            raise
+        free, total = torch.cuda.mem_get_info()
+        gpu = f"{torch.cuda.get_device_name()}, {free >> 20} of {total >> 20} MiB free"
+        raise SettingRefused(
+            f"the GPU of {socket.gethostname()} ({gpu}) cannot run this network: {message_line(error)}; "
+            "end what else has taken its memory, or take another GPU"
+        ) from error
+
+
 def _graph_breaks() -> int:
     """How often torch.compile had to cut a network in two, in this process."""
     from torch._dynamo.utils import counters
@@ -259,6 +280,11 @@ def _lone_threads(count: int) -> ThreadPoolExecutor:
 def images_that_fit(free_bytes: float, image_bytes: float, lanes: int) -> int:
     """Images a batch, at least one, where each of several lanes has one under way."""
     return max(1, int(free_bytes * MEMORY_SHARE / lanes / max(image_bytes, 1)))
+
+
+def evenly(images: int, most: int) -> int:
+    """The size of pieces, at most so large, into which a batch is cut without a small rest."""
+    return -(-images // -(-images // most))
 
 
 def rounded_up(images: int, batch_size: int) -> int:

@@ -13,10 +13,20 @@ import pyarrow.compute as pc
 
 from pipeline import schema, usage
 from pipeline.decode import Encoded
-from pipeline.errors import DecodeError, ImageError, NightshiftError, PredictError, message_line
+from pipeline.errors import (
+    DecodeError,
+    ImageError,
+    NightshiftError,
+    PredictError,
+    is_out_of_memory,
+    message_line,
+)
 from pipeline.predictors import Predictor
 
 OUT_OF_MEMORY = "out_of_memory"
+
+MEMORY_PAUSES = (1.0, 5.0, 20.0)
+"""Seconds for somebody else to give back the memory that he has taken."""
 
 
 class Predict:
@@ -26,6 +36,8 @@ class Predict:
         self.predictor = predictor
         self.schema = schema.predicted(predictor.columns, keep)
         self.most: int | None = None  # images that fit the memory at once, where a batch did not
+        self.has_fitted, self.alone_too_large = False, False
+        self.pauses = iter(MEMORY_PAUSES)
         self.busy = usage.BusyClock()
         self.refusal: NightshiftError | None = None
         try:
@@ -87,14 +99,16 @@ class Predict:
         pieces: list[dict[str, pa.Array]] = []
         errors: dict[int, PredictError] = {}
         most, first = self.most, 0
+        self.alone_too_large = False
         while first < len(pixels):
             piece = pixels[first : first + (self.most or len(pixels))]
             columns, found = self._piece(piece)
             pieces.append(columns)
             errors |= {first + i: error for i, error in found.items()}
             first += len(piece)
-        if any(error.error_type == OUT_OF_MEMORY for error in errors.values()):
-            self.most = most  # an image that does not fit alone says nothing of how many others do
+        if self.alone_too_large:  # that says nothing of how many others fit
+            self.most = most
+            self.predictor.shrink(most or max(len(pixels), self.predictor.batch_size or 0))
         return {
             field.name: pa.concat_arrays([pa.nulls(0, field.type), *(piece[field.name] for piece in pieces)])
             for field in self.predictor.columns
@@ -107,13 +121,19 @@ class Predict:
         """
         try:
             columns = self._columns(self.predictor.predict(pixels.joined(self.predictor)), len(pixels))
+            self.has_fitted, self.pauses = True, iter(MEMORY_PAUSES)
             return columns, {i: _not_finite() for i in _find_not_finite(columns)}
         except Exception as error:  # a predictor may be the user's own and raise anything
             self._stop_if_lost(error)
+            no_memory, said = is_out_of_memory(error), message_line(error)
             if len(pixels) == 1:
-                columns = {field.name: pa.nulls(1, field.type) for field in self.predictor.columns}
-                return columns, {0: PredictError(*_reason(error))}
-            no_memory = _is_out_of_memory(error)
+                self.alone_too_large |= no_memory
+                if not (no_memory and self.has_fitted and self.predictor.images_are_alike):
+                    columns = {field.name: pa.nulls(1, field.type) for field in self.predictor.columns}
+                    return columns, {0: PredictError(*_reason(error))}
+        if len(pixels) == 1:
+            self._wait_for_memory(said)
+            return self._piece(pixels)
         half = -(-len(pixels) // 2)
         if no_memory:
             self.most = min(half, self.most or half)
@@ -122,6 +142,19 @@ class Predict:
         right, right_errors = self._piece(pixels[half:])
         errors = left_errors | {half + i: error for i, error in right_errors.items()}
         return {name: pa.concat_arrays([left[name], right[name]]) for name in left}, errors
+
+    def _wait_for_memory(self, said: str) -> None:
+        """One image did not fit where others did: somebody else has taken the memory. No image is written off for it.
+
+        Raises NightshiftError where it is not given back.
+        """
+        pause = next(self.pauses, None)
+        if pause is None:
+            raise NightshiftError(
+                f"the memory of {socket.gethostname()} does not hold one image any more, where it held others: {said}; "
+                "end what else has taken it, then run the same command again"
+            )
+        time.sleep(pause)
 
     def _stop_if_lost(self, error: Exception) -> None:
         """A dead GPU fails for every image, which says nothing of the images: raise NightshiftError, so that none is
@@ -196,13 +229,7 @@ def _with_usage(table: pa.Table, core_seconds: float, gpu_seconds: float) -> pa.
 
 def _reason(error: Exception) -> tuple[str, str]:
     """error_type and message of an image that cannot be computed."""
-    return OUT_OF_MEMORY if _is_out_of_memory(error) else "failed", f"{type(error).__name__}: {error}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """As Python, torch on CUDA, torch on the CPU, cuBLAS and cuDNN say it."""
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    return OUT_OF_MEMORY if is_out_of_memory(error) else "failed", f"{type(error).__name__}: {error}"
 
 
 def _by_side(column: pa.BinaryArray, places: np.ndarray) -> list[np.ndarray]:

@@ -48,6 +48,7 @@ class Predictor:
     takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` takes; with --decoder gpu it is given them.
     With either of them `join` makes one batch of images of several sizes.
+    images_are_alike: each takes as much memory as any other, so that one which does not fit is not itself to blame.
     """
 
     transform: Transform = Transform()
@@ -57,6 +58,7 @@ class Predictor:
     images: int | None = None
     gpu_share: float | None = None
     max_concurrency: ClassVar[int] = 1
+    images_are_alike: ClassVar[bool] = False
     takes_tiles: bool = False
     takes_encoded: bool = False
 
@@ -149,6 +151,7 @@ class NetworkPredictor(Predictor):
     _runner: "NetworkRunner | None" = field(default=None, init=False, repr=False, compare=False)
     _jpeg_decoder: "JpegDecoder | None" = field(default=None, init=False, repr=False, compare=False)
 
+    images_are_alike: ClassVar[bool] = True
     max_concurrency: ClassVar[int] = 2  # one computes while another's pixels come and its results go
     needs_head: ClassVar[bool] = False
 

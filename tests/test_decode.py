@@ -29,7 +29,8 @@ SAME = Transform(resize=64, crop=64)
 
 def reference(rgb: Image.Image, transform: Transform) -> np.ndarray:
     """torchvision's evaluation transform, as an ImageFolder user has it."""
-    resized = resize(rgb, transform.resize, InterpolationMode(transform.interpolation))
+    size = [transform.resize] * (2 if transform.squash else 1)
+    resized = resize(rgb, size, InterpolationMode(transform.interpolation))
     return np.asarray(center_crop(resized, transform.crop))
 
 
@@ -52,6 +53,17 @@ def test_every_format_and_filter_gives_torchvisions_pixels(format: str, interpol
     found = decode(data, transform)
     assert (found.width, found.height) == (131, 97)
     np.testing.assert_array_equal(found.pixels, reference(by_pillow(data), transform))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(131, 97), (60, 300), (1200, 500), (20, 31)])
+def test_images_may_be_squashed_whole(format: str, size: tuple[int, int]) -> None:
+    data = images.encode(images.tile("urban", size=size), format)
+    for transform in (Transform(48, 48, "bicubic", squash=True), Transform(64, 60, squash=True)):
+        expected = reference(by_pillow(data), transform)
+        np.testing.assert_array_equal(decode(data, transform).pixels, expected)
+        fast = decode(data, transform, exact=False).pixels.astype(int)
+        assert np.abs(fast - expected).mean() < 3
 
 
 @settings(max_examples=150, deadline=None)

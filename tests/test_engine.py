@@ -1,16 +1,20 @@
 """How the stages share a cluster: no layout asks for more than there is, or leaves a stage without anything."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import images
+import pyarrow as pa
 import pytest
 from PIL import Image
+from ray.data._internal.output_buffer import BlockOutputBuffer, OutputBlockSizeOption
 from small_run import run_python
 from whole import write_tar
 
 from pipeline import engine
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, Transform
 from pipeline.errors import SettingRefused
 from pipeline.layout import Layout
 from pipeline.predictors import Predictor
@@ -29,6 +33,47 @@ def test_all_stages_run_side_by_side_on_cpus(cpus: int) -> None:
     assert found.read_cpus != found.actor_cpus, "Ray would fuse the stages and run them in turn"
     assert found.actor_threads is not None
     assert found.actor_threads * found.actors[1] <= max(cpus, 1)
+
+
+def tables(rows: int, image_bytes: int, missing: list[int]) -> Iterator[pa.Table]:
+    """Tables of a reader: each of so many rows, some of them without pixels."""
+    for without in missing:
+        pixels = [bytes(image_bytes)] * (rows - without) + [None] * without
+        yield pa.table({"pixels": pa.array(pixels, pa.binary()), "image_id": ["a" * 100] * rows})
+
+
+def blocks(made: Iterator[pa.Table], target: int) -> list[int]:
+    """Rows of the blocks that Ray makes of tables."""
+    buffer = BlockOutputBuffer(OutputBlockSizeOption.of(target_max_block_size=target))
+    found = []
+    for table in made:
+        buffer.add_block(table)
+        while buffer.has_next():
+            found.append(buffer.next().num_rows)
+    buffer.finalize()
+    return [*found, *([buffer.next().num_rows] if buffer.has_next() else [])]
+
+
+@pytest.mark.parametrize(
+    ("crop", "image_bytes", "leaves", "missing"),
+    [
+        (64, 64 * 64 * 3, False, [0] * 8),
+        (64, 64 * 64 * 3, False, [0, 1, 3, 0, 12, 1, 0, 2]),
+        (64, 64 * 64 * 3, False, [19, 16, 19, 5, 0, 18, 19, 0]),
+        (64, 8_000, True, [0] * 8),
+        (64, 70_000, True, [3] * 8),
+    ],
+)
+def test_a_block_is_whole_batches_though_images_are_missing(
+    crop: int, image_bytes: int, leaves: bool, missing: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MIN_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(engine, "LEFT_TABLE_BYTES", 64 * 80_000)
+    loader: Any = SimpleNamespace(transform=Transform(crop=crop), rows_per_table=64, leave_jpegs=leaves)
+    found = blocks(tables(64, image_bytes, missing), engine.block_bytes(loader, 10_000))
+    assert sum(found) == 64 * len(missing)
+    assert all(rows % 64 == 0 for rows in found), found
+    assert leaves or found == [64] * len(missing)
 
 
 def test_a_dashboards_address_is_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,9 +98,9 @@ def test_exif_turns_only_where_that_is_asked_for() -> None:
 # What comes out
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_pixels_are_those_of_decode_within_rounding(interpolation: str) -> None:
-    transform = Transform(resize=48, crop=40, interpolation=interpolation)
+@pytest.mark.parametrize(("interpolation", "squash"), [("bilinear", False), ("bicubic", False), ("bicubic", True)])
+def test_pixels_are_those_of_decode_within_rounding(interpolation: str, squash: bool) -> None:
+    transform = Transform(resize=48, crop=40, interpolation=interpolation, squash=squash)
     sizes = [(80, 60), (60, 80), (80, 60), (48, 200), (49, 48), (300, 211), (80, 60)]
     files = [photo(*size, seed=seed) for seed, size in enumerate(sizes)]
     files += [images.oriented(orientation, size=(90, 61)) for orientation in range(1, 9)]

@@ -424,6 +424,10 @@ def test_timm_networks(tmp_path: Path) -> None:
     assert (own.name, own.labels[0][:5]) == ("timm:resnet10t.c3_in1k", "tench")
     with pytest.raises(SettingRefused, match="resnet10t"):
         resolve("timm:resnet10tt", "random")
+    assert find_family("timm:convnext_atto_ols", 0).transform.squash is False
+    assert find_family("timm:tiny_vit_21m_512", 0).transform == Transform(512, 512, "bicubic", squash=True)
+    with pytest.raises(SettingRefused, match="crop_mode 'border'"):
+        find_family("timm:deepseek_vit_412m", 0)
 
     network = timm.create_model("resnet10t").eval()
     path = tmp_path / "model.safetensors"

@@ -141,7 +141,45 @@ def test_one_image_that_never_fits_does_not_make_all_batches_small() -> None:
     assert predictor.batches == [3]
 
 
-@pytest.mark.parametrize("said", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"])
+def test_a_batch_size_that_one_image_made_small_comes_back() -> None:
+    stage = Predict(predictor := Small(), {})
+    stage(table([1, 253, 2, 3]))
+    assert predictor.shrunk[-1] == 4
+
+
+class Shared(Mean):
+    """On a GPU whose memory somebody else takes for some calls."""
+
+    images_are_alike = True
+    taken = 0
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        if self.taken:
+            self.taken -= 1
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return super().predict(pixels)
+
+
+def test_no_image_is_written_off_for_memory_that_somebody_else_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.predict.MEMORY_PAUSES", (0.01, 0.01))
+    stage = Predict(predictor := Shared(), {})
+    stage(table([1, 2, 3, 4]))
+    predictor.taken = 4
+    assert [row["mean"] for row in stage(table([1, 2, 3, 4])).to_pylist()] == [1, 2, 3, 4]
+    assert stage.most is None, "batches are as large as before"
+    predictor.taken = 10**6
+    with pytest.raises(NightshiftError, match="does not hold one image any more, where it held others: CUDA out of"):
+        stage(table([1, 2]))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+    ],
+)
 def test_libraries_say_in_words_of_their_own_that_the_memory_is_full(said: str) -> None:
     class Full(Mean):
         def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from pipeline.config import IMAGENET_MEAN, IMAGENET_STD, Transform
 from pipeline.decode import decode
 from pipeline.errors import SettingRefused, WeightsRefused
 from pipeline.lane import Lane, finish
-from pipeline.network import GPU_SIZES, NetworkRunner, images_that_fit, rounded_up
+from pipeline.network import GPU_SIZES, NetworkRunner, evenly, images_that_fit, rounded_up
 from pipeline.predictors import Classifier, Embedder, NetworkPredictor, Predictor
 
 TINY = f"{__name__}:tiny"
@@ -249,6 +249,11 @@ def test_batches_are_sized_from_free_memory(free_bytes: int, image_bytes: int, l
     assert images_that_fit(free_bytes, image_bytes, lanes) == images
 
 
+@pytest.mark.parametrize(("images", "most", "size"), [(256, 256, 256), (256, 255, 128), (256, 100, 86), (8, 1, 1)])
+def test_batches_are_cut_without_a_small_rest(images: int, most: int, size: int) -> None:
+    assert evenly(images, most) == size
+
+
 # On a GPU, which stand-ins take the part of here
 
 GPU = torch.device("cuda")
@@ -286,6 +291,43 @@ def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("pipeline.network.DRIVER_FILE", str(tmp_path / "none"))
     predictor.gpu_share = 0.5
     predictor.load()
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory.", "CUDA error: no kernel image is available for execution"])
+def test_a_network_that_a_gpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with (
+        pytest.raises(SettingRefused, match=r"\(Tesla V100, 1024 of 16384 MiB free\) cannot run this network: CUDA"),
+        network_module._refused_by_gpu(GPU),
+    ):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="illegal"), network_module._refused_by_gpu(GPU):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+
+def test_batches_that_became_small_become_large_again(runner: NetworkRunner) -> None:
+    runner.largest = runner.batch_size = 200
+    runner.shrink(100)
+    assert runner.batch_size == 100
+    runner.shrink(1)
+    runner.shrink(256)
+    assert runner.batch_size == 200
+
+
+def test_a_lane_that_lacked_memory_records_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane, pixels = Lane(torch.device("cpu")), torch.zeros(1, 2, 2, 3)
+    for said, again in (("CUDA out of memory.", True), ("operation not permitted when stream is capturing", False)):
+        lane.records = True
+        monkeypatch.setattr("pipeline.lane._Graph", lambda *_, said=said: raise_(RuntimeError(said)))
+        assert lane._recorded(lambda x: (x, None), pixels) is None
+        assert not lane.records
+        lane.free()
+        assert lane.records is again
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 def test_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,6 +472,7 @@ def test_compiled_batches_are_padded_and_split() -> None:
     expected = Embedder(model=TINY, precision="float32").predict(pixels)["embedding"]
     predictor = compiled(4)
     assert predictor._runner.fixed_size == 4
+    assert [predictor._runner._rows(images) for images in (1, 2, 3, 4)] == [1, 2, 4, 4], "few go without the compiler"
     for rows in (5, 4, 1):
         found = predictor.predict(pixels[:rows])["embedding"]
         np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
