@@ -1,5 +1,6 @@
 """An output directory as a run finds it and leaves it: `_run.json`, the plan, `_SUCCESS`."""
 
+import io
 import json
 import platform
 import tempfile
@@ -10,16 +11,20 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import pyarrow.parquet as pq
+
 import pipeline
+from pipeline import coverage, schema, storage
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
-from pipeline import schema, storage
 from pipeline.config import RunConfig, fingerprint
-from pipeline.errors import OutputRefused, SettingRefused
+from pipeline.coverage import Ranges
+from pipeline.errors import OutputRefused, ReadError, SettingRefused
 from pipeline.lock import LOCK, taken_over
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
 from pipeline.sources.discover import Archive
+from pipeline.sources.records import PASSING
 from pipeline.update import Change
 
 RUN, SUCCESS = "_run.json", "_SUCCESS"
@@ -101,7 +106,7 @@ def _versions() -> dict[str, str]:
 
 def _update(plan: Plan, archive: Archive, still_mine: Callable[[], object]) -> tuple[Plan, Change]:
     """Add to the plan what is new; the output is unfinished from then on until that is done."""
-    change = Change(plan)
+    change = Change(plan, _failed_reads(plan.output))
     extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.retired)
     if extended.files == plan.files:
         return plan, change
@@ -109,6 +114,20 @@ def _update(plan: Plan, archive: Archive, still_mine: Callable[[], object]) -> t
     storage.delete(storage.join(plan.output, SUCCESS))
     plans.save(extended)
     return extended, change
+
+
+def _failed_reads(output: str) -> dict[int, Ranges]:
+    """Rows in `_errors/` whose bytes could not be had, which may have passed since; by shard."""
+    rows: dict[int, list[int]] = {}
+    for commit in ledgers.valid_commits(output, ledgers.last_attempt(output)):
+        if not any(f"{ReadError.stage}/{kind}" in commit.errors_by_type for kind in PASSING):
+            continue
+        data = storage.read(storage.join(output, f"_errors/{commit.errors_part}"))
+        columns = ["shard", "row", "stage", "error_type"]
+        for row in pq.read_table(io.BytesIO(data), columns=columns, use_threads=False).to_pylist():
+            if row["stage"] == ReadError.stage and row["error_type"] in PASSING:
+                rows.setdefault(row["shard"], []).append(row["row"])
+    return {shard: coverage.from_rows(found) for shard, found in rows.items()}
 
 
 def footer(config: RunConfig, predictor: Predictor) -> str:

@@ -1,4 +1,5 @@
-"""What an archive has become since it was planned: new objects, replaced ones, and those that are gone.
+"""What an archive has become since it was planned: new objects, replaced ones, those that are gone, and those that
+could not be read.
 
 Loose images are compared as two sorted streams, so memory grows with the changes and not with the archive. Shards are
 compared as wholes by their etag: of a tar that was replaced, every image counts as replaced.
@@ -6,14 +7,14 @@ compared as wholes by their etag: of a tar that was replaced, every image counts
 
 import heapq
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.coverage import END, Ranges, normalize, union
+from pipeline.coverage import END, Ranges, intersect, normalize, union
 from pipeline.plan import Plan, Shard, read_shards
 from pipeline.storage import ObjectInfo
 
@@ -22,13 +23,15 @@ REMOVED = "_plan/removed.parquet"
 
 @dataclass
 class Change:
-    """A filter over a new listing: lets through what is new or replaced, notes the rest.
+    """A filter over a new listing: lets through what is new or replaced or could not be read, notes the rest.
 
-    retired: planned rows whose object was replaced, by shard; complete once `new()` has been read to its end.
+    failed: rows in `_errors/` whose bytes could not be had, by shard: their objects are tried again.
+    retired: planned rows whose object is let through, by shard; complete once `new()` has been read to its end.
     unchanged, removed: number of objects.
     """
 
     plan: Plan
+    failed: Mapping[int, Ranges] = field(default_factory=dict)
     retired: dict[int, Ranges] = field(default_factory=dict)
     unchanged: int = 0
     removed: int = 0
@@ -45,7 +48,7 @@ class Change:
             if old is None or old.uri != info.uri:
                 yield info
                 continue
-            if old.etag == info.etag:
+            if old.etag == info.etag and not intersect(self.failed.get(old.shard, ()), old.rows):
                 self.unchanged += 1
             else:
                 self._retire(old)

@@ -20,6 +20,7 @@ from pipeline.errors import Interrupted
 from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import ReadOptions, Record, objects
+from pipeline.stores import bucket
 from pipeline.stores.retry import retried
 
 
@@ -143,6 +144,18 @@ def test_normalize_gives_one_spelling(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert storage.normalize("photos/") == f"{tmp_path}/photos"
     assert storage.normalize("file:///data/x") == "/data/x"
     assert storage.normalize("s3a://b/p/") == "s3://b/p"
+
+
+def test_the_region_is_the_profiles_where_the_environment_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bucket._profile_region() is None
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "config").write_text("[default]\nregion = eu-central-1\n")
+    assert bucket._profile_region() == "eu-central-1"
 
 
 def test_an_unknown_scheme_is_an_os_error() -> None:

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from whole import TINY, Jobs, embeddings, jpeg, same, write_folder, write_tar
 
+from pipeline import ledger as ledgers
+from pipeline import output as outputs
 from pipeline import plan as plans
+from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.coverage import END
+from pipeline.ledger import Commit
 from pipeline.plan import Plan, Shard
 from pipeline.sources.discover import Archive
 from pipeline.storage import ObjectInfo
@@ -65,6 +70,31 @@ def test_names_that_are_not_utf_8_are_compared_as_they_are_planned(tmp_path: Pat
     again, change = planned(folder, tmp_path / "out", plan)
     assert change is not None
     assert (again.shards, change.unchanged, change.removed, change.retired) == (plan.shards, 5, 0, {})
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 4)
+    write_tar(folder / "a.tar", {"x.jpg": b"1"})
+    plan, _ = planned(folder, tmp_path / "out")
+    loose, tar = (shard.index for shard in sorted(plans.read_shards(plan), key=lambda shard: shard.kind))
+    change = Change(plan, {loose: ((2, 3),), tar: ((7, 8),)})
+    found = Archive(RunConfig(input=str(folder), output=str(tmp_path / "out"))).new_shards(change)
+    assert sorted(names(found)) == ["0002.jpg", "a.tar"]
+    assert change.retired == {loose: ((2, 3),), tar: ((0, END),)}
+
+
+def test_only_reads_that_may_succeed_are_tried_again(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    ledgers.begin(output)
+    errors = [("read", "unreadable"), ("read", "truncated"), ("decode", "corrupt"), ("read", "not_found")]
+    stages, kinds = zip(*errors, strict=True)
+    (tmp_path / "_errors").mkdir()
+    table = pa.table({"shard": [3] * 4, "row": range(4), "stage": stages, "error_type": kinds})
+    pq.write_table(table, tmp_path / "_errors/e.parquet")
+    counts = {f"{stage}/{kind}": 1 for stage, kind in errors}
+    commit = Commit("part-0001-000003-00000000", 1, None, "e.parquet", {3: ((0, 4),)}, {}, 0, 4, counts)
+    storage.create(ledgers.commit_uri(output, commit.name), commit.to_json().encode())
+    assert outputs._failed_reads(output) == {3: ((0, 1), (3, 4))}
 
 
 def test_a_hundred_thousand_unchanged_images_cost_seconds(tmp_path: Path) -> None:

@@ -185,12 +185,21 @@ def _open_bucket(root: str, stall_seconds: float, retries: dict[str, Any]) -> An
     if root.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
         config = {"endpoint": endpoint} if endpoint else {}
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _profile_region()
         options["config"] = {**config, "region": region or "us-east-1"}
         options["client_options"]["allow_http"] = endpoint.startswith("http://")
         if provider := _botocore_credentials():
             options["credential_provider"] = provider
     return from_url(root, **options)
+
+
+def _profile_region() -> str | None:
+    if not (os.environ.get("AWS_PROFILE") or Path("~/.aws/config").expanduser().exists()):
+        return None
+    import botocore.session  # slow to import, and only profiles need it
+
+    region = botocore.session.get_session().get_config_variable("region")
+    return str(region) if region else None
 
 
 def _botocore_credentials() -> Callable[[], dict[str, Any]] | None:
