@@ -123,7 +123,7 @@ class RunConfig:
             share = float(self.gpus_per_actor)
         except ValueError:
             share = -1.0
-        if not (0 <= share <= 1 or share.is_integer()) or share < 0:
+        if not (0 <= share <= 1 or (share > 1 and share.is_integer())):
             raise SettingRefused(
                 f"--gpus-per-actor is {self.gpus_per_actor!r}: it is auto, a fraction, or a whole number"
             )

@@ -36,26 +36,21 @@ class ShardDatasource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(
-                _read_task(
-                    [(self.plan.file(index), index, todo, self.signed_keys.get(index)) for index, todo in units],
-                    self.loader,
-                ),
-                unknown,
-            )
-            for units in self.tasks
-        ]
+        return [ReadTask(_read_task(units, *self._of(units), self.loader), unknown) for units in self.tasks]
+
+    def _of(self, units: list[Unit]) -> tuple[dict[int, str], dict[int, tuple[str, ...]]]:
+        """The files of the plan that these units stand in, by number, and the keys that are signed, by shard."""
+        files = {index // plans.SHARDS_PER_FILE: self.plan.file(index) for index, _ in units}
+        return files, {index: self.signed_keys[index] for index, _ in units if index in self.signed_keys}
 
 
 def _read_task(
-    units: list[tuple[str, int, Ranges, tuple[str, ...] | None]], loader: Loader
+    units: list[Unit], files: Mapping[int, str], signed_keys: SignedKeys, loader: Loader
 ) -> Callable[[], Iterator[pa.Table]]:
-    """units: the file of the plan, the shard's index, what is left of it, and its keys where they are signed."""
-
     def read() -> Iterator[pa.Table]:
-        for file, index, todo, keys in units:
-            shard = plans.load_shard(file, index)
+        for index, todo in units:
+            shard = plans.load_shard(files[index // plans.SHARDS_PER_FILE], index)
+            keys = signed_keys.get(index)
             yield from loader.load(replace(shard, keys=keys) if keys else shard, todo)
 
     return read

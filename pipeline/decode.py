@@ -201,9 +201,10 @@ def _is_plain(image: Image.Image) -> bool:
 
 def scaled_sizes(width: int, height: int, transform: Transform) -> tuple[tuple[int, int], tuple[int, int]]:
     """Width and height of an image that was resized, and where the crop begins in it (left, top)."""
-    short = min(width, height)
-    scaled = int(transform.resize * width / short), int(transform.resize * height / short)
-    scaled = (transform.resize, transform.resize) if transform.squash else scaled
+    wide, high, short = width, height, min(width, height)
+    if transform.squash:
+        wide = high = short
+    scaled = int(transform.resize * wide / short), int(transform.resize * high / short)
     return scaled, (_offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop))
 
 

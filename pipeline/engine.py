@@ -63,11 +63,14 @@ def connect() -> None:
         if port.isdigit() and "://" not in address:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_SECONDS).close()  # Ray would wait for ever
         ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError among them
+    except OSError as error:  # ConnectionError among them
+        raise SettingRefused(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    except ValueError as error:
         raise SettingRefused(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {message_line(error)}; it is HOST:PORT of the cluster's "
-            "GCS, auto, or local"
+            f"RAY_ADDRESS is {address!r}: it is HOST:PORT of a cluster's GCS, auto, or local"
         ) from error
+    except RuntimeError as error:  # another version of Ray or of Python, in several lines
+        raise SettingRefused(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from error
 
 
 def cluster_size() -> tuple[float, float]:

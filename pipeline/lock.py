@@ -63,7 +63,7 @@ class Lock:
         self._stop.set()
         self._thread.join(timeout=1)  # a store that does not answer must not hold up the end
         with contextlib.suppress(OSError, StorageRefused):
-            if not self.lost.is_set() and self._is_mine(self._read()):
+            if not self.lost.is_set() and self._read().get("id") == self.owner["id"]:
                 storage.delete(self.uri)
 
     def _take(self) -> None:
@@ -78,9 +78,8 @@ class Lock:
 
     def check(self) -> None:
         """Raise OutputLocked if another driver has taken over. By its own heart, unless that has stood still."""
-        stood_still = abs(time.time() - self.beaten) > LEASE_SECONDS / 2
-        if stood_still and not self._is_mine(self._read() or self.owner):
-            self.lost.set()  # a lock that is missing, or is being written, is nobody else's
+        if abs(time.time() - self.beaten) > LEASE_SECONDS / 2 and not self._may_be_mine(self._read()):
+            self.lost.set()
         if self.lost.is_set():
             raise taken_over(self.output)
 
@@ -91,7 +90,7 @@ class Lock:
             began = time.time()
             with contextlib.suppress(OSError, StorageRefused):  # a beat missed is made up for by the next
                 found = self._read()
-                if found and not self._is_mine(found):
+                if not self._may_be_mine(found):
                     self.lost.set()
                     return
                 (storage.write if found else storage.create)(self.uri, self._content(number))
@@ -115,8 +114,12 @@ class Lock:
                 )
         return True
 
-    def _is_mine(self, found: dict[str, Any]) -> bool:
-        return found.get("id") == self.owner["id"]
+    def _may_be_mine(self, found: dict[str, Any]) -> bool:
+        """A lock that is missing, or is being written, is nobody else's; unless there was the time to take it, to work,
+        and to give it back."""
+        if not found:
+            return abs(time.time() - self.beaten) <= LEASE_SECONDS
+        return bool(found.get("id") == self.owner["id"])
 
     def _owner_is_gone(self, owner: dict[str, Any]) -> bool:
         if not owner:

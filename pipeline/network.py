@@ -58,7 +58,7 @@ class NetworkRunner:
     """A network on this process's GPU, or on the CPU with so many threads.
 
     compile: on (at once), off, or auto: once it is known how fast the network runs without, if the `images` that are to
-    come make it worth while. A compiled network takes batches of one size: less than half of one goes without it.
+    come make it worth while. A compiled network takes batches of one size; half of one, and less, goes without it.
     batch_size: images at once at most; fewer on a CPU, and where the GPU's memory does not hold so many.
     lanes: batches under way at once, each from a thread of its own; a GPU's network is started by one at a time.
     gpu_share: of a GPU, what this process was given, none with 0; its batches are made so small that they fit into that
@@ -175,9 +175,9 @@ class NetworkRunner:
                 if left_seconds > COMPILE_PAYS_SECONDS:
                     self._compile()
 
-    def shrink(self, size: int) -> None:
-        """Give back what the batch that did not fit has taken; a compiled network is compiled again for this size. Or
-        take larger batches again, up to what it began with."""
+    def limit_batch(self, size: int) -> None:
+        """Give back what batches have taken, and take no larger ones, nor any larger than it began with. A compiled
+        network is compiled again for that size."""
         with self.starting:
             self.batch_size = evenly(self.largest, min(size, self.largest))
             self.fixed_size = self.fixed_size and self.batch_size

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 import pipeline
@@ -19,7 +20,7 @@ from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline.config import RunConfig, fingerprint
 from pipeline.coverage import Ranges
-from pipeline.errors import OutputRefused, ReadError, SettingRefused
+from pipeline.errors import OutputRefused, ReadError, SettingRefused, message_line
 from pipeline.lock import LOCK, taken_over
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
@@ -72,12 +73,30 @@ def prepare(
             "config": {**asdict(config), **config.result_settings()},
             "versions": _versions(),
         }
-        storage.write(_run_uri(config.output), json.dumps(record, indent=1).encode())
-    try:
+        data = json.dumps(record, indent=1).encode()
+        with _first_of_all(config.output):
+            (storage.write if found else storage.create)(_run_uri(config.output), data)
+    with _first_of_all(config.output):
         plans.save(plan, is_first=True)
-    except FileExistsError as error:
-        raise taken_over(config.output) from error
+    _remove_unnamed(plan, still_mine)
     return plan, None
+
+
+@contextmanager
+def _first_of_all(output: str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as error:
+        raise taken_over(output) from error
+
+
+def _remove_unnamed(plan: Plan, still_mine: Callable[[], object]) -> None:
+    """Remove the files of plannings that were refused or cut short."""
+    keep = {storage.join(plan.output, name) for name in plan.files}
+    for info in list(storage.list_objects(storage.join(plan.output, plans.FOLDER))):
+        if info.uri not in keep and info.uri.startswith(storage.join(plan.output, plans.FILES)):
+            still_mine()
+            storage.delete(info.uri)
 
 
 def _check_keep(config: RunConfig, predictor: Predictor) -> None:
@@ -113,6 +132,7 @@ def _update(plan: Plan, archive: Archive, still_mine: Callable[[], object]) -> t
     still_mine()
     storage.delete(storage.join(plan.output, SUCCESS))
     plans.save(extended)
+    _remove_unnamed(extended, still_mine)
     return extended, change
 
 
@@ -122,9 +142,15 @@ def _failed_reads(output: str) -> dict[int, Ranges]:
     for commit in ledgers.valid_commits(output, ledgers.last_attempt(output)):
         if not any(f"{ReadError.stage}/{kind}" in commit.errors_by_type for kind in PASSING):
             continue
-        data = storage.read(storage.join(output, f"_errors/{commit.errors_part}"))
-        columns = ["shard", "row", "stage", "error_type"]
-        for row in pq.read_table(io.BytesIO(data), columns=columns, use_threads=False).to_pylist():
+        uri, columns = storage.join(output, f"_errors/{commit.errors_part}"), ["shard", "row", "stage", "error_type"]
+        try:
+            table = pq.read_table(io.BytesIO(storage.read(uri)), columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise OutputRefused(
+                f"{uri} cannot be read: {message_line(error)}; jobs/verify.py {output} --repair takes it back, and the "
+                "same command without --update makes it anew"
+            ) from error
+        for row in table.to_pylist():
             if row["stage"] == ReadError.stage and row["error_type"] in PASSING:
                 rows.setdefault(row["shard"], []).append(row["row"])
     return {shard: coverage.from_rows(found) for shard, found in rows.items()}

@@ -3,8 +3,8 @@
 import math
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,6 @@ class Predict:
         self.predictor = predictor
         self.schema = schema.predicted(predictor.columns, keep)
         self.most: int | None = None  # images that fit the memory at once, where a batch did not
-        self.has_fitted, self.alone_too_large = False, False
-        self.pauses = iter(MEMORY_PAUSES)
         self.busy = usage.BusyClock()
         self.refusal: NightshiftError | None = None
         try:
@@ -80,6 +78,11 @@ class Predict:
 
     def _decoded(self, jpegs: list[Encoded]) -> tuple[list[Any], dict[int, DecodeError]]:
         """Pixels of those that are images, in groups, and the errors of the others by place; halved as a batch is."""
+        return self._decoded_halves(jpegs, iter(MEMORY_PAUSES))
+
+    def _decoded_halves(
+        self, jpegs: list[Encoded], pauses: Iterator[float]
+    ) -> tuple[list[Any], dict[int, DecodeError]]:
         try:
             pixels, errors = self.predictor.decode(jpegs)
             return [pixels], errors
@@ -87,74 +90,67 @@ class Predict:
             raise
         except Exception as error:  # a predictor may be the user's own and raise anything
             self._stop_if_lost(error)
-            if len(jpegs) == 1:
+            if len(jpegs) == 1 and not self._is_others_fault(error):
                 return [], {0: DecodeError(*_reason(error))}
+            said = message_line(error)
+        if len(jpegs) == 1:
+            _wait_for_memory(pauses, said)
+            return self._decoded_halves(jpegs, pauses)
         half = -(-len(jpegs) // 2)
-        left, left_errors = self._decoded(jpegs[:half])
-        right, right_errors = self._decoded(jpegs[half:])
+        left, left_errors = self._decoded_halves(jpegs[:half], pauses)
+        right, right_errors = self._decoded_halves(jpegs[half:], pauses)
         return left + right, left_errors | {half + i: error for i, error in right_errors.items()}
 
     def _predict(self, pixels: "_Images") -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """Columns of as many rows as there are images, and the errors by image."""
         pieces: list[dict[str, pa.Array]] = []
         errors: dict[int, PredictError] = {}
-        most, first = self.most, 0
-        self.alone_too_large = False
+        first, call = 0, _Call()
         while first < len(pixels):
             piece = pixels[first : first + (self.most or len(pixels))]
-            columns, found = self._piece(piece)
+            columns, found = self._piece(piece, call)
             pieces.append(columns)
             errors |= {first + i: error for i, error in found.items()}
             first += len(piece)
-        if self.alone_too_large:  # that says nothing of how many others fit
-            self.most = most
-            self.predictor.shrink(most or max(len(pixels), self.predictor.batch_size or 0))
+        if call.one_was_too_large:  # that says nothing of how many others fit
+            self.most = None
+            self.predictor.limit_batch(max(len(pixels), self.predictor.batch_size or 0))
         return {
             field.name: pa.concat_arrays([pa.nulls(0, field.type), *(piece[field.name] for piece in pieces)])
             for field in self.predictor.columns
         }, errors
 
-    def _piece(self, pixels: "_Images") -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
+    def _piece(self, pixels: "_Images", call: "_Call") -> tuple[dict[str, pa.Array], dict[int, PredictError]]:
         """A batch that fails is halved until the images that it fails for stand alone.
 
         One that did not fit the memory is halved until it does; the batches after it are cut to that size at once.
         """
         try:
             columns = self._columns(self.predictor.predict(pixels.joined(self.predictor)), len(pixels))
-            self.has_fitted, self.pauses = True, iter(MEMORY_PAUSES)
             return columns, {i: _not_finite() for i in _find_not_finite(columns)}
         except Exception as error:  # a predictor may be the user's own and raise anything
             self._stop_if_lost(error)
             no_memory, said = is_out_of_memory(error), message_line(error)
             if len(pixels) == 1:
-                self.alone_too_large |= no_memory
-                if not (no_memory and self.has_fitted and self.predictor.images_are_alike):
-                    columns = {field.name: pa.nulls(1, field.type) for field in self.predictor.columns}
+                call.one_was_too_large |= no_memory
+                if not self._is_others_fault(error):
+                    columns = {each.name: pa.nulls(1, each.type) for each in self.predictor.columns}
                     return columns, {0: PredictError(*_reason(error))}
         if len(pixels) == 1:
-            self._wait_for_memory(said)
-            return self._piece(pixels)
+            _wait_for_memory(call.pauses, said)
+            return self._piece(pixels, call)
         half = -(-len(pixels) // 2)
         if no_memory:
             self.most = min(half, self.most or half)
-            self.predictor.shrink(self.most)  # outside of the handler: the error holds on to the batch's memory
-        left, left_errors = self._piece(pixels[:half])
-        right, right_errors = self._piece(pixels[half:])
+            self.predictor.limit_batch(self.most)  # outside of the handler: the error holds on to the batch's memory
+        left, left_errors = self._piece(pixels[:half], call)
+        right, right_errors = self._piece(pixels[half:], call)
         errors = left_errors | {half + i: error for i, error in right_errors.items()}
         return {name: pa.concat_arrays([left[name], right[name]]) for name in left}, errors
 
-    def _wait_for_memory(self, said: str) -> None:
-        """One image did not fit where others did: somebody else has taken the memory. No image is written off for it.
-
-        Raises NightshiftError where it is not given back.
-        """
-        pause = next(self.pauses, None)
-        if pause is None:
-            raise NightshiftError(
-                f"the memory of {socket.gethostname()} does not hold one image any more, where it held others: {said}; "
-                "end what else has taken it, then run the same command again"
-            )
-        time.sleep(pause)
+    def _is_others_fault(self, error: Exception) -> bool:
+        """Whether one image does not fit the memory though any other takes as much: somebody else has taken it."""
+        return self.predictor.images_are_alike and is_out_of_memory(error)
 
     def _stop_if_lost(self, error: Exception) -> None:
         """A dead GPU fails for every image, which says nothing of the images: raise NightshiftError, so that none is
@@ -167,11 +163,11 @@ class Predict:
 
     def _columns(self, found: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
         columns = {}
-        for field in self.predictor.columns:
-            if field.name not in found or len(found[field.name]) != rows:
+        for each in self.predictor.columns:
+            if each.name not in found or len(found[each.name]) != rows:
                 got = {name: len(values) for name, values in found.items()}
-                raise ValueError(f"predict() must return {rows} values of {field.name!r}; it returned {got}")
-            columns[field.name] = _to_arrow(found[field.name], field.type)
+                raise ValueError(f"predict() must return {rows} values of {each.name!r}; it returned {got}")
+            columns[each.name] = _to_arrow(found[each.name], each.type)
         return columns
 
     def _merge(
@@ -195,6 +191,28 @@ class Predict:
                 values[place] = getattr(error, name)
             merged[name] = pa.array(values, pa.string())
         return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of the stage, of which a GPU has several at once.
+
+    one_was_too_large: for the memory, alone. pauses: seconds to wait, one after the other, for others to give it back.
+    """
+
+    one_was_too_large: bool = False
+    pauses: Iterator[float] = field(default_factory=lambda: iter(MEMORY_PAUSES))
+
+
+def _wait_for_memory(pauses: Iterator[float], said: str) -> None:
+    """No image is written off for memory that somebody else has taken. Raises NightshiftError where he keeps it."""
+    pause = next(pauses, None)
+    if pause is None:
+        raise NightshiftError(
+            f"the memory of {socket.gethostname()} does not hold one image: {said}; end what else has taken it, then "
+            "run the same command again"
+        )
+    time.sleep(pause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,9 @@ class Predictor:
         """How `predict` runs in this process, for the report: device, number format and the like."""
         return ""
 
-    def shrink(self, batch_size: int) -> None:
-        """A batch did not fit the memory; those to come have at most this many images. Free what can be freed."""
+    def limit_batch(self, batch_size: int) -> None:
+        """Batches have at most this many images from here on: fewer, since one did not fit the memory, or again more.
+        Free what can be freed."""
 
     def lost(self) -> bool:
         """Whether this process's GPU answers no more, as torch knows it: asked after an error, which then was its."""
@@ -251,9 +252,9 @@ class NetworkPredictor(Predictor):
     def describe(self) -> str:
         return self._runner.state if self._runner else ""
 
-    def shrink(self, batch_size: int) -> None:
+    def limit_batch(self, batch_size: int) -> None:
         if self._runner is not None:
-            self._runner.shrink(batch_size)
+            self._runner.limit_batch(batch_size)
 
     def lost(self) -> bool:
         if self._runner is None:

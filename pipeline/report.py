@@ -135,7 +135,8 @@ class Report:
         for network, count in self.networks.items():
             if network:
                 yield "network", f"{self.model}: {network}{f' ({count:,} images)' if len(self.networks) > 1 else ''}"
-        if self.gpu_seconds and any(network.startswith("cpu") for network in self.networks):
+        named = list(filter(None, self.networks))
+        if self.gpu_seconds and named and all(network.startswith("cpu") for network in named):
             yield "", "actors that were given a GPU computed on the CPU: torch could use none there"
         yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"
         yield "open it", f'pandas.read_parquet("{self.output}")'

@@ -127,8 +127,11 @@ def _reported(
         yield
         _check_errors(config, plan, ledger)
         status = "done"
-    except (NightshiftError, _Stopped) as error:
-        status = (Interrupted if isinstance(error, _Stopped) else type(error)).__name__
+    except NightshiftError as error:
+        status = type(error).__name__
+        raise
+    except KeyboardInterrupt:
+        status = Interrupted.__name__
         raise
     finally:
         if status != OutputLocked.__name__:
@@ -142,18 +145,20 @@ def _reported(
                 ledgers.end(ledger, status)
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal, until it is `Interrupted`: what tries again after any other exception, here or in Ray, lets it pass."""
-
-
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM end the work with `Interrupted`, wherever it stands; yields what catches them anew."""
+    """SIGINT and SIGTERM end the work with `Interrupted`, wherever it stands; yields what catches them anew.
+
+    Until it gets here it is a KeyboardInterrupt: what tries again after other exceptions, here or in Ray, lets it pass.
+    """
+    stopped_by = signal.SIGINT
 
     def stop(number: int, _: object) -> None:
+        nonlocal stopped_by
+        stopped_by = signal.Signals(number)
         for each in before:
             signal.signal(each, signal.SIG_IGN)  # one is enough: what follows takes less than three seconds
-        raise _Stopped(number)
+        raise KeyboardInterrupt
 
     def catch() -> None:
         for number in before:
@@ -163,8 +168,8 @@ def _interruptible() -> Iterator[Callable[[], None]]:
     catch()
     try:
         yield catch
-    except _Stopped as stopped:
-        raise Interrupted(stopped.args[0]) from None
+    except KeyboardInterrupt:
+        raise Interrupted(stopped_by) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

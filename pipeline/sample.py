@@ -216,13 +216,10 @@ def _predict(predict: Predict, images: pa.Table, batch_size: int) -> tuple[float
     batches = [many.slice(start, batch_size) for start in range(0, len(many) - batch_size + 1, batch_size)]
     predictor = predict.predictor
     lanes = predictor.max_concurrency if predictor.gpu_share else 1
-    threads = ThreadPoolExecutor(lanes)
+    threads = ThreadPoolExecutor(lanes)  # as in a run: on a GPU several batches are under way
 
     def run(batch: pa.Table) -> list[pa.Table]:
-        """As in a run: on a GPU several batches are under way."""
-        if lanes == 1:
-            return [predict(batch)]
-        return list(threads.map(predict, [batch] * (LANE_BATCHES * lanes)))
+        return list(threads.map(predict, [batch] * (lanes if lanes == 1 else LANE_BATCHES * lanes)))
 
     warming, state, until = 0, "", 0.0
     spent: list[tuple[float, float]] = []

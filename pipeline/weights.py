@@ -150,7 +150,8 @@ def _download(uri: str, target: Path) -> None:
             if uri.startswith(("http://", "https://")):
                 _copy_http(uri, file)
             else:
-                file.write(storage.read(uri))
+                with storage.open_read(uri) as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -233,7 +233,7 @@ def test_columns_of_one_name_are_refused_where_they_are_asked_for(folder: Path) 
     assert len(shards(folder / "list.csv")) == 1
     with pytest.raises(InputRefused, match="2 columns called 'label'"):
         shards(folder / "list.csv", keep="label")
-    twice = pa.table([pa.array([IMAGE]), pa.array([IMAGE])], names=["image", "image"])
+    twice = pa.table([[IMAGE], [IMAGE], ["a cat"]], names=["image", "image", "caption"])
     pq.write_table(twice, folder / "twice.parquet")
     with pytest.raises(InputRefused, match="2 columns called 'image'"):
         shards(folder / "twice.parquet")

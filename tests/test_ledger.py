@@ -200,6 +200,19 @@ class TestLock:
                 time.sleep(0.05)
             lock.check()
 
+    def test_a_lock_that_vanished_while_the_driver_stood_still_is_lost(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another one may have taken it, done all the work and given it back."""
+        monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 60.0)
+        with Lock(str(tmp_path)) as lock:
+            (tmp_path / "_lock.json").unlink()
+            lock.beaten -= 0.8 * locks.LEASE_SECONDS
+            lock.check()
+            lock.beaten -= locks.LEASE_SECONDS
+            with pytest.raises(OutputLocked, match="took over"):
+                lock.check()
+
     def test_another_drivers_lock_is_left_to_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 60.0)  # its heart will not tell it
         with Lock(str(tmp_path)):

@@ -1,5 +1,6 @@
 """What a start finds in its output directory, and what it changes there: nothing, where it is refused."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,17 +86,20 @@ def test_after_a_refused_input_the_corrected_command_goes_on(tmp_path: Path, pho
     for wrong in ({"input": photos, "keep": "label"}, {"input": tmp_path / "photoss"}):
         with pytest.raises(InputRefused):
             prepare(output, wrong.pop("input"), **wrong)
-    assert prepare(output, photos, model="b").rows == 4
+    plan = prepare(output, photos, model="b")
+    assert plan.rows == 4
+    assert {path.name for path in (output / "_plan").iterdir()} == {"plan.json", Path(plan.files[0]).name}
 
 
 def test_a_driver_that_was_replaced_while_it_planned_has_no_plan(tmp_path: Path, photos: Path) -> None:
     output = tmp_path / "out"
     theirs: list[Plan] = []
     with pytest.raises(OutputLocked):
-        prepare(output, photos, check=lambda: theirs.append(prepare(output, photos)))
+        prepare(output, photos, model="b", check=lambda: theirs.append(prepare(output, photos)))
     plan = plans.load(str(output))
     assert plan is not None
     assert plan.files == theirs[0].files
+    assert json.loads((output / "_run.json").read_text())["settings"]["model"] == "a"
 
 
 def test_an_update_that_ends_early_leaves_a_finished_run(photos: Path, finished: Path) -> None:

@@ -110,7 +110,7 @@ class Small(Mean):
         super().__init__()
         self.shrunk: list[int] = []
 
-    def shrink(self, batch_size: int) -> None:
+    def limit_batch(self, batch_size: int) -> None:
         self.shrunk.append(batch_size)
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -159,6 +159,10 @@ class Shared(Mean):
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return super().predict(pixels)
 
+    def decode(self, jpegs: Sequence[Encoded]) -> tuple[np.ndarray, dict[int, DecodeError]]:
+        self.predict(np.empty(0))
+        raise AssertionError
+
 
 def test_no_image_is_written_off_for_memory_that_somebody_else_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.predict.MEMORY_PAUSES", (0.01, 0.01))
@@ -168,7 +172,10 @@ def test_no_image_is_written_off_for_memory_that_somebody_else_has_taken(monkeyp
     assert [row["mean"] for row in stage(table([1, 2, 3, 4])).to_pylist()] == [1, 2, 3, 4]
     assert stage.most is None, "batches are as large as before"
     predictor.taken = 10**6
-    with pytest.raises(NightshiftError, match="does not hold one image any more, where it held others: CUDA out of"):
+    for other in (stage, Predict(predictor, {})):
+        with pytest.raises(NightshiftError, match="does not hold one image: CUDA out of memory"):
+            other(jpegs([1, 2]))
+    with pytest.raises(NightshiftError, match="does not hold one image: CUDA out of"):
         stage(table([1, 2]))
 
 

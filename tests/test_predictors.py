@@ -308,10 +308,10 @@ def test_a_network_that_a_gpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_batches_that_became_small_become_large_again(runner: NetworkRunner) -> None:
     runner.largest = runner.batch_size = 200
-    runner.shrink(100)
+    runner.limit_batch(100)
     assert runner.batch_size == 100
-    runner.shrink(1)
-    runner.shrink(256)
+    runner.limit_batch(1)
+    runner.limit_batch(256)
     assert runner.batch_size == 200
 
 

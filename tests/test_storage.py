@@ -6,8 +6,10 @@ import io
 import os
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import fsspec
@@ -16,7 +18,7 @@ from conftest import S3Server
 
 from jobs.bench import s3
 from pipeline import runner, storage
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, SettingRefused
 from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources import ReadOptions, Record, objects
@@ -156,6 +158,9 @@ def test_the_region_is_the_profiles_where_the_environment_names_none(
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws" / "config").write_text("[default]\nregion = eu-central-1\n")
     assert bucket._profile_region() == "eu-central-1"
+    monkeypatch.setenv("AWS_PROFILE", "night")
+    with pytest.raises(SettingRefused, match=r"AWS_PROFILE and ~/\.aws make no sense: .*night"):
+        bucket._profile_region()
 
 
 def test_an_unknown_scheme_is_an_os_error() -> None:
@@ -247,9 +252,11 @@ def test_a_web_server_that_is_away_for_a_moment_loses_no_shard(plain: str, refus
 
 
 def test_a_web_server_that_gives_no_etag_gives_a_date(plain: str) -> None:
-    Plain.content, Plain.modified = b"one", "Sat, 21 Nov 2026 10:00:00 GMT"
+    Plain.content, Plain.modified = b"one", formatdate(time.time(), usegmt=True)
+    assert storage.head(f"{plain}a.tar").etag == "", "it may be made anew for each request"
+    Plain.modified = formatdate(1e9, usegmt=True)
     etag = storage.head(f"{plain}a.tar").etag
-    assert etag == f"{Plain.modified}/3"
+    assert etag == "1000000000.0/3"
     Plain.content = b"other"
     with pytest.raises(storage.Changed):
         storage.open_read(f"{plain}a.tar", etag)
@@ -309,5 +316,18 @@ def test_links_in_circles_and_to_nothing_are_no_files(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_no_fault_that_passes() -> None:
-    with pytest.raises(Interrupted), runner._interruptible():
-        retried(lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted) as stopped, runner._interruptible():
+        retried(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.value.exit_code == 143
+
+
+def test_a_signal_is_known_though_ray_raises_an_exception_of_its_own() -> None:
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Interrupted) as stopped, runner._interruptible():
+        wait()
+    assert stopped.value.exit_code == 143

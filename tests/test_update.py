@@ -19,6 +19,7 @@ from pipeline import plan as plans
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.coverage import END
+from pipeline.errors import OutputRefused
 from pipeline.ledger import Commit
 from pipeline.plan import Plan, Shard
 from pipeline.sources.discover import Archive
@@ -95,6 +96,9 @@ def test_only_reads_that_may_succeed_are_tried_again(tmp_path: Path) -> None:
     commit = Commit("part-0001-000003-00000000", 1, None, "e.parquet", {3: ((0, 4),)}, {}, 0, 4, counts)
     storage.create(ledgers.commit_uri(output, commit.name), commit.to_json().encode())
     assert outputs._failed_reads(output) == {3: ((0, 1), (3, 4))}
+    (tmp_path / "_errors/e.parquet").write_bytes(b"PAR1")
+    with pytest.raises(OutputRefused, match=r"_errors/e.parquet cannot be read: .* --repair takes it back"):
+        outputs._failed_reads(output)
 
 
 def test_a_hundred_thousand_unchanged_images_cost_seconds(tmp_path: Path) -> None:

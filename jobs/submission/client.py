@@ -50,20 +50,21 @@ def submit(client: Client, submission_id: str, entrypoint: str, runtime_env: dic
     mark = {REQUEST: uuid.uuid4().hex}  # by it a job is known that an unanswered request has started
     while True:
         try:
-            try:
-                client.submit_job(
-                    submission_id=submission_id, entrypoint=entrypoint, runtime_env=runtime_env, metadata=mark
-                )
-            except RuntimeError as error:
-                if f"{submission_id} already exists" not in str(error):
-                    raise
-                if mark.items() <= (client.get_job_info(submission_id).metadata or {}).items():
-                    return
-                raise SettingRefused(f"--submission-id {submission_id} is an earlier job's: name another") from error
-            return
+            return _submit_once(client, submission_id, mark, entrypoint=entrypoint, runtime_env=runtime_env)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "No available agent" not in str(error):
                 raise NightshiftError(f"the cluster does not take the job: {error}") from error
             if time.monotonic() > deadline:
                 raise NightshiftError(f"the cluster took no job for {START_PATIENCE_S:g} seconds: {error}") from error
             time.sleep(1)
+
+
+def _submit_once(client: Client, submission_id: str, mark: dict[str, str], **job: Any) -> None:
+    """One request. A job that is there already is this one if it bears its mark: the answer was lost."""
+    try:
+        client.submit_job(submission_id=submission_id, metadata=mark, **job)
+    except RuntimeError as error:
+        if f"{submission_id} already exists" not in str(error):
+            raise
+        if not mark.items() <= (client.get_job_info(submission_id).metadata or {}).items():
+            raise SettingRefused(f"--submission-id {submission_id} is an earlier job's: name another") from error

@@ -42,7 +42,9 @@ class Archive:
                 f"--update cannot tell what is new in a list of URIs: give {lists[0]} an output of its own"
             )
         self.keep_types.update((column.name, column.type) for column in change.plan.keep)
-        yield from self._group(change.new(_merged([self._first_checked(name) for name in self._names()])), is_new=True)
+        yield from self._group(
+            change.new(_merged([self._first_checked(name) for name in self._names()])), may_be_broken=True
+        )
 
     def shards(self) -> Iterator[Shard]:
         """Every shard, sorted by URI within each input kind, no object twice; raises InputRefused."""
@@ -142,17 +144,16 @@ class Archive:
     def _is_ours(self, uri: str) -> bool:
         return _kind(uri) is not None and not uri.startswith(self.config.output + "/")
 
-    def _group(self, objects: Iterator[ObjectInfo], *, is_new: bool = False) -> Iterator[Shard]:
-        """Loose images in runs of OBJECTS_PER_SHARD; every other object is a shard of its own. is_new: it is an update.
+    def _group(self, objects: Iterator[ObjectInfo], *, may_be_broken: bool = False) -> Iterator[Shard]:
+        """Loose images in runs of OBJECTS_PER_SHARD; every other object is a shard of its own.
 
-        Raises InputRefused where there is nothing but Parquet files of which none can be read.
+        Raises InputRefused where there is nothing but Parquet files of which none can be read; unless that may be.
         """
-        may_be_unreadable = is_new
         loose: list[ObjectInfo] = []
         parquet_files: list[ObjectInfo] = []
         for info in objects:
             kind = _kind(info.uri)
-            may_be_unreadable |= kind != "parquet"
+            may_be_broken |= kind != "parquet"
             if kind == "objects":
                 loose.append(info)
                 if len(loose) == OBJECTS_PER_SHARD:
@@ -167,9 +168,9 @@ class Archive:
         if loose:
             yield _virtual_shard(loose)
         if parquet_files:
-            yield from self._parquet_shards(parquet_files, may_be_unreadable)
+            yield from self._parquet_shards(parquet_files, may_be_broken)
 
-    def _parquet_shards(self, files: list[ObjectInfo], may_be_unreadable: bool) -> Iterator[Shard]:
+    def _parquet_shards(self, files: list[ObjectInfo], may_be_broken: bool) -> Iterator[Shard]:
         """Read every footer; a file whose footer is broken stays a shard (and becomes an error row)."""
         readable = 0
         for info, found in zip(files, ordered_map(_footer, files, FOOTER_THREADS, 4 * FOOTER_THREADS), strict=True):
@@ -179,11 +180,11 @@ class Archive:
                 readable += 1
                 self._check_parquet(schema, info.uri)
             yield Shard(0, "parquet", info.uri, rows, info.size_bytes, info.etag)
-        if not readable and not may_be_unreadable:
+        if not readable and not may_be_broken:
             raise InputRefused(f"--input {files[0].uri} cannot be read as Parquet: {found}")
 
     def _check_parquet(self, schema: pa.Schema, uri: str) -> None:
-        parquet.find_image_column(schema, self.config.image_column, uri)
+        only(schema, parquet.find_image_column(schema, self.config.image_column, uri), uri)
         for name in self.config.keep_names():
             if name not in schema.names:
                 raise InputRefused(f"--keep {name}: {uri} has the columns {', '.join(schema.names)}")

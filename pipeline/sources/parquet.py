@@ -27,7 +27,6 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
     names: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
     if image_column:
         if image_column in names:
-            only(schema, image_column, uri)
             return image_column
         has = f"the columns {', '.join(schema.names)}"
         if image_column in schema.names:
@@ -36,7 +35,6 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
     usual = {name.lower(): name for name in reversed(names)}
     for name in IMAGE_NAMES:
         if name in usual:
-            only(schema, usual[name], uri)
             return usual[name]
     if len(names) == 1:
         return names[0]
@@ -187,7 +185,9 @@ class _Reader:
 
 def _column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
     try:
-        return find_image_column(schema, image_column, uri)
+        column = find_image_column(schema, image_column, uri)
+        only(schema, column, uri)
+        return column
     except InputRefused as error:
         raise ReadError("unreadable", str(error)) from error
 

@@ -159,7 +159,7 @@ def _shard(keys: list[str], kept: list[str], withheld: bool) -> Shard:
 
 def _absolute(name: str, list_uri: str) -> str:
     """Relative names are relative to the folder of their list."""
-    if name.lower().startswith(("s3a://", "file://")):
+    if name.startswith(("s3a://", "file://")):
         return storage.normalize(name)
     if "://" in name or os.path.isabs(name):
         return name

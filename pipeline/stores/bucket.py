@@ -16,7 +16,7 @@ import obstore
 import obstore.exceptions
 from obstore.store import from_url
 
-from pipeline.errors import InputRefused, StorageRefused, message_line
+from pipeline.errors import InputRefused, SettingRefused, StorageRefused, message_line
 from pipeline.stores.base import (
     BUFFER_BYTES,
     CONNECT_SECONDS,
@@ -196,10 +196,18 @@ def _open_bucket(root: str, stall_seconds: float, retries: dict[str, Any]) -> An
 def _profile_region() -> str | None:
     if not (os.environ.get("AWS_PROFILE") or Path("~/.aws/config").expanduser().exists()):
         return None
-    import botocore.session  # slow to import, and only profiles need it
-
-    region = botocore.session.get_session().get_config_variable("region")
+    region = _botocore(lambda session: session.get_config_variable("region"))
     return str(region) if region else None
+
+
+def _botocore(ask: Callable[[Any], Any]) -> Any:
+    import botocore.exceptions  # slow to import, and only profiles need it
+    import botocore.session
+
+    try:
+        return ask(botocore.session.get_session())
+    except botocore.exceptions.BotoCoreError as error:
+        raise SettingRefused(f"AWS_PROFILE and ~/.aws make no sense: {message_line(error)}") from error
 
 
 def _botocore_credentials() -> Callable[[], dict[str, Any]] | None:
@@ -211,9 +219,7 @@ def _botocore_credentials() -> Callable[[], dict[str, Any]] | None:
         return None
     if not (os.environ.get("AWS_PROFILE") or Path("~/.aws/credentials").expanduser().exists()):
         return None
-    import botocore.session  # slow to import, and only profiles need it
-
-    credentials = botocore.session.get_session().get_credentials()
+    credentials = _botocore(lambda session: session.get_credentials())
     if credentials is None:
         return None
 

@@ -5,8 +5,10 @@ import functools
 import io
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -26,8 +28,10 @@ from pipeline.stores.base import (
 from pipeline.stores.retry import retried
 
 HTTP_RETRY_SECONDS = 10.0
-STAMPS = ("ETag", "etag", "mtime", "created", "Content-MD5", "Digest", "Last-Modified")
+STAMPS = ("ETag", "etag", "mtime", "created", "Content-MD5", "Digest")
 """What may stand for an etag, the best first."""
+FRESH_SECONDS = 60.0
+"""A web page that says it was modified just now is made anew for each request."""
 
 T = TypeVar("T")
 
@@ -143,9 +147,16 @@ class FsspecStore:
         size_bytes = info.get("size") or 0
         stamp = next((info[name] for name in STAMPS if info.get(name)), "")
         stamp = stamp.timestamp() if isinstance(stamp, datetime) else stamp  # one store may spell a time in two ways
-        if stamp and stamp == info.get("Last-Modified"):
-            stamp = f"{stamp}/{size_bytes}"
-        return ObjectInfo(uri, size_bytes, str(stamp))
+        return ObjectInfo(uri, size_bytes, str(stamp or _date(info, size_bytes)))
+
+
+def _date(info: dict[str, Any], size_bytes: int) -> str:
+    """When a web server says that an object was modified, with its size; "" where that means nothing."""
+    try:
+        modified = parsedate_to_datetime(info.get("Last-Modified", ""))
+    except ValueError:
+        return ""
+    return f"{modified.timestamp()}/{size_bytes}" if time.time() - modified.timestamp() > FRESH_SECONDS else ""
 
 
 @functools.cache
