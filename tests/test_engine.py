@@ -79,9 +79,17 @@ def test_a_block_is_whole_batches_though_images_are_missing(
 
 def test_a_dashboards_address_is_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(
-        SettingRefused, match=r"^no Ray cluster answers at RAY_ADDRESS=http://127.0.0.1:8265: .*HOST:PORT"
-    ):
+    with pytest.raises(SettingRefused, match=r"^RAY_ADDRESS is 'http://127.0.0.1:8265': it is HOST:PORT of a cluster"):
+        engine.connect()
+
+
+def test_a_cluster_of_another_version_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "Version mismatch: The cluster was started with:\n    Ray: 2.59\nThis process was started with:\n    Ray: 2.60"
+    )
+    monkeypatch.setattr(engine.ray, "init", Mock(side_effect=RuntimeError(said)))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(SettingRefused, match=r"^RAY_ADDRESS=auto: Version mismatch: .* Ray: 2.59 .* Ray: 2.60$"):
         engine.connect()
 
 
