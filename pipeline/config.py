@@ -73,7 +73,7 @@ class RunConfig:
     gpus_per_actor: str = flag("GPUs an actor, a fraction shares one: auto or a number", "auto", metavar="auto|F")
     max_error_rate: float = flag("largest share of bad images before the job ends with 3", 0.05, metavar="F")
     overwrite: bool = flag("remove an earlier run's output first", False)
-    update: bool = flag("add what is new or replaced in the archive to a finished output", False)
+    update: bool = flag("add to an output what is new in the archive, replaced, or could not be read", False)
     cluster: str | None = flag(
         "machines that the job runs on, for its cost: 8xg6.2xlarge, 4xg6.2xlarge+2xc7i.4xlarge", None, metavar="SHAPE"
     )
