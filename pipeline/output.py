@@ -84,6 +84,7 @@ def prepare(
 
 @contextmanager
 def _first_of_all(output: str) -> Iterator[None]:
+    """What is created inside and there already is another driver's."""
     try:
         yield
     except FileExistsError as error:

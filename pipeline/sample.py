@@ -219,7 +219,7 @@ def _predict(predict: Predict, images: pa.Table, batch_size: int) -> tuple[float
     threads = ThreadPoolExecutor(lanes)  # as in a run: on a GPU several batches are under way
 
     def run(batch: pa.Table) -> list[pa.Table]:
-        return list(threads.map(predict, [batch] * (lanes if lanes == 1 else LANE_BATCHES * lanes)))
+        return list(threads.map(predict, [batch] * (1 if lanes == 1 else LANE_BATCHES * lanes)))
 
     warming, state, until = 0, "", 0.0
     spent: list[tuple[float, float]] = []

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import fsspec
 import fsspec.utils
 
-from pipeline.stores.base import Changed, ObjectInfo, Store, TooLarge, escaped, redact
+from pipeline.stores.base import Changed, ObjectInfo, Store, TooLarge, check_size, escaped, redact
 from pipeline.stores.bucket import bucket_store
 from pipeline.stores.local import LocalStore
 from pipeline.stores.other import fsspec_store
@@ -34,6 +34,7 @@ __all__ = [
     "Changed",
     "ObjectInfo",
     "TooLarge",
+    "check_size",
     "create",
     "delete",
     "escaped",

@@ -13,7 +13,6 @@ from pipeline.errors import NightshiftError, ReadError
 from pipeline.plan import Shard
 from pipeline.prefetch import ordered_map
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
-from pipeline.sources.records import MAX_MEMBER_BYTES
 
 REMOTE_THREADS = 16
 LOCAL_THREADS = 2
@@ -75,8 +74,7 @@ def _check(shard: Shard, row: int, uri: str, plain: str) -> None:
         if not stat.S_ISREG(found.st_mode):
             raise ReadError("unreadable", f"{uri} is a folder, a pipe or a device, not a file")
         size_bytes = found.st_size
-    if size_bytes > MAX_MEMBER_BYTES:
-        raise ReadError("too_large", f"{plain} has {size_bytes} bytes, the limit is {MAX_MEMBER_BYTES}")
+    storage.check_size(plain, size_bytes)
 
 
 IMAGE_ID = "#image_id"  # in `Shard.kept`: the image_id of a URI that its list names more than once

@@ -84,6 +84,7 @@ def check(info: ObjectInfo, etag: str) -> ObjectInfo:
 
 
 def check_size(uri: str, size_bytes: int) -> None:
+    """Raise TooLarge for what is not to be read whole."""
     if size_bytes > MAX_OBJECT_BYTES:
         raise TooLarge(f"{redact(uri)} has {size_bytes} bytes, the limit is {MAX_OBJECT_BYTES}")
 
