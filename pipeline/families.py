@@ -14,9 +14,10 @@ from torch import nn
 from pipeline import storage
 from pipeline.config import Transform
 from pipeline.errors import SettingRefused, WeightsRefused
+from pipeline.fetch import named_hash, official_uri
 from pipeline.head import RGB, first_convolution, weightless
 from pipeline.vision import torchvision
-from pipeline.weights import SUFFIXES, align, fit, named_hash, official_uri, read_state
+from pipeline.weights import SUFFIXES, align, fit, read_state
 
 
 @dataclass(frozen=True, slots=True)

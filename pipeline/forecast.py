@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from pipeline import models, network, output, sample
+from pipeline import gpu, models, output, sample
 from pipeline.config import RunConfig
 from pipeline.errors import SettingRefused
 from pipeline.estimate import EXPLAINED, STARTUP_SECONDS, Estimate, Parallelism, Workload
@@ -147,7 +147,7 @@ def _check(config: RunConfig, cluster: Cluster) -> None:
 
 def _this_machine(prices: Prices) -> Machine:
     """With its GPUs, by the name that the prices have for them."""
-    count, name = network.gpus_here()
+    count, name = gpu.gpus_here()
     return Machine.local(count, known_gpu(name, prices.gpus))
 
 

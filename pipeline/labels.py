@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import WeightsRefused, first_line
-from pipeline.weights import file_name
+from pipeline.fetch import file_name
 
 _ID_COLUMNS = ("id", "index", "idx", "label_id", "class_id")
 _LABEL_COLUMNS = ("label", "name", "class_name", "label_name", "class", "category", "description")

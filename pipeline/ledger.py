@@ -175,16 +175,24 @@ def end(ledger: Ledger, status: str) -> None:
     storage.write(uri, json.dumps({**record, "ended": _now(), "status": status}).encode())
 
 
-def valid_commits(output: str, last_attempt: int) -> Iterator[Commit]:
-    """The commits that count, by name: those of the newest attempt, and those that it lists."""
+def valid_commits(output: str, last_attempt: int, with_errors: bool = False) -> Iterator[Commit]:
+    """The commits that count, by name: those of the newest attempt, and those that it lists.
+
+    with_errors: only those whose name a file of errors begins with; the others are not read.
+    """
     if not last_attempt:
         return
     accepted = set(json.loads(storage.read(_attempt_uri(output, last_attempt)))["accepts"])
     newest = f"part-{last_attempt:04d}-"
-    uris = [
-        info.uri for info in _list(output, COMMITS) if (name := _stem(info.uri)) in accepted or name.startswith(newest)
-    ]
-    yield from map(Commit.from_json, ordered_map(storage.read, uris, READ_THREADS, 8 * READ_THREADS))
+    uris = {
+        name: info.uri
+        for info in _list(output, COMMITS)
+        if (name := _stem(info.uri)) in accepted or name.startswith(newest)
+    }
+    if with_errors:
+        files = (_stem(info.uri) for info in _list(output, "_errors"))
+        uris = {name: uris[name] for file in files if (name := "-".join(file.split("-")[:4])) in uris}
+    yield from map(Commit.from_json, ordered_map(storage.read, uris.values(), READ_THREADS, 8 * READ_THREADS))
 
 
 def sweep(ledger: Ledger) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pipeline.config import Transform
 from pipeline.errors import WeightsRefused
 from pipeline.families import Family, WeightsSource, find_family
+from pipeline.fetch import fetch_weights
 from pipeline.head import RGB, Network, Shape, first_convolution, probe
 from pipeline.labels import read_labels
-from pipeline.weights import align, fetch_weights, fit, read_state
+from pipeline.weights import align, fit, read_state
 
 
 @dataclass(frozen=True, slots=True)

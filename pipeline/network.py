@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +19,11 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from pipeline.config import Transform
-from pipeline.errors import SettingRefused, is_out_of_memory, message_line
+from pipeline.fetch import cache_folder
+from pipeline.gpu import choose_device, evenly, images_that_fit, refused_by_gpu, rounded_up
 from pipeline.head import Network
 from pipeline.lane import Forward, Lane, Outputs, finish
 from pipeline.models import ModelSpec, build
-from pipeline.weights import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +39,7 @@ WARM_UPS = {"cpu": 1, "cuda": 3}
 """Batches of a lane before it is known how fast the network runs: cuDNN tries its kernels out in each thread, and what
 the other lane starts waits meanwhile."""
 
-GPU_SIZES = 8
-"""Sizes of batches at most that a GPU is given: for each of them cuDNN tries its kernels out anew, in each thread."""
-
 PROBE_IMAGES = 8
-MEMORY_SHARE = 0.8
-"""Of the free memory of a GPU, what batches may fill: compiled networks and graphs keep more than the trial shows."""
-
-DRIVER_FILE = "/dev/nvidiactl"
-"""There where NVIDIA's driver is loaded, also one that is too old for torch."""
-
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601, as Pillow's convert("L")."""
 
@@ -78,7 +68,7 @@ class NetworkRunner:
         lanes: int = 1,
         gpu_share: float | None = None,
     ) -> None:
-        self.device = _device(gpu_share)
+        self.device = choose_device(gpu_share)
         self.workers: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
             # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
@@ -99,7 +89,7 @@ class NetworkRunner:
         self.free_lanes: SimpleQueue[Lane] = SimpleQueue()
         for lane in self.all_lanes:
             self.free_lanes.put(lane)
-        with _refused_by_gpu(self.device):
+        with refused_by_gpu(self.device):
             self.forward: Forward = network.to(self.device)
             self.eager = self.forward
             if self.device.type == "cuda":
@@ -227,34 +217,6 @@ class NetworkRunner:
             torch.set_num_threads(threads)
 
 
-def _device(gpu_share: float | None) -> torch.device:
-    if gpu_share != 0 and torch.cuda.is_available():
-        return torch.device("cuda")
-    if gpu_share and os.path.exists(DRIVER_FILE):
-        raise SettingRefused(
-            f"--gpus-per-actor is {gpu_share:g}, and on {socket.gethostname()} torch {torch.__version__} for CUDA "
-            f"{torch.version.cuda} can use no GPU: the driver is too old for it, libcuda is not found, or this torch "
-            "is built without CUDA; mend that, or take --gpus-per-actor 0, which computes on the CPU"
-        )
-    return torch.device("cpu")
-
-
-@contextmanager
-def _refused_by_gpu(device: torch.device) -> Iterator[None]:
-    """What a try on another GPU would meet as well, or only somebody else can mend, is a SettingRefused."""
-    try:
-        yield
-    except RuntimeError as error:
-        if device.type != "cuda" or not (is_out_of_memory(error) or "no kernel image" in str(error)):
-            raise
-        free, total = torch.cuda.mem_get_info()
-        gpu = f"{torch.cuda.get_device_name()}, {free >> 20} of {total >> 20} MiB free"
-        raise SettingRefused(
-            f"the GPU of {socket.gethostname()} ({gpu}) cannot run this network: {message_line(error)}; "
-            "end what else has taken its memory, or take another GPU"
-        ) from error
-
-
 def _graph_breaks() -> int:
     """How often torch.compile had to cut a network in two, in this process."""
     from torch._dynamo.utils import counters
@@ -275,22 +237,6 @@ def _lone_threads(count: int) -> ThreadPoolExecutor:
     list(threads.map(start, range(count)))
     torch.set_num_threads(usual)
     return threads
-
-
-def images_that_fit(free_bytes: float, image_bytes: float, lanes: int) -> int:
-    """Images a batch, at least one, where each of several lanes has one under way."""
-    return max(1, int(free_bytes * MEMORY_SHARE / lanes / max(image_bytes, 1)))
-
-
-def evenly(images: int, most: int) -> int:
-    """The size of pieces, at most so large, into which a batch is cut without a small rest."""
-    return -(-images // -(-images // most))
-
-
-def rounded_up(images: int, batch_size: int) -> int:
-    """The next one of GPU_SIZES sizes of batches, of which the largest is batch_size."""
-    step = -(-batch_size // GPU_SIZES)
-    return max(images, min(batch_size, -(-images // step) * step))
 
 
 def _enlarged(tiles: Tensor, transform: Transform) -> Tensor:
@@ -364,9 +310,3 @@ def _folded(network: Network, spec: ModelSpec) -> Network:
         if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
             network.body = folded
     return network
-
-
-def gpus_here() -> tuple[int, str]:
-    """How many GPUs this machine has, and the first one's name; (0, "") without any."""
-    count = torch.cuda.device_count()
-    return count, torch.cuda.get_device_name(0) if count else ""

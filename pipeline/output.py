@@ -140,7 +140,7 @@ def _update(plan: Plan, archive: Archive, still_mine: Callable[[], object]) -> t
 def _failed_reads(output: str) -> dict[int, Ranges]:
     """Rows in `_errors/` whose bytes could not be had, which may have passed since; by shard."""
     rows: dict[int, list[int]] = {}
-    for commit in ledgers.valid_commits(output, ledgers.last_attempt(output)):
+    for commit in ledgers.valid_commits(output, ledgers.last_attempt(output), with_errors=True):
         if not any(f"{ReadError.stage}/{kind}" in commit.errors_by_type for kind in PASSING):
             continue
         uri, columns = storage.join(output, f"_errors/{commit.errors_part}"), ["shard", "row", "stage", "error_type"]

@@ -170,5 +170,13 @@ def ray_cluster(s3_server: S3Server) -> Iterator[RayCluster]:
 
 
 @pytest.fixture
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders for fetched weights of this test alone."""
+    monkeypatch.setenv("NIGHTSHIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("NIGHTSHIFT_WEIGHTS_MIRROR", raising=False)
+
+
+@pytest.fixture
 def jobs(ray_cluster: RayCluster) -> Jobs:
     return Jobs(ray_cluster.environment)

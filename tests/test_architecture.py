@@ -18,11 +18,13 @@ LAYERS = [
         "lock",
         "ledger",
         "decode",
+        "fetch",
         "weights",
         "labels",
         "head",
         "families",
         "models",
+        "gpu",
         "lane",
         "network",
         "gpu_decode",
@@ -35,7 +37,9 @@ LAYERS = [
     {"cli"},
 ]
 MAY_IMPORT_RAY = {"engine", "datasource", "metrics"}
-MAY_IMPORT_TORCH = {"head", "families", "models", "lane", "network", "gpu_decode", "weights", "vision", "predictors"}
+MAY_IMPORT_TORCH = {
+    *("head", "families", "models", "gpu", "lane", "network", "gpu_decode", "fetch", "weights", "vision", "predictors")
+}
 
 
 def modules() -> list[Path]:

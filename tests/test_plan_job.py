@@ -8,7 +8,7 @@ import pytest
 from whole import TINY, jpeg, write_folder, write_tar
 
 from jobs import plan
-from pipeline import forecast, network, sample
+from pipeline import forecast, gpu, sample
 from pipeline.machines import PRICES, Prices, cpus_here
 
 
@@ -122,7 +122,7 @@ def test_a_gpu_that_is_here_decodes_in_the_sample(
     tars: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU is an invented one: the network and torchvision's decoder run on the CPU for it."""
-    monkeypatch.setattr(network, "gpus_here", lambda: (1, "NVIDIA L4"))
+    monkeypatch.setattr(gpu, "gpus_here", lambda: (1, "NVIDIA L4"))
     found = figures(capsys, "--input", tars, "--decoder", "gpu")
     assert list(found["sample"]["costs"]["gpu_seconds"]) == ["L4"]
     assert found["sample"]["costs"]["pixel_bytes"] == found["sample"]["costs"]["encoded_bytes"]
@@ -133,7 +133,7 @@ def test_a_gpu_that_is_here_decodes_in_the_sample(
 def test_for_a_cluster_of_cpus_the_network_is_measured_on_the_cpu(
     tars: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "gpus_here", lambda: (1, "NVIDIA L4"))
+    monkeypatch.setattr(gpu, "gpus_here", lambda: (1, "NVIDIA L4"))
     found = figures(capsys, "--input", tars, "--cluster", "2xc7i.2xlarge")
     assert found["sample"]["costs"]["gpu_seconds"] == {}
     assert found["sample"]["network"].startswith("cpu")

@@ -20,8 +20,9 @@ from pipeline import network as network_module
 from pipeline.config import IMAGENET_MEAN, IMAGENET_STD, Transform
 from pipeline.decode import decode
 from pipeline.errors import SettingRefused, WeightsRefused
+from pipeline.gpu import GPU_SIZES, choose_device, evenly, images_that_fit, refused_by_gpu, rounded_up
 from pipeline.lane import Lane, finish
-from pipeline.network import GPU_SIZES, NetworkRunner, evenly, images_that_fit, rounded_up
+from pipeline.network import NetworkRunner
 from pipeline.predictors import Classifier, Embedder, NetworkPredictor, Predictor
 
 TINY = f"{__name__}:tiny"
@@ -274,12 +275,12 @@ def test_it_computes_on_what_it_was_given(
     monkeypatch: pytest.MonkeyPatch, share: float | None, found: bool, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
-    assert network_module._device(share).type == device
+    assert choose_device(share).type == device
 
 
 def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("pipeline.network.DRIVER_FILE", str(tmp_path))
+    monkeypatch.setattr("pipeline.gpu.DRIVER_FILE", str(tmp_path))
     predictor = Embedder(model=TINY)
     predictor.gpu_share = 0.5
     with pytest.raises(
@@ -288,7 +289,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch,
         predictor.load()
     predictor.gpu_share = 0.0
     predictor.load()
-    monkeypatch.setattr("pipeline.network.DRIVER_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr("pipeline.gpu.DRIVER_FILE", str(tmp_path / "none"))
     predictor.gpu_share = 0.5
     predictor.load()
 
@@ -299,10 +300,10 @@ def test_a_network_that_a_gpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     with (
         pytest.raises(SettingRefused, match=r"\(Tesla V100, 1024 of 16384 MiB free\) cannot run this network: CUDA"),
-        network_module._refused_by_gpu(GPU),
+        refused_by_gpu(GPU),
     ):
         raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="illegal"), network_module._refused_by_gpu(GPU):
+    with pytest.raises(RuntimeError, match="illegal"), refused_by_gpu(GPU):
         raise RuntimeError("CUDA error: an illegal memory access")
 
 

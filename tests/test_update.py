@@ -91,13 +91,16 @@ def test_only_reads_that_may_succeed_are_tried_again(tmp_path: Path) -> None:
     stages, kinds = zip(*errors, strict=True)
     (tmp_path / "_errors").mkdir()
     table = pa.table({"shard": [3] * 4, "row": range(4), "stage": stages, "error_type": kinds})
-    pq.write_table(table, tmp_path / "_errors/e.parquet")
+    name = "part-0001-000003-00000000"
+    file = f"{name}-0a1b2c3d.parquet"
+    pq.write_table(table, tmp_path / "_errors" / file)
     counts = {f"{stage}/{kind}": 1 for stage, kind in errors}
-    commit = Commit("part-0001-000003-00000000", 1, None, "e.parquet", {3: ((0, 4),)}, {}, 0, 4, counts)
+    commit = Commit(name, 1, None, file, {3: ((0, 4),)}, {}, 0, 4, counts)
     storage.create(ledgers.commit_uri(output, commit.name), commit.to_json().encode())
+    storage.create(ledgers.commit_uri(output, "part-0001-000004-00000000"), b"without errors: never read")
     assert outputs._failed_reads(output) == {3: ((0, 1), (3, 4))}
-    (tmp_path / "_errors/e.parquet").write_bytes(b"PAR1")
-    with pytest.raises(OutputRefused, match=r"_errors/e.parquet cannot be read: .* --repair takes it back"):
+    (tmp_path / "_errors" / file).write_bytes(b"PAR1")
+    with pytest.raises(OutputRefused, match=rf"_errors/{file} cannot be read: .* --repair takes it back"):
         outputs._failed_reads(output)
 
 
