@@ -3,6 +3,7 @@ memory that takes. Imports neither Ray nor torch.
 """
 
 import io
+import re
 import warnings
 from typing import Literal
 
@@ -16,6 +17,14 @@ SCANS_OF_LARGEST = 16
 """A JPEG may have this many scans if it is as large as `max_pixels` allows, more if it is smaller. Each passes over the
 whole image, and ten bytes make one: 100 KB could keep a core busy for an hour. Encoders write up to about 15."""
 
+MOST_SIDE = 1 << 20
+"""Pixels. Pillow takes up to 24 bytes beside the pixels for each row, and of one row as much for each column."""
+
+TIFF_PASSES = 8
+"""How often the strips of a TIFF may cover it, which may be listed again and again; one of separate planes has a pass
+for each. Of small images so often as one of SMALL_PIXELS may."""
+SMALL_PIXELS = 1 << 20
+
 RLE_COST = 8  # Pillow decodes these BMPs in Python, about as many times more slowly
 
 STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
@@ -27,11 +36,14 @@ COEFFICIENT_BYTES = 2  # a progressive JPEG is held as coefficients, one a sampl
 
 OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
 
-START_OF_SCAN, SCAN_BYTES = b"\xff\xda", 10  # the least that a scan's header takes (T.81, B.2.3)
+START_OF_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+"""Marker, length, number of components (T.81, B.2.3): bytes behind a JPEG have many a marker alone."""
+SCAN_BYTES = 10
 
 END_MARKERS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 """First bytes of a format → what its last 16 bytes hold."""
 
+PNG_DEPTH = 24  # the place of the bits a sample in the file (PNG, 11.2.1)
 ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
 BITS_PER_SAMPLE, COMPRESSION, ROWS_PER_STRIP, UNCOMPRESSED = 258, 259, 278, 1
 
@@ -50,13 +62,13 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     Raises DecodeError (not_an_image, unsupported), and what Pillow raises on a broken header.
     """
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return _corrected(Image.open(io.BytesIO(data), formats=FORMATS), data)
     except UnidentifiedImageError:
         pass
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(data[:16]) is True:
-            return factory(io.BytesIO(data), "")  # raises what Image.open() kept to itself
+            return _corrected(factory(io.BytesIO(data), ""), data)  # raises what Image.open() kept to itself
     other = next((name for magic, name in OTHER_FORMATS.items() if data.startswith(magic)), None)
     if data[4:8] == b"ftyp":
         other = "HEIF, AVIF or video"
@@ -65,11 +77,27 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     raise DecodeError("not_an_image", f"the bytes begin with {data[:8]!r}, as none of {', '.join(FORMATS)} does")
 
 
+def _corrected(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
+    """Where Pillow misreads a header."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.info.pop("xmp", None)  # it would turn the pixels by that, where no tag says so, and not swap the sizes
+    clear = image.info.get("transparency")  # grey or a colour as a PNG holds it, while the pixels are scaled to 8 bits
+    if image.format == "PNG" and isinstance(clear, int | tuple):
+        depth = data[PNG_DEPTH]
+        if image.mode == "L" and isinstance(clear, int):
+            image.info["transparency"] = clear * 255 // (2**depth - 1)
+        elif image.mode == "RGB" and isinstance(clear, tuple) and depth == 16:
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return image
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raises DecodeError: corrupt, too_large."""
     if width * height > max_pixels:
         sizes = f"{width} × {height} = {width * height} pixels, more than the limit of {max_pixels}"
         raise DecodeError("too_large", f"the image has {sizes}; raise --max-pixels if it is meant to")
+    if max(width, height) > MOST_SIDE:
+        raise DecodeError("too_large", f"the image is {width} × {height} pixels; a side may have {MOST_SIDE} at most")
     if width < 1 or height < 1:
         raise DecodeError("corrupt", f"the image is {width} × {height} pixels")
 
@@ -79,13 +107,18 @@ def check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None
     pixels = image.width * image.height
     most_scans = SCANS_OF_LARGEST * max_pixels // pixels
     if image.format in ("JPEG", "MPO") and len(data) > most_scans * SCAN_BYTES:
-        scans = data.count(START_OF_SCAN)
+        scans = sum(1 for _ in START_OF_SCAN.finditer(data))
         if scans > most_scans:
             raise DecodeError("too_large", f"a JPEG of {pixels} pixels has {scans} scans; the limit is {most_scans}")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tile = image.tag_v2.get(TILE_WIDTH, 1) * image.tag_v2.get(TILE_LENGTH, 1)
         if tile > max_pixels:
             raise DecodeError("too_large", f"a TIFF of {pixels} pixels has tiles of {tile}; the limit is {max_pixels}")
+        covered = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in image.tile)
+        if covered > TIFF_PASSES * max(pixels, SMALL_PIXELS):
+            raise DecodeError(
+                "too_large", f"the strips of a TIFF of {pixels} pixels cover {covered // pixels} times as many"
+            )
     if any(tile.codec_name == "bmp_rle" for tile in image.tile) and pixels > max_pixels // RLE_COST:
         limit = max_pixels // RLE_COST
         raise DecodeError("too_large", f"a run-length encoded BMP has {pixels} pixels; the limit is {limit}")
@@ -106,7 +139,8 @@ def peak_bytes(image: ImageFile.ImageFile, least: int, factor: int) -> int:
     stored = pixels * (WEBP_BYTES if image.format == "WEBP" else STORED_BYTES.get(image.mode, RGB_BYTES))
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         stored = stored * (1 + (tiff_orientation(image) != 1)) + _tiff_buffer_bytes(image)
-    return stored + RGB_BYTES * pixels // factor**2
+    converted = RGB_BYTES * pixels // factor**2
+    return max(stored + converted, 2 * converted)  # while it is converted; while that is turned
 
 
 def _tiff_buffer_bytes(image: TiffImagePlugin.TiffImageFile) -> int:

@@ -180,6 +180,7 @@ def jpegs() -> Iterator[Case]:
     yield good("exif-broken.jpg", images.broken_exif())
     yield good("garbage-behind.jpg", plain("jpg") + b"garbage" * 99)
     yield good("stray-bytes.jpg", plain("jpg")[:-2] + b"stray\xff\xd9")
+    yield good("markers-behind.jpg", plain("jpg") + b"\xff\xda" * 50_000)
     yield good("comment-64-kb.jpg", plain("jpg")[:2] + segment(0xFE, bytes(65533)) + plain("jpg")[2:])
     for orientation in range(1, 9):
         yield good(f"orientation-{orientation}.jpg", images.oriented(orientation), 80, 60)
@@ -246,6 +247,7 @@ def odd_images() -> Iterator[Case]:
     yield good("cut-last-frame.gif", images.animated("GIF")[:-400])
     yield good("alpha.webp", images.with_alpha("RGBA", "WEBP"))
     yield good("float.tif", images.float_tiff(np.full((64, 64), np.nan)))
+    yield good("strips-listed-twice.tif", tiff_of_strips(4))
     yield good("lzw.tif", images.encode(images.tile(), "TIFF", compression="tiff_lzw"))
     yield good("one-bit.bmp", images.encode(images.tile().convert("1"), "BMP"))
     yield good("runs.bmp", bmp_of_runs(64, 64, b"\x40\1\0\0" * 64))
@@ -267,6 +269,18 @@ def tiff_of(tags: dict[int, int]) -> bytes:
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries) // 12) + entries + bytes(1000)
 
 
+def tiff_of_strips(count: int) -> bytes:
+    """A grey 64 × 64 TIFF whose two strips, of 63 rows and of one, are listed again and again."""
+    tags = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 277: 1, 278: 63}
+    start = 8 + 2 + 12 * (len(tags) + 1) + 4
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    entries.insert(5, struct.pack("<HHII", 273, 4, count, start))
+    offsets = struct.pack("<I", start + 4 * count) * count
+    return (
+        b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4) + offsets + bytes(64 * 64)
+    )
+
+
 def bmp_of_runs(width: int, height: int, runs: bytes) -> bytes:
     """A BMP of 8 bits a pixel, run-length encoded, with a black palette."""
     start = 14 + 40 + 4 * 256
@@ -284,6 +298,8 @@ def bombs() -> Iterator[Case]:
     yield bad("bomb.webp", webp_of(16_383, 16_383), "too_large")
     yield bad("bomb-scans.jpg", grey_jpeg(0xC2, ONE_CODE + scan(0, 0) * 5000, 1024), "too_large")
     yield bad("bomb-tile.tif", tiff_of({322: 50_000, 323: 40_000, 324: 1, 325: 900}), "too_large")
+    yield bad("bomb-strips.tif", tiff_of_strips(10_000), "too_large")
+    yield bad("bomb-side.png", png_with(size=(1, (1 << 20) + 1)), "too_large")
     yield bad("bomb-runs.bmp", bmp_of_runs(100_000, 20, b"\1\0\0\0" * 20), "too_large")
     yield bad("comment-4-mb.png", images.text_bomb(), "corrupt")
     yield bad("longer-than-it-says.bmp", plain("bmp")[:22] + struct.pack("<i", 20_000) + plain("bmp")[26:], "truncated")

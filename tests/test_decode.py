@@ -192,6 +192,28 @@ def test_a_clear_colour_is_white(mode: str) -> None:
     assert (found != 255).any()
 
 
+@pytest.mark.parametrize(("depth", "value"), [(1, 1), (2, 1), (4, 5), (8, 5)])
+def test_a_clear_grey_of_few_bits_is_white(depth: int, value: int) -> None:
+    """Of 64 × 64 pixels, the lower half 0 and the upper half the clear value, which the file holds unscaled."""
+    byte = sum(value << shift for shift in range(0, 8, depth))
+    rows = images.zlib.compress((b"\0" + bytes([byte]) * (8 * depth)) * 32 + (b"\0" + bytes(8 * depth)) * 32)
+    header = images.png_header(64, 64, depth=depth, colour=0)
+    chunks = (b"IHDR", header), (b"tRNS", value.to_bytes(2, "big")), (b"IDAT", rows), (b"IEND", b"")
+    found = pixels(images.png_of_chunks(*chunks))
+    assert (found[:32] == 255).all()
+    assert (found[32:] == 0).all()
+
+
+def test_a_clear_colour_of_16_bits_is_white() -> None:
+    values = np.full((64, 64, 3), 0x3400, ">u2")
+    values[:32] = 0x1234
+    rows = images.zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    chunks = (b"tRNS", values[0, 0].tobytes()), (b"IDAT", rows), (b"IEND", b"")
+    found = pixels(images.png_of_chunks((b"IHDR", images.png_header(64, 64, depth=16)), *chunks))
+    assert (found[:32] == 255).all()
+    assert (found[32:] == 0x34).all()
+
+
 def test_16_bit_grey_is_rounded_to_8() -> None:
     values = np.arange(64 * 64).reshape(64, 64) * 16
     expected = np.rint(values / 257)
@@ -264,6 +286,16 @@ def test_exif_orientation_can_be_left_alone(format: str) -> None:
     for orientation in range(2, 9):
         found = pixels(images.oriented(orientation, format), SMALL, exif_rotate=False)
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exif_rotate", [True, False])
+def test_a_tiff_is_turned_by_its_tag_alone(exact: bool, exif_rotate: bool) -> None:
+    drawn = images.tile("urban", size=(80, 60))
+    xmp = {700: b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'}
+    found = decode(images.encode(drawn, "TIFF", tiffinfo=xmp), SMALL, exif_rotate=exif_rotate, exact=exact)
+    assert (found.width, found.height) == (80, 60)
+    np.testing.assert_array_equal(found.pixels, decode(images.encode(drawn, "TIFF"), SMALL, exact=exact).pixels)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
