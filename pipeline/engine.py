@@ -73,15 +73,12 @@ def connect() -> None:
         raise SettingRefused(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from error
 
 
-def cluster_size() -> tuple[float, float]:
-    """Logical CPUs and GPUs of the whole cluster."""
-    resources = ray.cluster_resources()
-    return float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0))
-
-
 def layout_here(config: RunConfig) -> Layout:
     """For the cluster that Ray is connected to. Raises SettingRefused for what does not fit."""
-    return Layout.of(config, *cluster_size(), cluster_grows())
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(each.get("CPU", 0.0) for each in resources)
+    gpus = [each.get("GPU", 0.0) for each in resources]
+    return Layout.of(config, cpus, sum(gpus), cluster_grows(), gpus)
 
 
 def decode_bytes(read_cpus: float) -> int:

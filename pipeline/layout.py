@@ -1,6 +1,7 @@
 """How the stages share a cluster. Arithmetic only."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,22 +35,25 @@ class Layout:
     writers: int
 
     @staticmethod
-    def of(config: RunConfig, cpus: float, gpus: float, grows: bool = False) -> "Layout":
+    def of(
+        config: RunConfig, cpus: float, gpus: float, grows: bool = False, node_gpus: Sequence[float] | None = None
+    ) -> "Layout":
         """For a cluster of so many logical CPUs and GPUs. grows: an autoscaler adds nodes where actors ask for them.
 
+        node_gpus: those of each machine, where there are several: an actor has all of its GPUs on one.
         Raises SettingRefused for what does not fit.
         """
         asked, share = config.actor_range(), config.gpu_share()
         if share is None:
             share = 1.0 if gpus >= 1 else 0.0
         more_to_come = grows and asked is not None
-        _check(config, cpus, gpus, share, grows, more_to_come)
+        room = _actors_on(node_gpus or [gpus], share)
+        _check(config, cpus, gpus, share, room, grows, more_to_come)
         writers = max(1, int(cpus) // CPUS_PER_WRITER)
         if asked and more_to_come:
             writers = max(writers, asked[1])
         if share:
-            most = max(1, int(gpus / share))
-            return Layout(cpus, 1.0, asked or (most, most), 0.0, share, None, writers)
+            return Layout(cpus, 1.0, asked or (room, room), 0.0, share, None, writers)
         actors = asked or (max(1, int(cpus) // 4),) * 2
         if more_to_come and (not cpus or actors[0] < actors[1]):
             return Layout(cpus, 1.0, actors, ACTOR_SHARE, 0.0, 1, writers)
@@ -78,10 +82,20 @@ class Layout:
         return tasks, max(1, min(MAX_DECODE_THREADS, int(self.cpus) // tasks))
 
 
-def _check(config: RunConfig, cpus: float, gpus: float, share: float, grows: bool, more_to_come: bool) -> None:
+def _actors_on(node_gpus: Sequence[float], share: float) -> int:
+    """How many actors find room; those that share a GPU have their share of the same one."""
+    if share <= 1:
+        return sum(int(gpus) * int(1 / share + 1e-9) for gpus in node_gpus) if share else 0
+    return sum(int(gpus // share) for gpus in node_gpus)
+
+
+def _check(
+    config: RunConfig, cpus: float, gpus: float, share: float, room: int, grows: bool, more_to_come: bool
+) -> None:
     remedy = "; say with --actors MIN:MAX how many actors it may start machines for" if grows else ""
-    if share > gpus and not more_to_come:
-        raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs{remedy}")
+    if share and not room and not more_to_come:
+        apart = ", on no machine as many" if share <= gpus else ""
+        raise SettingRefused(f"--gpus-per-actor is {share:g}, and the cluster has {gpus:g} GPUs{apart}{remedy}")
     if not cpus and not more_to_come:
         raise SettingRefused(f"nothing can be read: the cluster has 0 CPUs{remedy}")
     if config.decoder == "gpu" and not share:

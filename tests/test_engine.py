@@ -1,6 +1,6 @@
 """How the stages share a cluster: no layout asks for more than there is, or leaves a stage without anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,10 @@ from pipeline.layout import Layout
 from pipeline.predictors import Predictor
 
 
-def layout(cpus: float, gpus: float, grows: bool = False, **settings: str) -> Layout:
-    return Layout.of(RunConfig(input="a", output="b", **settings), cpus, gpus, grows)
+def layout(
+    cpus: float, gpus: float, grows: bool = False, node_gpus: Sequence[float] | None = None, **settings: str
+) -> Layout:
+    return Layout.of(RunConfig(input="a", output="b", **settings), cpus, gpus, grows, node_gpus)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 1000])
@@ -108,6 +110,22 @@ def test_gpus_are_all_taken_and_leave_the_cpus_to_decoding() -> None:
     assert layout(64, 8, gpus_per_actor="0.5").actors == (16, 16)
     assert layout(64, 8, actors="2:4").actors == (2, 4)
     assert layout(64, 8, gpus_per_actor="0").actor_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("node_gpus", "share", "actors"),
+    [([4], "0.6", 4), ([4], "0.4", 8), ([1, 1], "0.2", 10), ([0, 8], "1", 8), ([4, 4], "3", 2), ([3, 3], "2", 2)],
+)
+def test_no_more_actors_are_asked_for_than_find_room(node_gpus: list[float], share: str, actors: int) -> None:
+    found = layout(64, sum(node_gpus), node_gpus=node_gpus, gpus_per_actor=share)
+    assert found.actors == (actors, actors)
+
+
+def test_an_actor_has_its_gpus_on_one_machine() -> None:
+    with pytest.raises(
+        SettingRefused, match="--gpus-per-actor is 2, and the cluster has 2 GPUs, on no machine as many"
+    ):
+        layout(64, 2, node_gpus=[1, 1], gpus_per_actor="2")
 
 
 def test_a_predictor_knows_whether_it_was_given_a_gpu() -> None:
