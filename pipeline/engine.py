@@ -282,7 +282,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:
     """Parts of PART_BYTES; smaller ones in a small archive, so that a stop costs a fiftieth of it at most."""
     row_bytes = 200 + sum(
-        f.type.list_size * f.type.value_type.bit_width // 8 for f in result if pa.types.is_fixed_size_list(f.type)
+        f.type.list_size * f.type.value_type.bit_width // 8
+        for f in result
+        if pa.types.is_fixed_size_list(f.type) and pa.types.is_primitive(f.type.value_type)
     )
     images = plan.rows + _uncounted(plan)
     return int(max(batch_size, min(PART_BYTES // row_bytes, images // 50)))

@@ -6,7 +6,7 @@ NightshiftError                    ends a job with a sentence and an exit code, 
 │   ├── InputRefused               an input that is not there, is empty or cannot be read
 │   ├── StorageRefused             a store that takes no credentials, lacks the bucket or does not answer, at any time
 │   ├── WeightsRefused             weights, labels or a network that do not fit together
-│   └── OutputRefused              an output directory that belongs to another run, or cannot be written
+│   └── OutputRefused              an output directory that is another run's, is damaged, or cannot be written
 ├── TooManyErrors               3  more bad images than --max-error-rate allows
 ├── OutputLocked                4  another driver works on this output, or took it over
 ├── NotWhole                    5  verify found the output incomplete or inconsistent

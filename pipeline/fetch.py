@@ -203,18 +203,20 @@ def _within(timeout_s: float, action: Callable[[], Any]) -> Any:
 
 
 def _fetch_from_hub(uri: str) -> Path:
-    """hf://<owner>/<repository>/<file>, through the hub client's own cache, endpoint and credentials."""
+    """hf://<owner>/<repository>[@<revision>]/<file>, through the hub client's own cache, endpoint and credentials."""
     try:
         import huggingface_hub as hub
     except ImportError as error:
         raise SettingRefused(f"{uri} needs huggingface_hub: pip install 'nightshift[timm]'") from error
-    repository, _, name = uri.removeprefix("hf://").rpartition("/")
-    kept = hub.try_to_load_from_cache(repository, name)
-    if isinstance(kept, str):
-        return Path(kept)
+    owner, repository, name = (*uri.removeprefix("hf://").split("/", 2), "", "")[:3]
+    repository, _, revision = f"{owner}/{repository}".partition("@")
+    at = {"revision": revision or None}
     try:
-        _within(OPEN_TIMEOUT_S, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(repository, name)))
-        return Path(hub.hf_hub_download(repository, name))
+        kept = hub.try_to_load_from_cache(repository, name, **at)
+        if isinstance(kept, str):
+            return Path(kept)
+        _within(OPEN_TIMEOUT_S, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, **at)))
+        return Path(hub.hf_hub_download(repository, name, **at))
     except Exception as error:  # the client's errors share no base class over its versions
         raise OSError(f"{first_line(error)}") from error
 

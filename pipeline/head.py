@@ -87,6 +87,11 @@ def probe(network: nn.Module, model: str, crop: int) -> Shape:
         return Shape(name, module.in_features, module.out_features, channels)
     if name and isinstance(module, nn.Conv2d) and _is_pooled_after(network, name, module, image, output):
         return Shape(name, module.in_channels, module.out_channels, channels)
+    if getattr(network, "num_classes", 0) == output.shape[1]:
+        raise SettingRefused(
+            f"--model {model} ends in several classifiers, or in one that cannot be told from what is before it: its "
+            "embedding cannot be had; name another network, or a package.module:function that returns the embedding"
+        )
     return Shape("", output.shape[1], 0, channels)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 from pipeline import storage
 from pipeline.coverage import Coverage, Ranges
-from pipeline.errors import NightshiftError, OutputLocked
+from pipeline.errors import NightshiftError, OutputLocked, OutputRefused, first_line
 from pipeline.lock import taken_over
 from pipeline.prefetch import ordered_map
 
@@ -171,18 +171,21 @@ def read(output: str) -> Ledger:
 def end(ledger: Ledger, status: str) -> None:
     """Note in the attempt's record how it ended: done, interrupted, or the error's class."""
     uri = _attempt_uri(ledger.output, ledger.attempt)
-    record = json.loads(storage.read(uri))
+    record = storage.read_record(uri)
     storage.write(uri, json.dumps({**record, "ended": _now(), "status": status}).encode())
 
 
-def valid_commits(output: str, last_attempt: int, with_errors: bool = False) -> Iterator[Commit]:
+def valid_commits(
+    output: str, last_attempt: int, *, with_errors: bool = False, damaged: list[str] | None = None
+) -> Iterator[Commit]:
     """The commits that count, by name: those of the newest attempt, and those that it lists.
 
     with_errors: only those whose name a file of errors begins with; the others are not read.
+    damaged: gets the names of those that cannot be read, which otherwise raise OutputRefused.
     """
     if not last_attempt:
         return
-    accepted = set(json.loads(storage.read(_attempt_uri(output, last_attempt)))["accepts"])
+    accepted = set(storage.read_record(_attempt_uri(output, last_attempt))["accepts"])
     newest = f"part-{last_attempt:04d}-"
     uris = {
         name: info.uri
@@ -192,7 +195,19 @@ def valid_commits(output: str, last_attempt: int, with_errors: bool = False) -> 
     if with_errors:
         files = (_stem(info.uri) for info in _list(output, "_errors"))
         uris = {name: uris[name] for file in files if (name := "-".join(file.split("-")[:4])) in uris}
-    yield from map(Commit.from_json, ordered_map(storage.read, uris.values(), READ_THREADS, 8 * READ_THREADS))
+    found = ordered_map(storage.read, uris.values(), READ_THREADS, 8 * READ_THREADS)
+    for (name, uri), text in zip(uris.items(), found, strict=True):
+        try:
+            commit = Commit.from_json(text)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if damaged is None:
+                raise OutputRefused(
+                    f"{uri} is damaged ({first_line(error)}): jobs/verify.py {output} --repair takes it back, and the "
+                    "same command makes it anew"
+                ) from error
+            damaged.append(name)
+        else:
+            yield commit
 
 
 def sweep(ledger: Ledger) -> int:

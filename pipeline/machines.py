@@ -17,6 +17,7 @@ from pipeline.errors import SettingRefused
 LOCAL = "local"
 REFERENCE = "resnet50"
 """The network whose rate every GPU has."""
+CGROUP = Path("/sys/fs/cgroup")
 PRICES = Path(__file__).with_name("prices.yaml")
 
 
@@ -48,9 +49,21 @@ class Machine:
 
 
 def cpus_here() -> int:
-    """CPUs that this process may use."""
+    """CPUs that this process may use: by its affinity and, in a container, by its quota, as Ray counts them."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(count, int(_cpu_quota(CGROUP) or count)))
+
+
+def _cpu_quota(cgroup: Path) -> float | None:
+    """CPUs' worth of time that a control group allows (Linux, version 2 or 1); None without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        return int(quota) / int(period) if quota.isdigit() else None
+    return None
 
 
 def _threads_share_cores() -> bool:
@@ -135,13 +148,18 @@ class Prices:
             raise SettingRefused(f"--prices {file} cannot be read: {error}") from error
         if not isinstance(given, dict) or not isinstance(given.get("machines"), dict):
             raise SettingRefused(f"--prices {file} has no `machines:`; begin with a copy of {PRICES}")
+        gpus = given.get("gpus") or {}
+        if not isinstance(gpus, dict):
+            raise SettingRefused(
+                f"--prices {file}: under `gpus:` there are no names of GPUs; begin with a copy of {PRICES}"
+            )
         try:
             share = float(given.get("spot_share_of_on_demand", 1.0))
         except (TypeError, ValueError) as error:
             raise SettingRefused(f"--prices {file}, spot_share_of_on_demand: {error}") from error
         return Prices(
             {str(name): _machine(file, str(name), values, share) for name, values in given["machines"].items()},
-            {str(name): _gpu_rate(file, str(name), values) for name, values in (given.get("gpus") or {}).items()},
+            {str(name): _gpu_rate(file, str(name), values) for name, values in gpus.items()},
         )
 
     def cluster(self, shape: str, local: Machine | None = None) -> Cluster:
@@ -179,6 +197,8 @@ def _machine(file: Path, name: str, values: Any, spot_share: float) -> Machine:
             value = getattr(made, each)
             if value is not None and value < (each in ("vcpus", "vcpus_per_core")):
                 raise ValueError(f"{each} is {value}")
+        if made.network_gbit == 0:
+            raise ValueError("network_gbit is 0; leave it out where it is not known")
         if made.gpus and not made.gpu:
             raise ValueError("gpus without a gpu: which one?")
     except (TypeError, ValueError) as error:

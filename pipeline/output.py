@@ -52,7 +52,7 @@ def prepare(
     wanted = settings(config, predictor)
     _check_keep(config, predictor)
     _check_batch(config, predictor)
-    found = _read_run(config.output)
+    found = _read_run(config.output, config.overwrite)
     if found is None:
         _refuse_foreign(config.output)
     elif not config.overwrite:
@@ -199,11 +199,16 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _read_run(output: str) -> dict[str, Any] | None:
+def _read_run(output: str, overwrite: bool) -> dict[str, Any] | None:
+    """None where there is none. overwrite: a damaged one will do as well."""
     try:
-        return dict(json.loads(storage.read(_run_uri(output))))
+        return storage.read_record(_run_uri(output))
     except FileNotFoundError:
         return None
+    except OutputRefused:
+        if not overwrite:
+            raise
+        return {"settings": None}
 
 
 def _run_uri(output: str) -> str:

@@ -103,8 +103,9 @@ class Plan:
 
     @property
     def uncounted_shards(self) -> int:
-        """Shards whose images only reading can count."""
-        return int((self.shard_rows < 0).sum())
+        """Shards whose images only reading can count, but for those that were taken back whole."""
+        gone = sum(self.shard_rows[shard] < 0 and not self.planned(shard) for shard in self.retired)
+        return int((self.shard_rows < 0).sum() - gone)
 
     def file(self, index: int) -> str:
         """URI of the file with the row of a shard."""
@@ -198,7 +199,7 @@ def save(plan: Plan, *, is_first: bool = False) -> None:
 def load(output: str) -> Plan | None:
     """The plan of an output directory; None where planning was never finished."""
     try:
-        record = json.loads(storage.read(storage.join(output, NAME)))
+        record = storage.read_record(storage.join(output, NAME))
     except FileNotFoundError:
         return None
     keep = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["keep"])))

@@ -101,7 +101,7 @@ class Report:
 
     @staticmethod
     def load(output: str) -> "Report":
-        return Report(**json.loads(storage.read(storage.join(output, NAME))))
+        return Report(**storage.read_record(storage.join(output, NAME)))
 
     def with_change(self, change: Change | None) -> "Report":
         """The report of a finished run, after an update found this."""
@@ -173,7 +173,7 @@ class Meter:
         if self.first is None and self.ledger.current.parts:
             self.first = time.monotonic(), self._images()
         done = self.ledger.rows + self.ledger.errors
-        total = None if self.plan.uncounted_shards else self.plan.rows
+        total = self.plan.images({})
         if self.bar:
             left = f" · {left}" if (left := self._left(done, total)) else ""
             note = f"{self.rate():.1f}/s · {self.ledger.errors} errors{left}"

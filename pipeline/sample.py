@@ -89,6 +89,8 @@ def measure(
     Raises InputRefused where the sampled shards have no image that can be decoded.
     """
     chosen = [plan.load(index) for index in _spread(plan)]
+    if not chosen:
+        raise InputRefused(f"there is no image in any of the {plan.shards:,} shards: nothing to plan for")
     say(f"reading and decoding the first images of {len(chosen)} of {plan.shards:,} shards")
     _exhaust(loader.load(_cut(chosen[0], WARM_UP_IMAGES), ((0, WARM_UP_IMAGES),)))
     reads = [_read(shard, loader.options) for shard in chosen]

@@ -124,11 +124,16 @@ def retire(output: str, retired: Mapping[int, coverage.Ranges], commit: Commit, 
     return made
 
 
+def read_part(uri: str) -> pa.Table:
+    """A part, or a part of `_errors/`. Raises OSError and pa.ArrowException where a page is not what was written."""
+    return pq.read_table(io.BytesIO(storage.read(uri)), use_threads=False, page_checksum_verification=True)
+
+
 def _without(output: str, old: str | None, new: str, left: Mapping[int, coverage.Ranges]) -> pa.Table | None:
     """Copy the rows that are left of a file into a new one; None, and no file, if there are none."""
     if old is None:
         return None
-    table = pq.read_table(io.BytesIO(storage.read(storage.join(output, old))), use_threads=False)
+    table = read_part(storage.join(output, old))
     keys = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
     kept = table.filter(pa.array([coverage.contains(left.get(shard, ()), row) for shard, row in keys], pa.bool_()))
     if not len(kept):
@@ -157,7 +162,15 @@ def _options(result: pa.Schema) -> dict[str, Any]:
 def _parquet(table: pa.Table, footer: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     table = table.replace_schema_metadata({"nightshift": footer})
-    pq.write_table(table, buffer, compression="zstd", row_group_size=ROW_GROUP_ROWS, store_schema=True, **options)
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        row_group_size=ROW_GROUP_ROWS,
+        store_schema=True,
+        write_page_checksum=True,
+        **options,
+    )
     return buffer.getvalue()
 
 

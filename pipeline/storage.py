@@ -14,15 +14,17 @@ still, before its answer or within it, is broken off after STALL_SECONDS and tri
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import fsspec.utils
 
+from pipeline.errors import OutputRefused, message_line
 from pipeline.stores.base import Changed, ObjectInfo, Store, TooLarge, check_size, escaped, redact
 from pipeline.stores.bucket import bucket_store
 from pipeline.stores.local import LocalStore
@@ -47,6 +49,7 @@ __all__ = [
     "normalize",
     "open_read",
     "read",
+    "read_record",
     "redact",
     "remove_broken_writes",
     "signed",
@@ -97,6 +100,16 @@ def read(uri: str, etag: str = "") -> bytes:
     """The whole object. With an etag, `Changed` if the object is not that one any more."""
     store, path = _locate(uri)
     return store.read(path, etag)
+
+
+def read_record(uri: str) -> dict[str, Any]:
+    """What a run wrote there as JSON. Raises OutputRefused where it is not that any more."""
+    try:
+        return dict(json.loads(read(uri)))
+    except (TypeError, ValueError) as error:
+        raise OutputRefused(
+            f"{uri} is damaged ({message_line(error)}): name another --output, or --overwrite it"
+        ) from error
 
 
 def open_read(uri: str, etag: str = "") -> BinaryIO:

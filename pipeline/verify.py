@@ -1,22 +1,21 @@
 """Proof from the files alone: every planned image is exactly one row, of the results or of `_errors/`."""
 
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import coverage, storage
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline import sink as sinks
-from pipeline.errors import InputRefused, message_line
+from pipeline.errors import InputRefused, first_line, message_line
 from pipeline.ledger import Commit, Ledger
 from pipeline.lock import Lock
 from pipeline.output import RUN, SUCCESS, is_finished
@@ -73,7 +72,7 @@ def verify(output: str) -> Verification:
         return found
     parts = [info.uri for info in ledgers.parts(output)]  # before the commits: a part is there before its commit is
     ledger, commits = _check_ledger(found, plan)
-    _check_parts(found, commits, run["fingerprint"])
+    _check_parts(found, commits, run)
     _check_names(found, commits, parts)
     found.planned = plan.images(ledger.coverage.totals)
     if not found.problems and not is_finished(output):
@@ -102,7 +101,7 @@ def repair(output: str) -> Verification:
 
 def _read_run(output: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(storage.read(storage.join(output, RUN))))
+        return storage.read_record(storage.join(output, RUN))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputRefused(f"{output} holds no run of Nightshift: there is no {RUN}") from error
 
@@ -112,15 +111,19 @@ def _check_ledger(found: Verification, plan: Plan) -> tuple[Ledger, list[Commit]
     last = ledgers.last_attempt(found.output)
     ledger = Ledger(found.output, last)
     accepted: list[Commit] = []
-    for commit in ledgers.valid_commits(found.output, last):
+    damaged: list[str] = []
+    for commit in ledgers.valid_commits(found.output, last, damaged=damaged):
         if ledger.accept(commit):
             accepted.append(commit)
         else:
             found.problems.append(f"commit {commit.name} covers rows that another commit covers")
             found.bad_commits.append(commit)
+    found.problems += [f"commit {name} is damaged" for name in damaged]
+    found.bad_commits += [Commit(name, 0, None, None, {}, {}, 0, 0) for name in damaged]
     for shard, left in plan.remaining(ledger.coverage):
         ranges = ", ".join(f"{a}–{'?' if b == coverage.END else b}" for a, b in left[:3])
-        found.problems.append(f"shard {shard} ({plan.load(shard).uri}): rows {ranges} are missing")
+        where = f" ({plan.load(shard).uri})" if len(found.problems) < SHOWN else ""  # a request to the store for each
+        found.problems.append(f"shard {shard}{where}: rows {ranges} are missing")
     for shard, covered in ledger.coverage:
         if beyond := coverage.subtract(covered, plan.planned(shard)):
             found.problems.append(f"shard {shard}: rows {beyond} are not in the plan")
@@ -128,16 +131,14 @@ def _check_ledger(found: Verification, plan: Plan) -> tuple[Ledger, list[Commit]
     return ledger, accepted
 
 
-def _check_parts(found: Verification, commits: list[Commit], fingerprint: str) -> None:
+def _check_parts(found: Verification, commits: list[Commit], run: Mapping[str, Any]) -> None:
     """Every file is what its commit says, all of one schema; no image_id twice."""
     found.commits = len(commits)
+    kept = {alias or name for name, _, alias in (each.partition(":") for each in run["settings"].get("keep", ()))}
+    check = partial(_check_commit, found.output, run["fingerprint"], kept)
     schemas: dict[str, pa.Schema] = {}
     hashes: list[NDArray[np.uint64]] = []
-    for commit, checked in zip(
-        commits,
-        ordered_map(lambda c: _check_commit(found.output, c, fingerprint), commits, THREADS, 2 * THREADS),
-        strict=True,
-    ):
+    for commit, checked in zip(commits, ordered_map(check, commits, THREADS, 2 * THREADS), strict=True):
         found.rows += checked.rows
         found.errors += checked.errors
         found.parts += commit.part is not None
@@ -182,8 +183,16 @@ class _Checked:
     id_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
-def _check_commit(output: str, commit: Commit, fingerprint: str) -> _Checked:
-    checked = _Checked()
+def _check_commit(output: str, fingerprint: str, kept: Set[str], commit: Commit) -> _Checked:
+    checked = _Checked(commit.rows, commit.errors)
+    try:
+        _check_files(output, fingerprint, kept, commit, checked)
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:  # of a file that opens, and is none of ours
+        checked.problems.append(f"the files of {commit.name} are damaged: {first_line(error)}")
+    return checked
+
+
+def _check_files(output: str, fingerprint: str, kept: Set[str], commit: Commit, checked: _Checked) -> None:
     tables = []
     for kind, name, expected in (("part", commit.part, commit.rows), ("_errors", commit.errors_part, commit.errors)):
         if name is None:
@@ -198,21 +207,18 @@ def _check_commit(output: str, commit: Commit, fingerprint: str) -> _Checked:
             checked.problems.append(f"{path} was written by another run (fingerprint {footer.get('fingerprint')})")
         if len(table) != expected:
             checked.problems.append(f"{path} holds {len(table)} rows, its commit says {expected}")
-        checked.problems += [f"{path}: {problem}" for problem in _bad_vectors(table)]
+        checked.problems += [f"{path}: {problem}" for problem in _bad_vectors(table, kept)]
         tables.append(table.select(["image_id", "shard", "row"]))
-    checked.rows = commit.rows
-    checked.errors = commit.errors
     if tables and not checked.problems:
         both = pa.concat_tables(tables)
         checked.id_hashes = np.array([hash(i) & 0xFFFFFFFFFFFFFFFF for i in both["image_id"].to_pylist()], np.uint64)
         if _rows_by_shard(both) != commit.ranges or len(both) != sum(map(coverage.count, commit.ranges.values())):
             checked.problems.append(f"{commit.name}: the rows in its files are not those of its commit")
-    return checked
 
 
 def _read(uri: str, name: str, checked: _Checked) -> pa.Table | None:
     try:
-        return pq.read_table(io.BytesIO(storage.read(uri)), use_threads=False)
+        return sinks.read_part(uri)
     except FileNotFoundError:
         checked.problems.append(f"{name} is missing")
     except (OSError, pa.ArrowException) as error:
@@ -220,9 +226,10 @@ def _read(uri: str, name: str, checked: _Checked) -> pa.Table | None:
     return None
 
 
-def _bad_vectors(table: pa.Table) -> Iterator[str]:
+def _bad_vectors(table: pa.Table, kept: Set[str]) -> Iterator[str]:
+    """What no network gives; what was kept is the archive's own."""
     for column in table.schema:
-        if pa.types.is_fixed_size_list(column.type):
+        if pa.types.is_fixed_size_list(column.type) and column.name not in kept:
             values = pc.list_flatten(table[column.name])
             if len(values) != len(table) * column.type.list_size:
                 yield f"{column.name} has nulls"

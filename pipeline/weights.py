@@ -75,6 +75,7 @@ def align(state: "OrderedDict[str, Tensor]", wanted: Iterable[str]) -> "OrderedD
     """The state under the network's own names: what a wrapper put before them is stripped, of all names that have it.
 
     The prefix is the one that makes most names match: module., backbone., model., encoder., _orig_mod., or any other.
+    Raises WeightsRefused where two tensors would get the same of those names.
     """
     names = set(wanted)
     renamed = {key: _OLD_DENSENET.sub(r"\1\2", key) for key in state}
@@ -85,7 +86,14 @@ def align(state: "OrderedDict[str, Tensor]", wanted: Iterable[str]) -> "OrderedD
             if ".".join(parts[i:]) in names:
                 fits[".".join(parts[:i]) + "." if i else ""] += 1
     prefix = max(fits, key=lambda found: (fits[found], -len(found)), default="")
-    aligned = OrderedDict((name.removeprefix(prefix), state[key]) for key, name in renamed.items())
+    aligned: OrderedDict[str, Tensor] = OrderedDict()
+    for key, name in renamed.items():
+        own = name.removeprefix(prefix)
+        if own in aligned and own in names:
+            raise WeightsRefused(
+                f"the weights hold {own!r} twice, once with {prefix!r} before it: save the state_dict() of one network"
+            )
+        aligned[own] = state[key]
     for name in list(aligned):
         if name.startswith(_AUXILIARY) and name not in names:
             del aligned[name]
@@ -106,10 +114,12 @@ def fit(network: nn.Module, state: "OrderedDict[str, Tensor]", what: str, head: 
     """
     state._metadata = state._metadata or network.state_dict()._metadata  # type: ignore[attr-defined]
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    refused: RuntimeError | None = None
     try:
         missing, surplus = network.load_state_dict(state, strict=False, assign=True)
         misshapen = []
-    except RuntimeError:
+    except RuntimeError as error:
+        refused = error
         missing, surplus = (
             [name for name in shapes if name not in state],
             [name for name in state if name not in shapes],
@@ -125,8 +135,9 @@ def fit(network: nn.Module, state: "OrderedDict[str, Tensor]", what: str, head: 
     if headless:
         missing = [name for name in missing if name not in of_head]
     faults = {"missing": missing, "surplus": surplus, "of another shape": misshapen}
-    if any(faults.values()):
+    if refused or any(faults.values()):
         found = "; ".join(f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names)
+        found = found or " ".join(str(refused).split())[:400]
         raise WeightsRefused(
             f"{what} do not fit together: {found}; name the --model that these weights were trained for"
         )

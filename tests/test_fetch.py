@@ -131,6 +131,28 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("uri", ["hf://model.safetensors", "hf://owner/model.safetensors", "hf://a/b@../c/w.bin"])
+def test_what_is_no_file_of_the_hub_is_refused(uri: str) -> None:
+    with pytest.raises(WeightsRefused, match=r"^weights hf://.* cannot be had \(\w+:"):
+        fetch_weights(uri)
+
+
+def test_a_file_of_the_hub_may_lie_in_a_folder_and_have_a_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, kept = [], tmp_path / "kept"
+    kept.write_bytes(CONTENT)
+
+    def look_up(repository: str, name: str, revision: str | None) -> str:
+        asked.append((repository, name, revision))
+        return str(kept)
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look_up)
+    for uri in ("hf://timm/resnet/model.safetensors", "hf://timm/resnet@v2/fp16/model.safetensors"):
+        assert fetch_weights(uri) == (str(kept), DIGEST)
+    assert asked == [("timm/resnet", "model.safetensors", None), ("timm/resnet", "fp16/model.safetensors", "v2")]
+
+
 def test_torch_hubs_folder_is_looked_in_first(tmp_path: Path) -> None:
     kept = tmp_path / "torch" / "hub" / "checkpoints" / f"net-{DIGEST[:8]}.pth"
     kept.parent.mkdir(parents=True)

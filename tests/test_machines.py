@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import machines
 from pipeline.errors import SettingRefused
 from pipeline.machines import LOCAL, PRICES, Machine, Prices
 
@@ -55,6 +56,29 @@ def test_the_machine_at_hand_has_no_price(prices: Prices) -> None:
 
 
 @pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "broken"}, None),
+    ],
+)
+def test_a_container_may_use_its_quota(
+    files: dict[str, str], cpus: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machines._cpu_quota(tmp_path) == cpus
+    monkeypatch.setattr(machines, "CGROUP", tmp_path)
+    monkeypatch.setattr(machines.os, "sched_getaffinity", lambda _: set(range(64)))
+    assert machines.cpus_here() == int(cpus or 64)
+
+
+@pytest.mark.parametrize(
     ("shape", "said"),
     [
         ("8xg6.2xlrge", r"what 'g6\.2xlrge' is\. Near it: .*g6\.2xlarge"),
@@ -91,6 +115,8 @@ def test_prices_of_ones_own(tmp_path: Path) -> None:
         (f"{ONE}gpus: {{T9: {{images_per_second: {{resnet50: 0}}, source: x}}}}", "GPU T9: images_per_second is"),
         (f"{ONE}gpus: {{T9: {{images_per_second: {{resnet18: 9}}, source: x}}}}", "GPU T9.*lacks resnet50"),
         (f"{ONE}gpus: {{T9: {{images_per_second: 9, source: x}}}}", "GPU T9"),
+        ("machines: {a: {vcpus: 4, network_gbit: 0}}", "machine a: network_gbit is 0"),
+        (f"{ONE}gpus: [L4]", "under `gpus:` there are no names"),
         ("- 1", "no `machines:`"),
         ("a: [", "cannot be read"),
     ],

@@ -239,6 +239,18 @@ def test_what_does_not_fit_is_refused_by_name(trained: nn.Module, tmp_path: Path
         resolve("resnet34", save(tmp_path / "c.pth", trained.state_dict()))
 
 
+def test_a_tensor_that_is_there_twice_is_refused(trained: nn.Module, tmp_path: Path) -> None:
+    state = {"fc.weight": torch.zeros(7, 1024)} | {f"backbone.{k}": v for k, v in trained.state_dict().items()}
+    with pytest.raises(WeightsRefused, match=r"hold 'fc\.weight' twice, once with 'backbone\.' before it"):
+        resolve(SMALL, save(tmp_path / "w.pth", state))
+
+
+def test_what_torch_does_not_load_is_refused(trained: nn.Module, tmp_path: Path) -> None:
+    state = {name: tensor.to(torch.int8) for name, tensor in trained.state_dict().items()}
+    with pytest.raises(WeightsRefused, match=r"do not fit together: .*floating point"):
+        resolve(SMALL, save(tmp_path / "w.pth", state))
+
+
 def test_a_checkpoint_without_a_head_embeds_and_does_not_classify(trained: nn.Module, tmp_path: Path) -> None:
     state = {name: value for name, value in trained.state_dict().items() if not name.startswith("fc.")}
     path = save(tmp_path / "w.pth", OrderedDict((f"encoder.{name}", value) for name, value in state.items()))
@@ -402,6 +414,12 @@ def test_a_network_without_a_classifier_only_embeds() -> None:
     assert (spec.embedding_dim, spec.num_classes, spec.head) == (5, 0, "")
     with pytest.raises(WeightsRefused, match="does not end in a classifier"):
         resolve(f"{HERE}:headless", "random")
+
+
+@pytest.mark.parametrize("model", ["timm:levit_128s", "timm:deit_tiny_distilled_patch16_224"])
+def test_the_mean_of_several_classifiers_is_no_embedding(model: str) -> None:
+    with pytest.raises(SettingRefused, match="ends in several classifiers"):
+        resolve(model, "random", need_head=False)
 
 
 def test_timm_networks(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def test_an_overwrite_that_is_refused_leaves_everything(tmp_path: Path, photos: 
     assert outputs.is_finished(str(finished))
 
 
+def test_a_damaged_run_can_be_overwritten(photos: Path, finished: Path) -> None:
+    (finished / "_run.json").write_bytes(b"")
+    with pytest.raises(OutputRefused, match=r"_run.json is damaged .*--overwrite it"):
+        prepare(finished, photos)
+    prepare(finished, photos, overwrite=True)
+    assert json.loads((finished / "_run.json").read_text())["settings"]["model"] == "a"
+
+
 def test_an_overwrite_leaves_nothing_of_the_run_before(photos: Path, finished: Path) -> None:
     (finished / "mine.txt").write_text("not a run's")
     plan = prepare(finished, photos, overwrite=True, model="b")

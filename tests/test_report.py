@@ -18,7 +18,7 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, planned: int | None) -> None:
         self.clock, self.commits = 1_000.0, 0
         monkeypatch.setattr(report.time, "monotonic", lambda: self.clock)
-        plan = SimpleNamespace(uncounted_shards=planned is None, rows=planned)
+        plan = SimpleNamespace(images=lambda totals: planned)
         self.ledger, self.screen = Ledger("out", attempt=1), io.StringIO()
         self.meter = Meter(plan, self.ledger, Console(file=self.screen, width=100))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from zipfile import ZipFile
 import images
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from whole import jpeg, write_folder, write_tar
@@ -144,6 +145,13 @@ def test_an_archive_without_one_good_image_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(InputRefused, match="no image could be decoded"):
         measured(tmp_path)
+
+
+def test_an_archive_of_no_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "in/empty.parquet")
+    with pytest.raises(InputRefused, match="no image in any of the 1 shards"):
+        measured(tmp_path / "in")
 
 
 def test_what_warms_up_is_left_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from pipeline import ledger as ledgers
 from pipeline import lock as locks
 from pipeline import plan as plans
 from pipeline import schema, storage
-from pipeline.errors import InputRefused, OutputLocked
+from pipeline.errors import InputRefused, OutputLocked, OutputRefused
 from pipeline.ledger import Commit
 from pipeline.lock import Lock
 from pipeline.plan import Shard
@@ -71,6 +72,15 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
 
 def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def flip_a_bit(path: Path, column: str) -> None:
+    """In the last bytes of the column's first page."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunk = next(each for each in map(group.column, range(group.num_columns)) if each.path_in_schema == column)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 4
+    path.write_bytes(data)
 
 
 def copy_commit(output: Path, name: str) -> None:
@@ -141,6 +151,11 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "embedding holds NaN or infinity",
     ),
+    "a bit of a part is flipped": (lambda o: flip_a_bit(part(o), "embedding.list.element"), "cannot be read"),
+    "a commit is cut": (lambda o: commit(o).write_bytes(commit(o).read_bytes()[:-9]), "commit part-.* is damaged"),
+    "a commit is empty": (lambda o: commit(o).write_bytes(b""), "commit part-.* is damaged"),
+    "a commit is something else": (lambda o: commit(o).write_text('{"name": 1}'), "commit part-.* is damaged"),
+    "a part lacks a column": (lambda o: rewrite(part(o), lambda t: t.drop_columns(["row"])), "are damaged: KeyError"),
     "_SUCCESS is missing": (lambda o: (o / "_SUCCESS").unlink(), "_SUCCESS is missing"),
     "the plan is missing": (lambda o: (o / "_plan/plan.json").unlink(), "the plan was never finished"),
 }
@@ -175,13 +190,38 @@ def test_what_is_repaired_goes_on_to_be_whole(output: Path, name: str) -> None:
     assert (found.rows, found.errors) == (18, 2)
 
 
+@pytest.mark.parametrize("vector", [None, [1.0, float("nan")], [None, 2.0]])
+def test_what_was_kept_is_the_archives_own(output: Path, vector: list[float | None] | None) -> None:
+    column = pa.array([vector] * 5, pa.list_(pa.float32(), 2))
+    for number in (0, 2):
+        rewrite(part(output, number), lambda t: t.append_column("bbox", column))
+    for number in (1, 3):
+        rewrite(part(output, number), lambda t: t.append_column("bbox", column.slice(0, 4)))
+    assert not verify(str(output)).is_whole
+    edit(output / "_run.json", settings={"keep": ["box:bbox"]})
+    assert verify(str(output)).problems == []
+
+
+@pytest.mark.parametrize("record", ["_run.json", "_attempts/1.json", "_plan/plan.json"])
+def test_a_damaged_record_is_a_sentence(output: Path, record: str) -> None:
+    (output / record).write_text("{")
+    with pytest.raises(OutputRefused, match=rf"{record} is damaged \(.*--overwrite it"):
+        verify(str(output))
+
+
+def test_a_job_does_not_go_on_from_a_damaged_commit(output: Path) -> None:
+    commit(output).write_bytes(b"")
+    with pytest.raises(OutputRefused, match=rf"is damaged .*jobs/verify.py {output} --repair takes it back"):
+        ledgers.begin(str(output))
+
+
 def test_a_part_committed_while_it_is_verified_is_no_fault(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver at work writes on between the listings."""
     PLANTED["rows are missing"][0](output)
     list_commits = ledgers.valid_commits
 
-    def list_and_commit(text: str, last_attempt: int) -> Iterator[Commit]:
-        yield from list_commits(text, last_attempt)
+    def list_and_commit(text: str, last_attempt: int, **more: Any) -> Iterator[Commit]:
+        yield from list_commits(text, last_attempt, **more)
         Sink(text, 1, RESULT, json.dumps({"fingerprint": "f"}))(rows(0, 6, ROWS, ends=True))
 
     monkeypatch.setattr(ledgers, "valid_commits", list_and_commit)
@@ -203,13 +243,13 @@ def test_no_driver_works_on_what_is_repaired(output: Path, monkeypatch: pytest.M
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
     list_commits, refused = ledgers.valid_commits, []
 
-    def list_beside_a_driver(text: str, last_attempt: int) -> Iterator[Commit]:
+    def list_beside_a_driver(text: str, last_attempt: int, **more: Any) -> Iterator[Commit]:
         try:
             with Lock(text):
                 pass
         except OutputLocked as error:
             refused.append(error)
-        yield from list_commits(text, last_attempt)
+        yield from list_commits(text, last_attempt, **more)
 
     monkeypatch.setattr(ledgers, "valid_commits", list_beside_a_driver)
     assert repair(str(output)).is_whole
