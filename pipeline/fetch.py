@@ -210,13 +210,13 @@ def _fetch_from_hub(uri: str) -> Path:
         raise SettingRefused(f"{uri} needs huggingface_hub: pip install 'nightshift[timm]'") from error
     owner, repository, name = (*uri.removeprefix("hf://").split("/", 2), "", "")[:3]
     repository, _, revision = f"{owner}/{repository}".partition("@")
-    at = {"revision": revision or None}
+    version = revision or None
     try:
-        kept = hub.try_to_load_from_cache(repository, name, **at)
+        kept = hub.try_to_load_from_cache(repository, name, revision=version)
         if isinstance(kept, str):
             return Path(kept)
-        _within(OPEN_TIMEOUT_S, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, **at)))
-        return Path(hub.hf_hub_download(repository, name, **at))
+        _within(OPEN_TIMEOUT_S, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=version)))
+        return Path(hub.hf_hub_download(repository, name, revision=version))
     except Exception as error:  # the client's errors share no base class over its versions
         raise OSError(f"{first_line(error)}") from error
 

@@ -114,7 +114,8 @@ def check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None
         tile = image.tag_v2.get(TILE_WIDTH, 1) * image.tag_v2.get(TILE_LENGTH, 1)
         if tile > max_pixels:
             raise DecodeError("too_large", f"a TIFF of {pixels} pixels has tiles of {tile}; the limit is {max_pixels}")
-        covered = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in image.tile)
+        boxes = [tile.extents for tile in image.tile if tile.extents]
+        covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
         if covered > TIFF_PASSES * max(pixels, SMALL_PIXELS):
             raise DecodeError(
                 "too_large", f"the strips of a TIFF of {pixels} pixels cover {covered // pixels} times as many"
