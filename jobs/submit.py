@@ -139,7 +139,8 @@ def send(
         runtime_env = {"working_dir": str(archive), "env_vars": {**variables, **secrets}}
         if needed := lacking(client, given, required, archive):
             runtime_env["pip"] = environment.pip(needed, folder)
-            cli.tell(f"each node installs {', '.join(needed)} first, which may take minutes")
+            names = ", ".join(map(environment.without_url, needed))
+            cli.tell(f"each node installs {names} first, which may take minutes")
         submit(client, submission_id, entrypoint, runtime_env)
     cli.tell(f"submitted {submission_id}: {entrypoint}")
     return submission_id
@@ -162,10 +163,18 @@ def attend(follower: Follower) -> int:
                 return report(follower.submission_id, follower.follow())
             except KeyboardInterrupt:
                 if wants_to_stop():
-                    follower.client.stop_job(follower.submission_id)
+                    ask_to_stop(follower)
     except KeyboardInterrupt:
         cli.tell(f"the job goes on; follow it with: {follower.how_to_attach}")
         return Interrupted(signal.SIGINT).exit_code
+
+
+def ask_to_stop(follower: Follower) -> None:
+    try:
+        follower.client.stop_job(follower.submission_id)
+    except (OSError, RuntimeError) as error:
+        how = follower.how_to_attach.replace("--attach", "--stop")
+        cli.tell(f"the job could not be asked to stop ({error}) and goes on; ask it later with: {how}")
 
 
 def wants_to_stop() -> bool:

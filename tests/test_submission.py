@@ -1,16 +1,22 @@
 """What `jobs/submit.py` decides before it asks a cluster."""
 
+import asyncio
 import os
+import threading
 import zipfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import free_port
+from ray.job_submission import JobStatus
+from whole import wait_for
 
 from jobs import submit
-from jobs.submission import environment, package, probe
+from jobs.submission import environment, follow, package, probe
 from jobs.submission.client import connect
 from jobs.submission.client import submit as submit_job
 from pipeline.errors import SettingRefused
@@ -139,6 +145,69 @@ def test_a_job_whose_answer_was_lost_is_followed_and_another_one_is_not(
         submit_job(client, "night", "python job.py", {})
 
 
+class Silent:
+    """A job that says nothing while it is asked for `looks` times, and cannot be stopped."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.streams = 0
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        self.streams += 1
+        try:
+            await asyncio.sleep(600)
+            yield ""
+        finally:
+            self.streams -= 1
+
+    def get_job_info(self, _: str) -> SimpleNamespace:
+        self.looks -= 1
+        status = JobStatus.RUNNING if self.looks else JobStatus.SUCCEEDED
+        return SimpleNamespace(status=status, driver_exit_code=0, message="")
+
+    def get_job_logs(self, _: str) -> str:
+        return ""
+
+    def stop_job(self, _: str) -> None:
+        raise ConnectionError("no route")
+
+
+def test_a_silent_job_is_followed_over_one_connection_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "QUIET_S", 0.0)
+    monkeypatch.setattr(follow, "POLL_S", 0.05)
+    client: Any = Silent(20)
+    before = threading.active_count()
+    assert follow.Follower(client, "night", 1.0, "").follow().status == JobStatus.SUCCEEDED
+    wait_for(lambda: (client.streams, threading.active_count()) == (0, before))
+
+
+def test_a_job_that_cannot_be_asked_to_stop_is_followed_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client: Any = Silent(2)
+    follower = follow.Follower(client, "night", 1.0, "python jobs/submit.py --attach night")
+    monkeypatch.setattr(follower, "follow", Mock(side_effect=[KeyboardInterrupt, client.get_job_info("")]))
+    monkeypatch.setattr(submit, "wants_to_stop", lambda: True)
+    client.get_job_info("")
+    submit.attend(follower)
+    said = capsys.readouterr().err
+    assert "could not be asked to stop (no route) and goes on; ask it later with: python jobs/submit.py --stop" in said
+
+
+def test_a_requirements_url_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(environment, "submit", lambda client, name, entrypoint, env: asked.append(entrypoint))
+    client: Any = SimpleNamespace(
+        get_job_info=lambda _: SimpleNamespace(status=JobStatus.SUCCEEDED, driver_exit_code=0),
+        get_job_logs=lambda _: '["timm"]\n',
+        delete_job=lambda _: None,
+    )
+    wheel = "mine @ https://user:token@host/mine.whl"
+    assert environment.missing(client, ["timm", wheel], {}) == ["timm", wheel]
+    assert "token" not in asked[0]
+    assert [environment.without_url(text) for text in ("timm>=1", wheel)] == ["timm>=1", "mine from a URL"]
+
+
 def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:2")
@@ -209,7 +278,7 @@ def test_a_requirement_that_contradicts_a_pin_is_refused(asked: str, said: str, 
     ("text", "met"),
     [
         ("python>=3.11", True), ("python>=4", False), ("numpy>=2", True), ("numpy>=99", False), ("nosuch", False),
-        ("nosuch; sys_platform == 'other'", True), ("numpy @ https://host/numpy.whl", False),
+        ("nosuch; sys_platform == 'other'", True),
     ],
 )  # fmt: skip
 def test_the_probe(text: str, met: bool) -> None:

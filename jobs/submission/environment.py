@@ -71,10 +71,21 @@ def is_installable(requirement: str) -> bool:
     return Requirement(requirement).name not in THE_CLUSTERS_OWN
 
 
+def without_url(requirement: str) -> str:
+    """As it may be shown: a URL may bear credentials."""
+    asked = Requirement(requirement)
+    return f"{asked.name} from a URL" if asked.url else requirement
+
+
 def missing(client: Client, requirements: Sequence[str], runtime_env: dict[str, Any]) -> list[str]:
-    """Those that the Python of the cluster's drivers does not meet. It is asked with a job that ends at once."""
+    """Those that the Python of the cluster's drivers does not meet, and those from URLs, of which no version tells.
+
+    It is asked with a job that ends at once, whose command everyone sees.
+    """
     submission_id = f"nightshift-probe-{uuid.uuid4().hex[:8]}"
-    submit(client, submission_id, shlex.join(["python", PROBE, *requirements]), runtime_env)
+    from_urls = [text for text in requirements if Requirement(text).url]
+    named = [text for text in requirements if text not in from_urls]
+    submit(client, submission_id, shlex.join(["python", PROBE, *named]), runtime_env)
     deadline = time.monotonic() + PROBE_PATIENCE_S
     while not (details := client.get_job_info(submission_id)).status.is_terminal():
         if time.monotonic() > deadline:
@@ -88,7 +99,7 @@ def missing(client: Client, requirements: Sequence[str], runtime_env: dict[str, 
     client.delete_job(submission_id)
     if details.driver_exit_code != 0:
         raise NightshiftError(f"the cluster cannot run Python for this job: {' '.join(lines[-1:]) or details.message}")
-    return list(json.loads(lines[-1]))
+    return [*json.loads(lines[-1]), *from_urls]
 
 
 def pip(requirements: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def _pinned(text: str, pins: Mapping[str, Requirement]) -> str:
     versions = [each.version for each in pin.specifier]
     if asked.url or not all(asked.specifier.contains(version, prereleases=True) for version in versions):
         raise SettingRefused(
-            f"--requirement {asked.name}{asked.specifier or ' from a URL'}: the project's {CONSTRAINTS} pins {pin}; "
+            f"--requirement {without_url(text)}: the project's {CONSTRAINTS} pins {pin}; "
             "ask for it without a version, or change the pin"
         )
     asked.specifier = pin.specifier

@@ -23,7 +23,7 @@ RETRY_S = 2.0
 class LogStream(threading.Thread):
     """The log of a job from its first character. `chunks` gets its text, then None, however the stream ended.
 
-    On a daemon thread, so that one that hangs is left behind.
+    On a daemon thread, so that one that hangs after all is left behind.
     """
 
     def __init__(self, client: Client, submission_id: str) -> None:
@@ -33,12 +33,20 @@ class LogStream(threading.Thread):
         self.chunks: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.position = 0  # characters that were taken from `chunks`
         self.heard_at = time.monotonic()
+        self.loop = asyncio.new_event_loop()
+        self.tail = self.loop.create_task(self._tail())
         self.start()
 
     def run(self) -> None:
-        with contextlib.suppress(Exception):  # whatever breaks the stream: the job's state is asked for elsewhere
-            asyncio.run(self._tail())
+        # Whatever breaks the stream: the job's state is asked for elsewhere.
+        with contextlib.closing(self.loop), contextlib.suppress(Exception, asyncio.CancelledError):
+            self.loop.run_until_complete(self.tail)
         self.chunks.put(None)
+
+    def stop(self) -> None:
+        """Let go of its connection."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self.loop.call_soon_threadsafe(self.tail.cancel)
 
     async def _tail(self) -> None:
         async for text in self.client.tail_job_logs(self.submission_id):
@@ -62,21 +70,25 @@ class Follower:
     def follow(self) -> JobDetails:
         """The job's last state. Raises NightshiftError when the cluster stays out of reach or forgot the job."""
         stream = LogStream(self.client, self.submission_id)
-        while True:
-            has_ended = self._show(stream)
-            details, was_lost = self._ask()
-            if details.status.is_terminal():
-                self._show_the_rest(stream)
-                return details
-            if details.status == JobStatus.PENDING:
-                self._tell_once(f"not started yet: {details.message}")
-            if has_ended and not was_lost:
-                cli.tell("the connection broke off; reading on")
-                time.sleep(RETRY_S)
-            if has_ended or was_lost or time.monotonic() - stream.heard_at > QUIET_S:
-                stream = LogStream(self.client, self.submission_id)
+        try:
+            while True:
+                has_ended = self._show(stream, POLL_S)
+                details, was_lost = self._ask()
+                if details.status.is_terminal():
+                    self._show_the_rest(stream)
+                    return details
+                if details.status == JobStatus.PENDING:
+                    self._tell_once(f"not started yet: {details.message}")
+                if has_ended and not was_lost:
+                    cli.tell("the connection broke off; reading on")
+                    time.sleep(RETRY_S)
+                if has_ended or was_lost or time.monotonic() - stream.heard_at > QUIET_S:
+                    stream.stop()
+                    stream = LogStream(self.client, self.submission_id)
+        finally:
+            stream.stop()
 
-    def _show(self, stream: LogStream, timeout_s: float = POLL_S) -> bool:
+    def _show(self, stream: LogStream, timeout_s: float) -> bool:
         """Print what comes until nothing does for a while; True when the stream has ended."""
         while True:
             try:

@@ -15,8 +15,6 @@ from packaging.requirements import Requirement
 def is_met(requirement: Requirement) -> bool:
     if requirement.marker and not requirement.marker.evaluate():
         return True
-    if requirement.url:  # a version says nothing of where it came from
-        return False
     if requirement.name == "python":
         return requirement.specifier.contains("{}.{}.{}".format(*sys.version_info))
     try:
