@@ -142,6 +142,30 @@ def test_a_head_that_cannot_start_says_why(machines: Machines) -> None:
 
 
 @pytest.mark.parametrize(
+    ("listed", "flags", "given"), [(True, "", True), (True, "--node-ip-address=10.9.9.9", False), (False, "", False)]
+)
+def test_a_head_has_the_address_that_it_is_listed_by(tmp_path: Path, listed: bool, flags: str, given: bool) -> None:
+    """`ssh` is a shell on this machine, and `ray` notes how it is started. Behind NAT a head is listed by another."""
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    if not addresses:
+        pytest.skip("this machine has no address but loopback")
+    for name, text in (
+        ("ssh", 'shift 5\nexec "$@"'),
+        ("venv/bin/ray", f'echo "$@" >{tmp_path}/started\necho Ray runtime started\nsleep 60'),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"{addresses[0] if listed else 'far.example'} {flags}\n")
+    own = {"HOME": str(tmp_path), "NIGHTSHIFT_SSH": str(tmp_path / "ssh"), "NIGHTSHIFT_VENV": str(tmp_path / "venv")}
+    for command in ("start", "stop"):
+        subprocess.run([SCRIPT, command, hosts], env={"PATH": os.environ["PATH"], **own}, check=True, timeout=60)
+    started = (tmp_path / "started").read_text()
+    assert (f"--node-ip-address={addresses[0]}" in started) is given
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "names no machine"),

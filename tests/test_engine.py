@@ -79,6 +79,13 @@ def test_a_block_is_whole_batches_though_images_are_missing(
     assert leaves or found == [64] * len(missing)
 
 
+def test_parts_are_cut_by_what_vectors_take_whatever_was_kept() -> None:
+    plan: Any = SimpleNamespace(rows=10**9, size_bytes=0, uncounted_shards=0)
+    kept = {"words": pa.list_(pa.string(), 2), "pairs": pa.list_(pa.struct([("a", pa.int8())]), 3)}
+    result = pa.schema({"embedding": pa.list_(pa.float32(), 512), **kept})
+    assert engine._rows_per_part(plan, result, 64) == engine.PART_BYTES // (200 + 4 * 512)
+
+
 def test_a_dashboards_address_is_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(SettingRefused, match=r"^RAY_ADDRESS is 'http://127.0.0.1:8265': it is HOST:PORT of a cluster"):

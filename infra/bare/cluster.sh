@@ -97,6 +97,7 @@ else
     [[ -s $here/pid ]] && read -r pid birth <"$here/pid" && [[ -n $birth && $(born "$pid") == "$birth" ]]
   }
   start_ray() {
+    ulimit -n "$(ulimit -Hn)" 2>/dev/null || true # a head has a connection to every worker of every machine
     setsid nohup ray start --block "$@" >"$here/log" 2>&1 </dev/null &
     echo "$! $(born $!)" >"$here/pid"
   }
@@ -118,15 +119,21 @@ REMOTE
 }
 
 start_one() { # INDEX FLAGS…
-  local target=${targets[$1]}
+  local target=${targets[$1]} own_address=
+  (($1)) || own_address=$head_address
   {
     runtime
+    printf 'own_address=%q\n' "$own_address"
     printf 'flags=(%s) target=%q ready_seconds=%q\n' "${*:2}" "$target" "$READY_SECONDS"
     printf 'token=%q\n' "$(<"$token_file")"
     cat <<'REMOTE'
 if is_running; then
   echo "$target: runs already"
   exit
+fi
+# By itself Ray takes the address that the default route leaves from: the wrong one of two networks, none without a route.
+if [[ " ${flags[*]} " != *" --node-ip-address"* && " $(hostname -I) " == *" $own_address "* && -n $own_address ]]; then
+  flags+=("--node-ip-address=$own_address")
 fi
 (umask 077 && mkdir -p "$here" && printf %s "$token" >"$here/token")
 start_ray "${flags[@]}"
