@@ -471,6 +471,15 @@ def with_entry(data: bytes, number: int, offset: int, new: bytes) -> bytes:
     return data[: start + offset] + new + data[start + offset + len(new) :]
 
 
+def with_zip64_offset(data: bytes, number: int, offset: int) -> bytes:
+    """The offset of a member in the extra field of its entry, of which it is the last (APPNOTE 4.5.3)."""
+    start = -1
+    for _ in range(number + 1):
+        start = data.index(b"PK\1\2", start + 1)
+    end = start + 46 + sum(struct.unpack_from("<HH", data, start + 28))
+    return data[: end - 8] + struct.pack("<Q", offset) + data[end:]
+
+
 def zips() -> Iterator[Case]:
     three = zip_of(("a.png", PNG), ("b.jpg", JPG), ("c.png", PNG))
     bad_member = {name: (OK, f"read {name}", OK) for name in ("corrupt", "unsupported", "too_large")}
@@ -493,6 +502,8 @@ def zips() -> Iterator[Case]:
         large = zip_of(("a.png", PNG), ("b.jpg", JPG), ("c.png", PNG))
     assert b"PK\6\6" in large, "zip64's end of directory"
     yield Case("zip64.zip", large, (OK,) * 3)
+    yield Case("zip64-offset-nowhere.zip", with_zip64_offset(large, 1, 1 << 62), bad_member["corrupt"])
+    yield Case("version-later.zip", with_entry(three, 1, 6, b"\xff"), (OK,) * 3)
     yield Case("zip64-extra.zip", with_entry(large, 1, 30, b"\5\0"), ("read corrupt",))
     yield Case("zip64-disks.zip", patched(large, b"PK\6\7", 16, b"\xff\xff"), ("read corrupt",))
     yield Case("program-before.zip", b"#!/bin/sh\n" * 50 + three, (OK,) * 3)
@@ -554,6 +565,12 @@ def parquets() -> Iterator[Case]:
     named = pa.table({"image": pa.array([{"bytes": PNG, "path": name} for name in ("ä", "ö", "b")], STRUCT)})
     text = parquet_of(named, compression="none", use_dictionary=False, write_statistics=False)
     yield Case("path-not-utf8.parquet", text.replace("ö".encode(), b"\xff\xfe"), (OK,) * 3)
+    dates = pa.array([0, -(1 << 60), 1], pa.timestamp("us"))
+    yield Case(
+        "date-of-no-year.parquet", parquet_of(pa.table({"image": [PNG] * 3, "at": dates})), (OK,) * 3, keep=("at",)
+    )
+    unnamed = parquet_of(pa.table({"image": [PNG], "ö": [1]}), store_schema=False).replace("ö".encode(), b"\xff\xfe")
+    yield Case("column-not-utf8.parquet", unnamed, ("read corrupt",), refused=corrupt)
     wrong = parquet_of(pa.table({"image": [1, 2], "label": [1.5, 2.5]}))
     yield Case("no-image-column.parquet", wrong, ("read unreadable",) * 2, refused="has no column of image bytes")
     two = parquet_of(pa.table({"left": [PNG], "right": [PNG]}))

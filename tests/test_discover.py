@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import tarfile
 import tracemalloc
 import urllib.request
@@ -100,6 +101,31 @@ def test_the_output_inside_the_input_is_not_read(folder: Path) -> None:
     pq.write_table(pa.table({"image": [IMAGE]}), folder / "out" / "part-1.parquet")
     archive = Archive(RunConfig(input=str(folder), output=str(folder / "out")))
     assert all("/out/" not in shard.uri for shard in archive.shards())
+
+
+def test_cells_of_several_lines_make_no_images(folder: Path) -> None:
+    """Longer than a block of Arrow's reader, which may end inside of one."""
+    for length in range(40, 44):
+        caption = "word " * length + "\nsecond, line"
+        rows = (f'loose/{i:06d}.jpg,"{caption}"\n' for i in range((3 << 20) // len(caption)))
+        (folder / "captions.csv").write_text("url,caption\n" + "".join(rows))
+        found = shards(folder / "captions.csv", keep="caption")
+        assert sum(len(shard.keys or ()) for shard in found) == (3 << 20) // len(caption)
+        assert {json.loads(each)["caption"] for shard in found for each in shard.kept or ()} == {caption}
+
+
+def test_a_csv_without_names_of_columns_is_refused(folder: Path) -> None:
+    for text in ("loose/a/1.jpg\nloose/b/2.jpg\n", "s3://bucket/1,7\ns3://bucket/2,8\n"):
+        (folder / "bare.csv").write_text(text)
+        with pytest.raises(InputRefused, match=r"begins with an image, .*: a CSV begins with the names of its columns"):
+            shards(folder / "bare.csv")
+
+
+def test_rows_without_a_uri_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pq.write_table(pa.table({"url": ["./loose/a/1.jpg", None, "", "x.jpg"]}), folder / "gaps.parquet")
+    (shard,) = shards(folder / "gaps.parquet", uri_column="url")
+    assert shard.keys == (f"{folder}/loose/a/1.jpg", f"{folder}/x.jpg")
+    assert "2 rows have nothing in the column 'url'" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".parquet"])

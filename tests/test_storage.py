@@ -110,6 +110,13 @@ class TestLocal(StorageContract):
         assert [name for name in os.listdir(base) if name != "taken"] == []
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(OSError, match=r"x\.tar is a pipe, a socket or a device"):
+        storage.open_read(str(tmp_path / "x.tar"))
+
+
 class TestS3(StorageContract):
     @pytest.fixture
     def base(self, s3: S3Server, request: pytest.FixtureRequest) -> str:

@@ -112,7 +112,7 @@ class Archive:
         _existing(name)
         try:
             schema = parquet.shard_rows(name)[1]
-        except (OSError, pa.ArrowException):
+        except parquet.BAD_BYTES:
             return False
         try:
             parquet.find_image_column(schema, None, name)
@@ -196,7 +196,7 @@ def _footer(info: ObjectInfo) -> tuple[int, pa.Schema] | str:
     try:
         found: tuple[int, pa.Schema] = parquet.shard_rows(info.uri)
         return found
-    except (OSError, pa.ArrowException) as error:
+    except parquet.BAD_BYTES as error:
         return message_line(error)
 
 

@@ -47,11 +47,13 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
 
 
 def shard_rows(uri: str) -> tuple[int, pa.Schema]:
-    """Number of rows and the schema, from the footer alone. Raises OSError and pa.ArrowException."""
+    """Number of rows and the schema, from the footer alone. Raises BAD_BYTES."""
     with storage.open_read(uri) as file:
         parquet = pq.ParquetFile(file)
         check_counts(parquet.metadata)
-        return parquet.metadata.num_rows, parquet.schema_arrow
+        schema = parquet.schema_arrow
+        _ = schema.names  # only now are they decoded
+        return parquet.metadata.num_rows, schema
 
 
 def check_counts(metadata: pq.FileMetaData) -> None:

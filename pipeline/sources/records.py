@@ -129,11 +129,23 @@ def too_large(uri: str, member: str, size_bytes: int) -> ReadError:
 
 
 def values_of(array: pa.Array) -> list[Any]:
-    """As Python values; text that is not UTF-8, which Arrow takes unread from a file, with U+FFFD for what is wrong."""
+    """As Python values; text that is not UTF-8, which Arrow takes unread from a file, with U+FFFD for what is wrong.
+
+    None for what Python has no value for, such as a date of the year 0.
+    """
     try:
         return cast(list[Any], array.to_pylist())
-    except UnicodeDecodeError:
-        return [data and data.decode("utf-8", "replace") for data in array.cast(pa.large_binary()).to_pylist()]
+    except (OverflowError, ValueError):
+        if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+            return [data and data.decode("utf-8", "replace") for data in array.cast(pa.large_binary()).to_pylist()]
+        return list(map(_value, array))
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError):
+        return None
 
 
 def rows_of(batch: pa.RecordBatch, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,8 +15,11 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import InputRefused, message_line
 from pipeline.plan import OBJECTS_PER_SHARD, Shard
+from pipeline.sources.base import is_image
 from pipeline.sources.objects import IMAGE_ID, keep_json
 from pipeline.sources.records import only, rows_of, values_of
+
+log = logging.getLogger(__name__)
 
 LIST_SUFFIXES = (".txt", ".csv")
 URI_NAMES = (
@@ -163,6 +167,8 @@ def _absolute(name: str, list_uri: str) -> str:
         return storage.normalize(name)
     if "://" in name or os.path.isabs(name):
         return name
+    while name.startswith("./"):  # as `find .` writes them
+        name = name[2:]
     return storage.join(list_uri.rpartition("/")[0], name)
 
 
@@ -177,6 +183,8 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
     with storage.open_read(uri) as file:
         schema, batches = _open_table(uri, file)
         column = find_uri_column(schema, uri_column, uri)
+        if uri.lower().endswith(".csv") and (is_image(column) or "://" in column):
+            raise InputRefused(f"{uri} begins with an image, {column}: a CSV begins with the names of its columns")
         for name in keep:
             if name not in schema.names:
                 raise InputRefused(f"--keep {name}: {uri} has the columns {', '.join(schema.names)}")
@@ -184,18 +192,26 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
             add_keep_type(keep_types, name, _plain(schema.field(name).type), uri)
         only(schema, column, uri)
         texts = [name for name in keep if pa.types.is_string(_plain(schema.field(name).type))]
+        without = 0
         for batch in _checked(uri, batches):
             kept = rows_of(batch, keep)
             for values in kept if texts else ():
                 values.update((name, _text(values[name])) for name in texts)
             names = values_of(batch.column(column))
+            without += sum(not name for name in names)
             yield from ((str(name).strip(), values) for name, values in zip(names, kept, strict=True) if name)
+        if without:
+            log.warning("%s: %d rows have nothing in the column %r and are left out", uri, without, column)
 
 
 def _open_table(uri: str, file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     try:
         if uri.lower().endswith(".csv"):
-            reader = pa_csv.open_csv(file, read_options=pa_csv.ReadOptions(use_threads=False))
+            reader = pa_csv.open_csv(
+                file,
+                read_options=pa_csv.ReadOptions(use_threads=False),
+                parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+            )
             return reader.schema, iter(reader)
         parquet = pq.ParquetFile(file)
         return parquet.schema_arrow, parquet.iter_batches(batch_size=4096, use_threads=False)

@@ -26,6 +26,9 @@ from pipeline.sources.records import (
 
 BAD_BYTES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, ValueError, IndexError)
 
+# A member that asks for a later version than Python knows costs itself, not the zip.
+zipfile.MAX_EXTRACT_VERSION = 255  # type: ignore[misc]
+
 Sidecars = dict[tuple[str, str], zipfile.ZipInfo]
 
 
@@ -84,7 +87,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, uri: str) -> b
         return too_large(uri, info.filename, info.file_size)
     if stat.S_ISLNK(info.external_attr >> 16):
         return ReadError("unsupported", f"{name} is a link, links are not followed")
-    if info.header_offset < 0:
+    if not 0 <= info.header_offset < archive.start_dir:
         return ReadError("corrupt", f"{name}: its offset in the archive is {info.header_offset}")
     try:
         with archive.open(info) as member:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ class LocalStore:
             return file.read()
 
     def open_read(self, path: str, etag: str) -> BinaryIO:
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # to open a pipe waits for its writer
+            raise OSError(f"{path} is a pipe, a socket or a device")
         file = open(path, "rb")  # noqa: SIM115  the caller closes it
         try:
             check(self._info(path, os.fstat(file.fileno())), etag)
@@ -82,8 +86,8 @@ class LocalStore:
                     yield info
 
     @staticmethod
-    def _info(path: str, stat: os.stat_result) -> ObjectInfo:
-        return ObjectInfo(path, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
+    def _info(path: str, found: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
 
     @staticmethod
     def _temporary(path: str, data: bytes) -> str:
