@@ -228,7 +228,7 @@ def test_tiles_are_enlarged_as_decode_does_it(compile: str) -> None:
 
 @pytest.mark.parametrize("compile", ["off", "auto"])
 def test_batches_of_several_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch, compile: str) -> None:
-    monkeypatch.setattr("pipeline.network.COMPILE_PAYS_SECONDS", 0.0)
+    monkeypatch.setitem(network_module.COMPILE_PAYS_SECONDS, "cpu", 0.0)
     batches = [draw_pixels(n, 32) + seed for seed, n in enumerate([4, 4, 3, 4, 1, 4, 4, 2, 4, 9])]
     expected = [Embedder(model=TINY, precision="float32").predict(pixels)["embedding"] for pixels in batches]
     predictor = Embedder(model=TINY, precision="float32", compile=compile)
@@ -494,7 +494,7 @@ def test_without_a_compiler_it_goes_on_uncompiled(caplog: pytest.LogCaptureFixtu
 def test_compile_auto_compiles_where_enough_is_left(
     monkeypatch: pytest.MonkeyPatch, pays_seconds: float, compiles: bool
 ) -> None:
-    monkeypatch.setattr("pipeline.network.COMPILE_PAYS_SECONDS", pays_seconds)
+    monkeypatch.setitem(network_module.COMPILE_PAYS_SECONDS, "cpu", pays_seconds)
     predictor = Embedder(model=TINY, precision="float32")
     predictor.batch_size, predictor.images = 4, 100
     predictor.load()
