@@ -28,8 +28,8 @@ from pipeline.models import ModelSpec, build
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_SECONDS = {"cpu": 600.0, "cuda": 300.0}
-"""With so much work left, uncompiled, compiling pays. On two cores with AVX2 it takes 14 to 28 s and saves a fifteenth of
-a ResNet-50's time, more or less; on a GPU this was not measured."""
+"""With so much work left, uncompiled, compiling pays. On two cores with AVX2 it takes 14 to 28 s and saves about a
+fifteenth of a ResNet-50's time; on a GPU this was not measured."""
 
 CPU_BATCH_SIZE = 8
 """Images that a CPU computes at once: what lies between two layers of more does not stay in its caches. Against 64,
