@@ -1,6 +1,5 @@
 """An output directory as a run finds it and leaves it: `_run.json`, the plan, `_SUCCESS`."""
 
-import io
 import json
 import platform
 import tempfile
@@ -11,19 +10,17 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 import pipeline
 from pipeline import coverage, schema, storage
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline.config import RunConfig, fingerprint
 from pipeline.coverage import Ranges
-from pipeline.errors import OutputRefused, ReadError, SettingRefused, message_line
+from pipeline.errors import OutputRefused, ReadError, SettingRefused
 from pipeline.lock import LOCK, taken_over
 from pipeline.plan import Plan
 from pipeline.predictors import Predictor
+from pipeline.sink import read_back
 from pipeline.sources.discover import Archive
 from pipeline.sources.records import PASSING
 from pipeline.update import Change
@@ -143,14 +140,7 @@ def _failed_reads(output: str) -> dict[int, Ranges]:
     for commit in ledgers.valid_commits(output, ledgers.last_attempt(output), with_errors=True):
         if not any(f"{ReadError.stage}/{kind}" in commit.errors_by_type for kind in PASSING):
             continue
-        uri, columns = storage.join(output, f"_errors/{commit.errors_part}"), ["shard", "row", "stage", "error_type"]
-        try:
-            table = pq.read_table(io.BytesIO(storage.read(uri)), columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise OutputRefused(
-                f"{uri} cannot be read: {message_line(error)}; jobs/verify.py {output} --repair takes it back, and the "
-                "same command without --update makes it anew"
-            ) from error
+        table = read_back(output, f"_errors/{commit.errors_part}", ["shard", "row", "stage", "error_type"])
         for row in table.to_pylist():
             if row["stage"] == ReadError.stage and row["error_type"] in PASSING:
                 rows.setdefault(row["shard"], []).append(row["row"])

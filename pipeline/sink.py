@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import coverage, schema, storage, usage
+from pipeline.errors import OutputRefused, message_line
 from pipeline.ledger import Commit, commit_uri
 
 ROW_GROUP_ROWS = 20_000
@@ -124,16 +125,29 @@ def retire(output: str, retired: Mapping[int, coverage.Ranges], commit: Commit, 
     return made
 
 
-def read_part(uri: str) -> pa.Table:
+def read_part(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A part, or a part of `_errors/`. Raises OSError and pa.ArrowException where a page is not what was written."""
-    return pq.read_table(io.BytesIO(storage.read(uri)), use_threads=False, page_checksum_verification=True)
+    file = io.BytesIO(storage.read(uri))
+    return pq.read_table(file, columns=columns, use_threads=False, page_checksum_verification=True)
+
+
+def read_back(output: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A part of finished work that a run needs again. Raises OutputRefused where it cannot be read."""
+    uri = storage.join(output, name)
+    try:
+        return read_part(uri, columns)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputRefused(
+            f"{uri} cannot be read: {message_line(error)}; jobs/verify.py {output} --repair takes it back, and the "
+            "same command without --update makes it anew"
+        ) from error
 
 
 def _without(output: str, old: str | None, new: str, left: Mapping[int, coverage.Ranges]) -> pa.Table | None:
     """Copy the rows that are left of a file into a new one; None, and no file, if there are none."""
     if old is None:
         return None
-    table = read_part(storage.join(output, old))
+    table = read_back(output, old)
     keys = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
     kept = table.filter(pa.array([coverage.contains(left.get(shard, ()), row) for shard, row in keys], pa.bool_()))
     if not len(kept):

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline import ledger as ledgers
 from pipeline import runner, schema
+from pipeline.errors import OutputRefused
 from pipeline.ledger import Commit
-from pipeline.sink import Sink, remove
+from pipeline.sink import Sink, remove, retire
 
 COLUMNS = pa.schema([("embedding", pa.list_(pa.float32(), 2))])
 RESULT = schema.result(COLUMNS, {})
@@ -119,3 +120,21 @@ def test_a_later_try_cut_otherwise_costs_nothing_that_counts(sink: Sink, tmp_pat
     assert files(tmp_path) == before
     runner._accept(ledger, written(sink, rows((0, 1), (0, 2), (0, 3))))
     assert files(tmp_path) == before, "rows that are there already are taken back"
+
+
+def test_rows_are_taken_back_and_the_others_stay(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, rows((0, 0), (0, 1), (0, 2), (0, 3), errors=(1,)))
+    left = retire(sink.output, {0: ((2, 9),)}, commit, 2)
+    assert left is not None
+    assert (left.ranges, left.rows, left.errors) == ({0: ((0, 2),)}, 1, 1)
+    assert pq.read_table(tmp_path / str(left.part))["row"].to_pylist() == [0]
+    assert retire(sink.output, {0: ((0, 9),)}, commit, 2) is None
+    assert retire(sink.output, {1: ((0, 9),)}, commit, 2) is commit
+
+
+def test_nothing_is_taken_over_from_a_damaged_part(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, rows((0, 0), (0, 1)))
+    part = tmp_path / str(commit.part)
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(OutputRefused, match=rf"{commit.part} cannot be read: .*--repair takes it back"):
+        retire(sink.output, {0: ((1, 2),)}, commit, 2)
