@@ -82,7 +82,7 @@ def test_what_is_left_encoded(data: bytes, is_left: bool) -> None:
 
 def test_what_decode_refuses_is_not_left() -> None:
     assert leave_encoded(photo(80, 60), SMALL, max_pixels=80 * 60 - 1) is None
-    scans = photo(80, 60).replace(b"\xff\xda", b"\xff\xda\0\x08" * 60, 1)
+    scans = photo(80, 60).replace(b"\xff\xda", b"\xff\xda\0\x08\1" * 60, 1)
     assert leave_encoded(scans, SMALL, max_pixels=80 * 60 * 2) is None
 
 
