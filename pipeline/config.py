@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -131,8 +131,7 @@ class RunConfig:
 
     def keep_names(self) -> dict[str, str]:
         """Column of the shard → column of the result."""
-        pairs = (name.partition(":") for name in self.keep)
-        return {name: alias or name for name, _, alias in pairs}
+        return kept_as(self.keep)
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change which rows come out or what is in them; a resumed run must have the same."""
@@ -146,6 +145,11 @@ class RunConfig:
             "exif_rotate": self.exif_rotate,
             "decoder": self.decoder,
         }
+
+
+def kept_as(keep: Iterable[str]) -> dict[str, str]:
+    """Column of the shard → column of the result, of `COLUMN` and `COLUMN:NAME`."""
+    return {name: alias or name for name, _, alias in (each.partition(":") for each in keep)}
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -77,8 +77,7 @@ def layout_here(config: RunConfig) -> Layout:
     """For the cluster that Ray is connected to. Raises SettingRefused for what does not fit."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(each.get("CPU", 0.0) for each in resources)
-    gpus = [each.get("GPU", 0.0) for each in resources]
-    return Layout.of(config, cpus, sum(gpus), cluster_grows(), gpus)
+    return Layout.of(config, cpus, [each.get("GPU", 0.0) for each in resources], cluster_grows())
 
 
 def decode_bytes(read_cpus: float) -> int:

@@ -142,7 +142,7 @@ def _check(config: RunConfig, cluster: Cluster) -> None:
     for flag, value in (("--actors", config.actors), ("--gpus-per-actor", config.gpus_per_actor)):
         if value != "auto":
             raise SettingRefused(f"{flag} is {value}: a plan compares clusters, each with {flag} auto; leave it out")
-    Layout.of(config, cluster.vcpus, cluster.gpus)
+    Layout.of(config, cluster.vcpus, [cluster.gpus])
 
 
 def _this_machine(prices: Prices) -> Machine:
@@ -182,7 +182,7 @@ def _sample(
     say: Callable[[str], None],
 ) -> Sample:
     """With the stages of a job on this machine alone."""
-    layout = Layout.of(config, machine.vcpus, machine.gpus)
+    layout = Layout.of(config, machine.vcpus, [machine.gpus])
     batch_size = layout.fit(predictor, config.batch_size)
     loader = Loader.of(config, predictor, archive.options(), rows_per_table=batch_size, keep=plan.keep)
     found = sample.measure(plan, loader, predictor, machine, batch_size, layout.actors[1], say)
@@ -193,7 +193,7 @@ def _parallelism(config: RunConfig, shards: int) -> Callable[[int, int], Paralle
     """On any cluster."""
 
     def of(vcpus: int, gpus: int) -> Parallelism:
-        layout = Layout.of(config, vcpus, gpus)
+        layout = Layout.of(config, vcpus, [gpus])
         return Parallelism(*layout.read_tasks(shards), layout.actors[1], layout.actor_threads or 1)
 
     return of

@@ -35,19 +35,17 @@ class Layout:
     writers: int
 
     @staticmethod
-    def of(
-        config: RunConfig, cpus: float, gpus: float, grows: bool = False, node_gpus: Sequence[float] | None = None
-    ) -> "Layout":
-        """For a cluster of so many logical CPUs and GPUs. grows: an autoscaler adds nodes where actors ask for them.
+    def of(config: RunConfig, cpus: float, node_gpus: Sequence[float], grows: bool = False) -> "Layout":
+        """For a cluster of so many logical CPUs. grows: an autoscaler adds nodes where actors ask for them.
 
-        node_gpus: those of each machine, where there are several: an actor has all of its GPUs on one.
+        node_gpus: logical GPUs of each machine: an actor has all of its own on one.
         Raises SettingRefused for what does not fit.
         """
-        asked, share = config.actor_range(), config.gpu_share()
+        asked, share, gpus = config.actor_range(), config.gpu_share(), sum(node_gpus)
         if share is None:
             share = 1.0 if gpus >= 1 else 0.0
         more_to_come = grows and asked is not None
-        room = _actors_on(node_gpus or [gpus], share)
+        room = _actors_on(node_gpus, share)
         _check(config, cpus, gpus, share, room, grows, more_to_come)
         writers = max(1, int(cpus) // CPUS_PER_WRITER)
         if asked and more_to_come:

@@ -15,6 +15,7 @@ from pipeline import coverage, storage
 from pipeline import ledger as ledgers
 from pipeline import plan as plans
 from pipeline import sink as sinks
+from pipeline.config import kept_as
 from pipeline.errors import InputRefused, first_line, message_line
 from pipeline.ledger import Commit, Ledger
 from pipeline.lock import Lock
@@ -134,7 +135,7 @@ def _check_ledger(found: Verification, plan: Plan) -> tuple[Ledger, list[Commit]
 def _check_parts(found: Verification, commits: list[Commit], run: Mapping[str, Any]) -> None:
     """Every file is what its commit says, all of one schema; no image_id twice."""
     found.commits = len(commits)
-    kept = {alias or name for name, _, alias in (each.partition(":") for each in run["settings"].get("keep", ()))}
+    kept = set(kept_as(run["settings"].get("keep", ())).values())
     check = partial(_check_commit, found.output, run["fingerprint"], kept)
     schemas: dict[str, pa.Schema] = {}
     hashes: list[NDArray[np.uint64]] = []

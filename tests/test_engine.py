@@ -24,7 +24,7 @@ from pipeline.predictors import Predictor
 def layout(
     cpus: float, gpus: float, grows: bool = False, node_gpus: Sequence[float] | None = None, **settings: str
 ) -> Layout:
-    return Layout.of(RunConfig(input="a", output="b", **settings), cpus, gpus, grows, node_gpus)
+    return Layout.of(RunConfig(input="a", output="b", **settings), cpus, node_gpus or [gpus], grows)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 1000])
