@@ -176,9 +176,12 @@ def test_a_silent_job_is_followed_over_one_connection_at_a_time(monkeypatch: pyt
     monkeypatch.setattr(follow, "QUIET_S", 0.0)
     monkeypatch.setattr(follow, "POLL_S", 0.05)
     client: Any = Silent(20)
-    before = threading.active_count()
     assert follow.Follower(client, "night", 1.0, "").follow().status == JobStatus.SUCCEEDED
-    wait_for(lambda: (client.streams, threading.active_count()) == (0, before))
+    wait_for(lambda: not client.streams and not any(map(is_log_stream, threading.enumerate())))
+
+
+def is_log_stream(thread: threading.Thread) -> bool:
+    return isinstance(thread, follow.LogStream)
 
 
 def test_a_job_that_cannot_be_asked_to_stop_is_followed_on(
