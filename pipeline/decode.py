@@ -2,7 +2,7 @@
 
 The pixels are those of torchvision's evaluation transform over Pillow (torchvision/transforms/functional.py: `resize`
 of the short side, then `center_crop`), bit for bit where that is asked for. Else only what the crop shows is resized,
-and large images are made smaller on the way: a JPEG as it is decoded, others by averaging whole pixels.
+in SIMD, and large images are made smaller on the way: a JPEG as it is decoded, others by averaging whole pixels.
 Imports neither Ray nor torch: decode workers start at once.
 """
 
@@ -14,23 +14,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile
 
-from pipeline import header
+from pipeline import header, resize
 from pipeline.config import Transform
 from pipeline.errors import DecodeError
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-WHOLE_RESIZE_PIXELS = 1 << 22
-"""Up to here an image is resized whole, then cropped. A longer strip is resized where the crop lies, no further:
-1 × 20,000 pixels would be 256 × 5,120,000. Pillow holds the region in float32 and picks the order of its two passes by
-sizes, so that a strip may differ from torchvision by rounding; whole images cannot."""
+from pipeline.resize import Box
 
 SCALED_LEAST = 2
 """A JPEG decoded at a smaller scale keeps this many times the wanted size: less would cost more truth than bfloat16."""
@@ -141,19 +128,20 @@ def decode(
         least = 0 if exact else SCALED_LEAST * transform.resize
         needed = header.peak_bytes(image, least, 1 if exact else _reduction(full, transform))
     with reserve(needed), _faults_of(data):
-        loaded = _jpeg_rgb(image, data, least) or _loaded(image, least)
+        rgb, shown = _rgb(image, data, least, transform, exact)
         turn = _turn(image, tiff_orientation, exif_rotate)
-        factor = 1 if exact else _reduction(loaded.size, transform)
-        shown = loaded.width / factor, loaded.height / factor
-        rgb = _to_rgb(loaded, factor)
-        del image, loaded  # they may be large
-        upright = rgb if turn is None else rgb.transpose(turn)
-        if keep_tiles and upright.width == upright.height <= transform.crop // 2:
+        del image  # it may be large
+        upright = rgb if turn is None else _as_image(rgb).transpose(turn)
+        del rgb
+        size = _size(upright)
+        if keep_tiles and size[0] == size[1] <= transform.crop // 2:
             return Decoded(np.asarray(upright), width, height)
         if turn in SWAPS_SIDES:
             full, shown = full[::-1], shown[::-1]
-        box = _place(upright.size, shown, turn)
-        return Decoded(np.asarray(_resize_crop(upright, box, full, transform, exact)), width, height)
+        box = _place(size, shown, turn)
+        if exact:
+            return Decoded(resize.exactly(_as_image(upright), box, full, transform), width, height)
+        return Decoded(resize.quickly(upright, box, full, transform), width, height)
 
 
 @contextmanager
@@ -199,15 +187,6 @@ def _is_plain(image: Image.Image) -> bool:
     return image.mode == "L" or not holds_rgb
 
 
-def scaled_sizes(width: int, height: int, transform: Transform) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of an image that was resized, and where the crop begins in it (left, top)."""
-    wide, high, short = width, height, min(width, height)
-    if transform.squash:
-        wide = high = short
-    scaled = int(transform.resize * wide / short), int(transform.resize * high / short)
-    return scaled, (_offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop))
-
-
 def _turn(image: Image.Image, tiff_orientation: int | None, exif_rotate: bool) -> Image.Transpose | None:
     """What brings the loaded pixels upright or, of a TIFF that shall stay as it is stored, back."""
     if tiff_orientation is not None:
@@ -218,8 +197,32 @@ def _turn(image: Image.Image, tiff_orientation: int | None, exif_rotate: bool) -
         return None
 
 
-def _jpeg_rgb(image: Image.Image, data: bytes, least: int) -> Image.Image | None:
-    """A JPEG decoded with the libjpeg-turbo settings that Pillow uses, faster; None leaves it to Pillow.
+def _rgb(
+    image: ImageFile.ImageFile, data: bytes, least: int, transform: Transform, exact: bool
+) -> tuple[Image.Image | np.ndarray, tuple[float, float]]:
+    """The image as it is stored, in RGB, large ones made smaller; and the width and height of it that count."""
+    jpeg = _jpeg_rgb(image, data, least)
+    if jpeg is None:
+        _load(image, least)
+    size = _size(image if jpeg is None else jpeg)
+    factor = 1 if exact else _reduction(size, transform)
+    shown = size[0] / factor, size[1] / factor
+    if jpeg is not None and factor == 1:
+        return jpeg, shown
+    return _to_rgb(image if jpeg is None else _as_image(jpeg), factor), shown
+
+
+def _size(pixels: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height."""
+    return pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
+
+
+def _as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+
+
+def _jpeg_rgb(image: Image.Image, data: bytes, least: int) -> np.ndarray | None:
+    """A JPEG, uint8 [height, width, 3], with the libjpeg-turbo settings that Pillow uses; None leaves it to Pillow.
 
     least: pixels of the short side that are enough, 0 for all. Whole blocks of 8 × 8 pixels then become n × n as they
     are decoded (libjpeg's scaled DCT), if that makes each side half as long or shorter.
@@ -233,15 +236,14 @@ def _jpeg_rgb(image: Image.Image, data: bytes, least: int) -> Image.Image | None
     except ValueError:  # it is strict; Pillow forgives what a viewer would
         return None
     is_whole = pixels.shape[:2] == image.size[::-1]
-    return Image.fromarray(pixels) if is_whole or (least and min(pixels.shape[:2]) >= least) else None
+    return pixels if is_whole or (least and min(pixels.shape[:2]) >= least) else None
 
 
-def _loaded(image: ImageFile.ImageFile, least: int) -> Image.Image:
-    """The image as Pillow decodes it, in its own mode; of a JPEG, pixels of the short side that are enough, or all."""
+def _load(image: ImageFile.ImageFile, least: int) -> None:
+    """Have Pillow decode it, in its own mode. least: pixels of a JPEG's short side that are enough, 0 for all."""
     if least:
         image.draft(None, (least, least))  # only JPEGs know how
     image.load()
-    return image
 
 
 def _reduction(size: tuple[int, int], transform: Transform) -> int:
@@ -307,26 +309,6 @@ def _place(size: tuple[int, int], shown: tuple[float, float], turn: Image.Transp
     left = size[0] - shown[0] if turn in LEFT_WAS_LAST else 0.0
     top = size[1] - shown[1] if turn in TOP_WAS_LAST else 0.0
     return left, top, left + shown[0], top + shown[1]
-
-
-def _resize_crop(
-    image: Image.Image, shown: Box, full: tuple[int, int], transform: Transform, exact: bool
-) -> Image.Image:
-    """shown: the part of the image that counts. full: width and height of that part before it was made smaller."""
-    scaled, (left, top) = scaled_sizes(*full, transform)
-    right, bottom = left + transform.crop, top + transform.crop
-    x0, y0, x1, y1 = 0, 0, *scaled
-    if not exact or x1 * y1 > WHOLE_RESIZE_PIXELS:
-        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, x1), min(bottom, y1)
-    x, y = (shown[2] - shown[0]) / scaled[0], (shown[3] - shown[1]) / scaled[1]
-    box = shown[0] + x0 * x, shown[1] + y0 * y, shown[0] + x1 * x, shown[1] + y1 * y
-    resized = image.resize((x1 - x0, y1 - y0), FILTERS[transform.interpolation], box)
-    return resized.crop((left - x0, top - y0, right - x0, bottom - y0))  # Pillow pads with zeros
-
-
-def _offset(size: int, crop: int) -> int:
-    """Where torchvision's centre crop begins; negative where it pads."""
-    return round((size - crop) / 2) if size >= crop else -((crop - size) // 2)
 
 
 def _decode_error(error: Exception, data: bytes) -> DecodeError:

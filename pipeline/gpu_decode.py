@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import Transform
-from pipeline.decode import Encoded, decode, scaled_sizes
+from pipeline.decode import Encoded, decode
 from pipeline.errors import DecodeError, SettingRefused, is_out_of_memory, message_line
 from pipeline.lane import finish
+from pipeline.resize import scaled_sizes
 from pipeline.vision import torchvision
 
 log = logging.getLogger(__name__)

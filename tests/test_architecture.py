@@ -17,6 +17,7 @@ LAYERS = [
         "update",
         "lock",
         "ledger",
+        "resize",
         "decode",
         "fetch",
         "weights",

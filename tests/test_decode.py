@@ -17,8 +17,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
 from pipeline.config import Transform
-from pipeline.decode import FILTERS, decode
+from pipeline.decode import decode
 from pipeline.errors import DecodeError
+from pipeline.resize import FILTERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
