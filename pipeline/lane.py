@@ -1,9 +1,10 @@
 """One batch's way over the device: pinned memory, a stream of its own, and the network's kernels as one CUDA graph.
 
-While one lane computes, another brings its pixels in and takes its results out. On a CPU a lane is only a buffer.
+While one lane computes, another brings its pixels in and takes its results out. On a CPU there is nothing to bring.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from pipeline.errors import is_out_of_memory, message_line
 
 log = logging.getLogger(__name__)
+
+# Pixels are often read-only memory of Arrow's, of which torch warns. Nothing here writes to them.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 GRAPH_WARM_UPS = 2
 """Calls before a network is recorded: libraries choose their algorithms in the first ones, and allocate."""
@@ -64,8 +68,10 @@ class Lane:
     def upload(self, pixels: np.ndarray | Tensor, rows: int) -> Tensor:
         """uint8 [N, H, W, 3] → the same on the device, with N filled up to `rows`; what fills it up is of no account.
 
-        A tensor is there already.
+        A tensor is there already, and so is an array, without a copy, if the device is the CPU.
         """
+        if isinstance(pixels, np.ndarray) and self.stream is None:
+            pixels = torch.from_numpy(pixels)
         if isinstance(pixels, Tensor):
             if self.stream:
                 pixels.record_stream(self.stream)
@@ -76,7 +82,7 @@ class Lane:
         staging = self.staging  # which another thread may give back meanwhile
         if staging.shape[1:] != pixels.shape[1:] or len(staging) < rows:
             shape = (rows, *pixels.shape[1:])
-            staging = self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
+            staging = self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         np.copyto(staging[: len(pixels)].numpy(), pixels)
         on_device = staging[:rows].to(self.device, non_blocking=True)
         if self.copied:

@@ -24,6 +24,7 @@ from pipeline.gpu import choose_device, evenly, images_that_fit, refused_by_gpu,
 from pipeline.head import Network
 from pipeline.lane import Forward, Lane, Outputs, finish
 from pipeline.models import ModelSpec, build
+from pipeline.packed import packed
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,9 @@ class NetworkRunner:
             self.free_lanes.put(lane)
         with refused_by_gpu(self.device):
             self.forward: Forward = network.to(self.device)
+            if self.workers:
+                image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, self._blank(1).shape, np.uint8))
+                self.forward = self.workers.submit(packed, network, image, dtype, self.batch_size).result()
             self.eager = self.forward
             if self.device.type == "cuda":
                 self.batch_size = evenly(self.batch_size, self._fitting(gpu_share or 1.0))
@@ -121,10 +125,8 @@ class NetworkRunner:
         started = time.perf_counter()
         pieces = [pixels[first : first + self.batch_size] for first in range(0, len(pixels), self.batch_size)]
         rows = [self._rows(len(piece)) for piece in pieces]
-        if self.workers:
-            found = list(self.workers.map(self._batch, [Lane(self.device) for _ in pieces], pieces, rows))
-        else:
-            found = list(map(partial(self._batch, lane), pieces, rows))
+        run_all = self.workers.map if self.workers else map
+        found = list(run_all(partial(self._batch, lane), pieces, rows))
         if self.images is not None:
             finish(self.device)
             self._consider(len(pixels), time.perf_counter() - started)

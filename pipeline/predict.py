@@ -61,7 +61,8 @@ class Predict:
 
         JPEGs that were left encoded become pixels here, on the network's device.
         """
-        column = table[schema.PIXELS].combine_chunks()
+        chunked = table[schema.PIXELS]
+        column = chunked.chunk(0) if chunked.num_chunks == 1 else chunked.combine_chunks()  # which copies
         is_image = column.is_valid().to_numpy(zero_copy_only=False)
         is_jpeg = pc.is_valid(table[schema.ORIENTATION]).to_numpy(zero_copy_only=False)
         by_side = _by_side(column, np.flatnonzero(is_image & ~is_jpeg))

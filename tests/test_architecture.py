@@ -27,6 +27,7 @@ LAYERS = [
         "models",
         "gpu",
         "lane",
+        "packed",
         "network",
         "gpu_decode",
     },
@@ -39,7 +40,8 @@ LAYERS = [
 ]
 MAY_IMPORT_RAY = {"engine", "datasource", "metrics"}
 MAY_IMPORT_TORCH = {
-    *("head", "families", "models", "gpu", "lane", "network", "gpu_decode", "fetch", "weights", "vision", "predictors")
+    *("head", "families", "models", "gpu", "lane", "packed", "network", "gpu_decode"),
+    *("fetch", "weights", "vision", "predictors"),
 }
 
 
