@@ -29,12 +29,12 @@ from pipeline.packed import packed
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_SECONDS = {"cpu": 600.0, "cuda": 300.0}
-"""With so much work left, uncompiled, compiling pays. On two cores with AVX2 it takes 14 to 28 s and saves about a
-fifteenth of a ResNet-50's time; on a GPU this was not measured."""
+"""With so much work left, uncompiled, compiling pays. On two cores with AMX it takes 7 to 20 s and saves a quarter of a
+packed ResNet-18's time, a twentieth of a ResNet-50's; on a GPU this was not measured."""
 
 CPU_BATCH_SIZE = 8
 """Images that a CPU computes at once: what lies between two layers of more does not stay in its caches. Against 64,
-ResNet-50 runs 1.2–1.3 times as fast, ResNet-18 1.1 times (two cores, AVX2)."""
+ResNet-50 runs 1.2–1.3 times as fast, ResNet-18 1.1 times (two cores, AVX2); 4 and 16 are no faster with AMX."""
 
 WARM_UPS = {"cpu": 1, "cuda": 3}
 """Batches of a lane before it is known how fast the network runs: cuDNN tries its kernels out in each thread, and what
@@ -92,12 +92,13 @@ class NetworkRunner:
             self.free_lanes.put(lane)
         with refused_by_gpu(self.device):
             self.forward: Forward = network.to(self.device)
-            if self.workers:
-                image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, self._blank(1).shape, np.uint8))
-                self.forward = self.workers.submit(packed, network, image, dtype, self.batch_size).result()
-            self.eager = self.forward
+            self.eager: Forward = self.forward
             if self.device.type == "cuda":
                 self.batch_size = evenly(self.batch_size, self._fitting(gpu_share or 1.0))
+        if self.workers:
+            noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, self._blank(1).shape, np.uint8))
+            self.forward = self.workers.submit(packed, network, noise, dtype, self.batch_size).result()
+            self.eager = self.forward
         self.largest = self.batch_size
         if compile == "on":
             self._compile()
