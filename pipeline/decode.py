@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from pipeline import header, resize
 from pipeline.config import Transform
 from pipeline.errors import DecodeError
-from pipeline.resize import Box
+from pipeline.resize import Box, as_image
 
 SCALED_LEAST = 2
 """A JPEG decoded at a smaller scale keeps this many times the wanted size: less would cost more truth than bfloat16."""
@@ -131,7 +131,7 @@ def decode(
         rgb, shown = _rgb(image, data, least, transform, exact)
         turn = _turn(image, tiff_orientation, exif_rotate)
         del image  # it may be large
-        upright = rgb if turn is None else _as_image(rgb).transpose(turn)
+        upright = rgb if turn is None else as_image(rgb).transpose(turn)
         del rgb
         size = _size(upright)
         if keep_tiles and size[0] == size[1] <= transform.crop // 2:
@@ -139,9 +139,8 @@ def decode(
         if turn in SWAPS_SIDES:
             full, shown = full[::-1], shown[::-1]
         box = _place(size, shown, turn)
-        if exact:
-            return Decoded(resize.exactly(_as_image(upright), box, full, transform), width, height)
-        return Decoded(resize.quickly(upright, box, full, transform), width, height)
+        resized = (resize.exactly if exact else resize.quickly)(upright, box, full, transform)
+        return Decoded(resized, width, height)
 
 
 @contextmanager
@@ -209,16 +208,12 @@ def _rgb(
     shown = size[0] / factor, size[1] / factor
     if jpeg is not None and factor == 1:
         return jpeg, shown
-    return _to_rgb(image if jpeg is None else _as_image(jpeg), factor), shown
+    return _to_rgb(image if jpeg is None else as_image(jpeg), factor), shown
 
 
 def _size(pixels: Image.Image | np.ndarray) -> tuple[int, int]:
     """Width and height."""
     return pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
-
-
-def _as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
-    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
 
 
 def _jpeg_rgb(image: Image.Image, data: bytes, least: int) -> np.ndarray | None:

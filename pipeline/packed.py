@@ -9,6 +9,7 @@ import logging
 import operator
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,20 +30,27 @@ def packed(network: nn.Module, image: Tensor, dtype: torch.dtype, batch_size: in
 
     network: returns tensors and None in a tuple. image: a batch of one. dtype: what it computes in.
     """
-    for fuses in (True, False) if _is_supported(dtype) else ():
+    if not _is_supported(dtype):
+        return network
+    with torch.no_grad():
         try:
-            with torch.no_grad():
-                found = _packed(network, image, batch_size, fuses)
-                if all(_agree(*each, AGREES[dtype]) for each in zip(network(image), found(image), strict=True)):
+            sizes, plain = _sizes(network, image)
+        except Exception as error:  # a network may be anybody's
+            log.debug("its convolutions are not packed, since it cannot take noise: %s", error)
+            return network
+        for fuses in (True, False):
+            try:
+                found = _packed(network, sizes, batch_size, fuses)
+                if all(_agree(*each, AGREES[dtype]) for each in zip(plain, found(image), strict=True)):
                     return found
-        except Exception as error:  # a network may be anybody's, and these operators are torch's own business
-            log.debug("its convolutions cannot be packed (fused: %s): %s", fuses, error)
+            except Exception as error:  # these operators are torch's own business
+                log.debug("its convolutions cannot be packed (fused: %s): %s", fuses, error)
     return network
 
 
-def _packed(network: nn.Module, image: Tensor, batch_size: int, fuses: bool) -> nn.Module:
+def _packed(network: nn.Module, sizes: Mapping[str, torch.Size], batch_size: int, fuses: bool) -> nn.Module:
     found = copy.deepcopy(network)
-    for name, (one, *size) in _sizes(network, image).items():
+    for name, (one, *size) in sizes.items():
         found.set_submodule(name, Convolution(found.get_submodule(name), [one * batch_size, *size]))
     for module in found.modules() if fuses else ():
         if isinstance(module, fx.GraphModule):
@@ -67,8 +75,8 @@ def _agree(plain: Tensor | None, other: Tensor | None, share: float) -> bool:
     return bool((plain - other).abs().max() <= share * plain.abs().max())
 
 
-def _sizes(network: nn.Module, image: Tensor) -> dict[str, torch.Size]:
-    """The convolutions that can be packed, by name, and the sizes of what they are given."""
+def _sizes(network: nn.Module, image: Tensor) -> tuple[dict[str, torch.Size], tuple[Tensor | None, ...]]:
+    """The convolutions that can be packed, by name, with the sizes of what they are given; and the network's output."""
     found: dict[str, torch.Size] = {}
     hooks = [
         module.register_forward_hook(lambda _, given, __, name=name: found.update({name: given[0].shape}))
@@ -76,11 +84,11 @@ def _sizes(network: nn.Module, image: Tensor) -> dict[str, torch.Size]:
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
     ]
     try:
-        network(image)
+        outputs = network(image)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found, outputs
 
 
 class Convolution(nn.Module):

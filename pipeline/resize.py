@@ -47,12 +47,16 @@ def scaled_sizes(width: int, height: int, transform: Transform) -> tuple[tuple[i
     return scaled, (_offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop))
 
 
-def exactly(image: Image.Image, shown: Box, full: tuple[int, int], transform: Transform) -> np.ndarray:
+def as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
+    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+
+
+def exactly(pixels: Image.Image | np.ndarray, shown: Box, full: tuple[int, int], transform: Transform) -> np.ndarray:
     """uint8 [crop, crop, 3], as `quickly`, bit for bit as torchvision."""
     scaled, (left, top) = scaled_sizes(*full, transform)
     whole = 0, 0, *scaled
     part = whole if scaled[0] * scaled[1] <= WHOLE_RESIZE_PIXELS else _shown_part(scaled, (left, top), transform.crop)
-    resized = _by_pillow(image, _source(part, shown, scaled), part, transform)
+    resized = _by_pillow(pixels, _source(part, shown, scaled), part, transform)
     right, bottom = left + transform.crop, top + transform.crop
     return np.asarray(resized.crop((left - part[0], top - part[1], right - part[0], bottom - part[1])))
 
@@ -67,10 +71,9 @@ def quickly(pixels: Image.Image | np.ndarray, shown: Box, full: tuple[int, int],
     scaled, (left, top) = scaled_sizes(*full, transform)
     part = _shown_part(scaled, (left, top), crop)
     box = _source(part, shown, scaled)
-    found = _by_simd(np.asarray(pixels), box, part, transform)
+    found = _by_simd(pixels, box, part, transform)
     if found is None:
-        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-        found = np.asarray(_by_pillow(image, box, part, transform))
+        found = np.asarray(_by_pillow(pixels, box, part, transform))
     if found.shape[:2] == (crop, crop):
         return found
     padded = np.zeros((crop, crop, 3), np.uint8)
@@ -90,23 +93,28 @@ def _source(part: tuple[int, int, int, int], shown: Box, scaled: tuple[int, int]
     return shown[0] + part[0] * x, shown[1] + part[1] * y, shown[0] + part[2] * x, shown[1] + part[3] * y
 
 
-def _by_pillow(image: Image.Image, box: Box, part: tuple[int, int, int, int], transform: Transform) -> Image.Image:
+def _by_pillow(
+    pixels: Image.Image | np.ndarray, box: Box, part: tuple[int, int, int, int], transform: Transform
+) -> Image.Image:
     size = part[2] - part[0], part[3] - part[1]
-    return image.resize(size, FILTERS[transform.interpolation], box)
+    return as_image(pixels).resize(size, FILTERS[transform.interpolation], box)
 
 
-def _by_simd(pixels: np.ndarray, box: Box, part: tuple[int, int, int, int], transform: Transform) -> np.ndarray | None:
+def _by_simd(
+    pixels: Image.Image | np.ndarray, box: Box, part: tuple[int, int, int, int], transform: Transform
+) -> np.ndarray | None:
     """None where Pillow has to do it."""
     if simd is None or transform.interpolation not in SIMD_FILTERS:
         return None
+    array = np.asarray(pixels)
     name, reach = SIMD_FILTERS[transform.interpolation]
     size = part[2] - part[0], part[3] - part[1]
     # Only what the filter reaches is handed over: a copy.
-    x0, x1 = _reached(box[0], box[2], size[0], reach, pixels.shape[1])
-    y0, y1 = _reached(box[1], box[3], size[1], reach, pixels.shape[0])
+    x0, x1 = _reached(box[0], box[2], size[0], reach, array.shape[1])
+    y0, y1 = _reached(box[1], box[3], size[1], reach, array.shape[0])
     if (x1 - x0) * (y1 - y0) > MOST_SIMD_PIXELS:
         return None
-    source = simd.ImageData(x1 - x0, y1 - y0, simd.PixelType.U8x3, pixels[y0:y1, x0:x1].tobytes())
+    source = simd.ImageData(x1 - x0, y1 - y0, simd.PixelType.U8x3, array[y0:y1, x0:x1].tobytes())
     target = simd.ImageData(*size, simd.PixelType.U8x3)
     width, height = min(box[2], x1) - box[0], min(box[3], y1) - box[1]  # rounding may lead beyond the last pixel
     options = simd.ResizeOptions(

@@ -49,7 +49,7 @@ def convolutions(network: nn.Module) -> list[Convolution]:
 def check(network: nn.Module, found: nn.Module | None = None) -> list[Convolution]:
     """Packs it, or takes what was made of it; compares both over batches of several sizes; returns the convolutions."""
     with torch.no_grad():
-        found = found or module._packed(network, batch(), 4, fuses=True)
+        found = found or module._packed(network, module._sizes(network, batch())[0], 4, fuses=True)
         for images in (1, 4, 3, 9, 4):
             given = batch(images)
             before = given.clone()
