@@ -77,16 +77,15 @@ class Lane:
                 pixels.record_stream(self.stream)
             missing = rows - len(pixels)
             return torch.cat([pixels, pixels.new_zeros((missing, *pixels.shape[1:]))]) if missing else pixels
-        if self.copied:
-            self.copied.synchronize()  # the last copy out of the staging memory is over
+        assert self.copied  # a CPU's arrays have left above
+        self.copied.synchronize()  # the last copy out of the staging memory is over
         staging = self.staging  # which another thread may give back meanwhile
         if staging.shape[1:] != pixels.shape[1:] or len(staging) < rows:
             shape = (rows, *pixels.shape[1:])
             staging = self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         np.copyto(staging[: len(pixels)].numpy(), pixels)
         on_device = staging[:rows].to(self.device, non_blocking=True)
-        if self.copied:
-            self.copied.record(self.stream)
+        self.copied.record(self.stream)
         return on_device
 
     def run(self, forward: Forward, pixels: Tensor, record: bool) -> Outputs:

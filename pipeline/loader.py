@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LEAST_DECODE_BYTES = 128 << 20
 """A read task may always decode so much at once."""
+TOGETHER = 4
+"""Small images that a decode thread takes at once: two threads are a tenth faster than with single ones."""
 LEFT_TABLE_BYTES = 64 << 20
 LEFT_BATCH_BYTES = 1 << 30
 """JPEGs that are left encoded: so many bytes end a table, and a batch of the largest is this much. An Arrow column of
@@ -84,7 +86,7 @@ class Loader:
         batch: list[_Row] = []
         images = left_bytes = 0
         work = partial(self._decode, MemoryBudget(self.decode_bytes))
-        for row in ordered_map(work, items, self.threads, 4 * self.threads, _encoded_bytes):
+        for row in ordered_map(work, items, self.threads, 4 * self.threads, _encoded_bytes, TOGETHER):
             is_image = isinstance(row.item, Record)
             # The end of the shard goes along with the last images: alone it would take an image's place in a batch.
             if is_image and (images == self.rows_per_table or left_bytes >= LEFT_TABLE_BYTES):

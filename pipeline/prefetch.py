@@ -7,9 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 AHEAD_BYTES = 256 << 20
+GROUP_BYTES = 1 << 20
+"""With so much, a thread is given no more items at once."""
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Results = tuple[list[R], BaseException | None]
 
 
 def beside(function: Callable[[], R]) -> Callable[[], R]:
@@ -35,25 +38,59 @@ def ordered_map(
     threads: int,
     ahead: int,
     size_bytes: Callable[[T], int] = lambda _: 0,
+    together: int = 1,
 ) -> Iterator[R]:
     """Apply a function to items on `threads` threads; yield the results in the items' order.
 
-    At most `ahead` results are under way or waiting, or AHEAD_BYTES of them, which bounds memory; a larger item goes
-    alone. An exception of the function is raised at its item's place. Closing the iterator early waits only for what
-    runs already.
+    A thread is given up to `together` items at once, fewer if they are large: where threads compete for the
+    interpreter, each hand-over costs. At most `ahead` hand-overs are under way or waiting, or AHEAD_BYTES of items,
+    which bounds memory; a larger item goes alone. An exception of the function is raised at its item's place. Closing
+    the iterator early waits only for what runs already.
     """
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[tuple[Future[R], int]] = deque()
+    waiting: deque[tuple[Future[_Results[R]], int]] = deque()
     waiting_bytes = 0
     try:
-        for item in items:
-            waiting.append((pool.submit(function, item), size_bytes(item)))
-            waiting_bytes += waiting[-1][1]
+        for group, size in _groups(items, size_bytes, together):
+            waiting.append((pool.submit(_apply, function, group), size))
+            waiting_bytes += size
             while len(waiting) >= ahead or waiting_bytes > AHEAD_BYTES:
-                result, size = waiting.popleft()
+                results, size = waiting.popleft()
                 waiting_bytes -= size
-                yield result.result()
+                yield from _of(results)
         while waiting:
-            yield waiting.popleft()[0].result()
+            yield from _of(waiting.popleft()[0])
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _groups(items: Iterable[T], size_bytes: Callable[[T], int], most: int) -> Iterator[tuple[list[T], int]]:
+    """Neighbours, with their bytes together."""
+    group: list[T] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += size_bytes(item)
+        if len(group) == most or size > GROUP_BYTES:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
+
+
+def _apply(function: Callable[[T], R], items: list[T]) -> "_Results[R]":
+    """The results, up to the first exception, and that."""
+    results: list[R] = []
+    try:
+        for item in items:
+            results.append(function(item))
+    except BaseException as error:
+        return results, error
+    return results, None
+
+
+def _of(future: "Future[_Results[R]]") -> Iterator[R]:
+    results, error = future.result()
+    yield from results
+    if error:
+        raise error

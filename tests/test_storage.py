@@ -123,7 +123,6 @@ class TestS3(StorageContract):
         return s3.uri(f"storage/{request.node.name}")
 
     def test_more_than_one_page_of_a_list(self, base: str) -> None:
-        from pipeline.prefetch import ordered_map
 
         list(ordered_map(lambda i: storage.write(f"{base}/{i:05d}", b"1"), range(1100), 8, 64))
         assert [info.uri[-5:] for info in storage.list_objects(base)] == [f"{i:05d}" for i in range(1100)]
@@ -297,21 +296,6 @@ def test_objects_of_unknown_size_are_fetched_ahead_by_the_size_of_the_last_ones(
             under_way.discard(record.source)
             most.append(len(under_way))
     assert max(most[40:]) <= 4
-
-
-def test_work_ahead_is_bounded_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.prefetch.AHEAD_BYTES", 100)
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for size in [10, 20, 500, 30, 90, 10]:
-            taken.append(size)
-            yield size
-
-    results = ordered_map(lambda size: size, items(), threads=2, ahead=100, size_bytes=lambda size: size)
-    assert next(results) == 10
-    assert taken == [10, 20, 500]
-    assert list(results) == [20, 500, 30, 90, 10]
 
 
 def test_links_in_circles_and_to_nothing_are_no_files(tmp_path: Path) -> None:

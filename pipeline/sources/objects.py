@@ -16,6 +16,7 @@ from pipeline.sources.base import ReadOptions, Record, ShardEnd
 
 REMOTE_THREADS = 16
 LOCAL_THREADS = 2
+LOCAL_TOGETHER = 4
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
@@ -23,13 +24,14 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     assert shard.keys is not None
     count = len(shard.keys)
     rows = (row for start, stop in todo for row in range(start, min(stop, count)))
-    threads = LOCAL_THREADS if storage.is_local(shard.uri or shard.keys[0]) else REMOTE_THREADS
+    local = storage.is_local(shard.uri or shard.keys[0])
+    threads, together = (LOCAL_THREADS, LOCAL_TOGETHER) if local else (REMOTE_THREADS, 1)
     expected = 0
 
     def size_bytes(row: int) -> int:
         return shard.key_sizes[row] if shard.key_sizes else expected
 
-    for record in ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes):
+    for record in ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes, together):
         # A list names no sizes: the next ones are taken to be about as large as the last ones were.
         expected = max(len(record.data or b""), expected * 3 // 4)
         yield record
