@@ -21,6 +21,12 @@ from ssh_server import ssh_server
 SCRIPT = ROOT / "infra" / "bare" / "cluster.sh"
 
 
+def test_the_script_is_clean() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
 @dataclass(frozen=True)
 class Machines:
     folder: Path
