@@ -34,7 +34,7 @@ demo: $(READY) ## make a small archive, embed and classify it, look at the resul
 	$(BIN)/python jobs/demo.py demo
 
 test: $(READY) $(PROMETHEUS) ## all tests but the long faults
-	$(BIN)/python -m pytest -m 'not faults'
+	$(BIN)/python -m pytest -m 'not faults' -n 2 --dist loadfile
 
 test-faults: $(READY) ## kills, lost workers, a store that fails, paused drivers (half an hour)
 	$(BIN)/python -m pytest -m faults

@@ -109,6 +109,7 @@ def start_ray_head(
         *("--num-gpus", str(gpus)),  # of the cluster's word alone: Ray looks for none
         *("--object-store-memory", str(512 << 20), "--include-dashboard", "true", "--node-ip-address", "127.0.0.1"),
         *("--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port())),
+        *("--min-worker-port", "0", "--max-worker-port", "0"),  # any that is free
         *more,
         *("--temp-dir", folder),
     ]
