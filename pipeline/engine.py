@@ -154,9 +154,10 @@ class Flow:
             yield from self._written(_cut(dataset.iter_internal_ref_bundles(), self.rows_per_part))
 
     def _actors(self) -> ActorPoolStrategy:
-        """On a GPU an actor has several batches under way, so that the GPU need not wait for copies and for Arrow."""
+        """An actor has several batches under way: a GPU need not wait for copies and for Arrow, nor a CPU's threads for
+        the one that has a batch's last images."""
         least, most = self.layout.actors
-        if not self.layout.actor_gpus or self.predictor.max_concurrency == 1:
+        if self.predictor.max_concurrency == 1:
             return ActorPoolStrategy(min_size=least, max_size=most)
         return ActorPoolStrategy(
             min_size=least,

@@ -44,7 +44,7 @@ class Predictor:
     transform: the size that images are decoded to. columns: the result columns that it adds.
     threads, batch_size, images, gpu_share: what the run gives an actor: cores, images at once, about how many in all,
     and GPUs, of which it may have a fraction or none; None before that.
-    max_concurrency: batches that an actor on a GPU may bring to `predict` at once, each on a thread of its own.
+    max_concurrency: batches that an actor may bring to `predict` at once, each on a thread of its own.
     takes_tiles: `predict` also takes square images of at most half the crop's side, and enlarges them itself.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` takes; with --decoder gpu it is given them.
     With either of them `join` makes one batch of images of several sizes.
@@ -217,7 +217,7 @@ class NetworkPredictor(Predictor):
             batch_size,
             threads=self.threads,
             images=self.images,
-            lanes=self.max_concurrency if self.gpu_share else 1,
+            lanes=1 if self.gpu_share is None else self.max_concurrency,
             gpu_share=self.gpu_share,
         )
 

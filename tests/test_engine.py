@@ -194,19 +194,20 @@ class Meeting(Predictor):
         self.barrier.wait(60)  # raises where no second batch is brought
         return {"met": [True] * len(pixels)}
 
-ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=200 << 20)
+ray.init(num_cpus=2, num_gpus=int(sys.argv[3]), include_dashboard=False, object_store_memory=200 << 20)
 report = run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=8), Meeting())
 print(report.rows, report.errors)
 """
 
 
 @pytest.mark.slow
-def test_an_actor_on_a_gpu_has_two_batches_under_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_an_actor_has_two_batches_under_way(tmp_path: Path, gpus: int) -> None:
     archive = tmp_path / "archive"
     archive.mkdir()
     for seed in range(32):
         (archive / f"{seed:02d}.png").write_bytes(images.encode(images.tile(seed=seed), "PNG"))
-    assert run_python("-c", TWO_AT_ONCE, archive, tmp_path / "output").split()[-2:] == ["32", "0"]
+    assert run_python("-c", TWO_AT_ONCE, archive, tmp_path / "output", gpus).split()[-2:] == ["32", "0"]
 
 
 @pytest.mark.parametrize(("rows", "size_bytes", "parts"), [(10, 1, [4, 4, 1]), (10, 300 << 20, [2, 2, 2, 2, 1])])
