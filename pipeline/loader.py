@@ -16,7 +16,7 @@ from pipeline.coverage import Ranges
 from pipeline.decode import Decoded, Encoded, decode, leave_encoded
 from pipeline.errors import ImageError
 from pipeline.plan import Shard
-from pipeline.prefetch import ordered_map
+from pipeline.prefetch import TOGETHER, ordered_map
 from pipeline.sources import ReadOptions, Record, ShardEnd
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 LEAST_DECODE_BYTES = 128 << 20
 """A read task may always decode so much at once."""
-TOGETHER = 4
-"""Small images that a decode thread takes at once: two threads are a tenth faster than with single ones."""
 LEFT_TABLE_BYTES = 64 << 20
 LEFT_BATCH_BYTES = 1 << 30
 """JPEGs that are left encoded: so many bytes end a table, and a batch of the largest is this much. An Arrow column of

@@ -218,7 +218,9 @@ def _predict(predict: Predict, images: pa.Table, batch_size: int) -> tuple[float
     batches = [many.slice(start, batch_size) for start in range(0, len(many) - batch_size + 1, batch_size)]
     predictor = predict.predictor
     lanes = predictor.max_concurrency if predictor.gpu_share else 1
-    threads = ThreadPoolExecutor(lanes)  # as in a run: on a GPU several batches are under way
+    threads = ThreadPoolExecutor(
+        lanes
+    )  # as in a run on a GPU; a CPU, slow as it may be, is given one batch at a time here
 
     def run(batch: pa.Table) -> list[pa.Table]:
         return list(threads.map(predict, [batch] * (1 if lanes == 1 else LANE_BATCHES * lanes)))

@@ -16,12 +16,9 @@ from pipeline.lane import Lane, finish
 from pipeline.network import NetworkRunner
 from pipeline.predictors import Embedder
 
+pytestmark = pytest.mark.usefixtures("own_caches")
+
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NIGHTSHIFT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from pipeline.decode import decode
 from pipeline.errors import SettingRefused, WeightsRefused
 from pipeline.predictors import Classifier, Embedder, NetworkPredictor, Predictor
 
+pytestmark = pytest.mark.usefixtures("own_caches")
+
 
 def normalised(pixels: np.ndarray) -> torch.Tensor:
     x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous().float() / 255
@@ -45,11 +47,6 @@ def weights(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str
     path = tmp_path_factory.mktemp("weights") / "w.pth"
     torch.save(network.state_dict(), path)
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NIGHTSHIFT_CACHE", str(tmp_path / "cache"))
 
 
 def plain_features(network: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,6 @@ class TestS3(StorageContract):
         return s3.uri(f"storage/{request.node.name}")
 
     def test_more_than_one_page_of_a_list(self, base: str) -> None:
-
         list(ordered_map(lambda i: storage.write(f"{base}/{i:05d}", b"1"), range(1100), 8, 64))
         assert [info.uri[-5:] for info in storage.list_objects(base)] == [f"{i:05d}" for i in range(1100)]
 

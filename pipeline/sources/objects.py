@@ -11,12 +11,11 @@ from pipeline import storage
 from pipeline.coverage import Ranges
 from pipeline.errors import NightshiftError, ReadError
 from pipeline.plan import Shard
-from pipeline.prefetch import ordered_map
+from pipeline.prefetch import TOGETHER, ordered_map
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
 
 REMOTE_THREADS = 16
 LOCAL_THREADS = 2
-LOCAL_TOGETHER = 4
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
@@ -25,7 +24,7 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     count = len(shard.keys)
     rows = (row for start, stop in todo for row in range(start, min(stop, count)))
     local = storage.is_local(shard.uri or shard.keys[0])
-    threads, together = (LOCAL_THREADS, LOCAL_TOGETHER) if local else (REMOTE_THREADS, 1)
+    threads, together = (LOCAL_THREADS, TOGETHER) if local else (REMOTE_THREADS, 1)
     expected = 0
 
     def size_bytes(row: int) -> int:
