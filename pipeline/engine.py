@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
 from pipeline import metrics, output, schema
 from pipeline.config import RunConfig
@@ -32,6 +32,8 @@ MIN_BLOCK_BYTES = 1 << 20
 TABLE_SHARE = 0.7
 """A table of 1 / 0.7 targets is a block, whole, and so is one in which up to 0.3 of the pixels are missing: errors have
 none, and tiles fewer."""
+BLOCKS_PER_READER, BLOCKS_PER_ACTOR = 8, 16
+LEAST_WAITING_BYTES = 256 << 20
 PART_BYTES = 128 << 20
 MOST_PART_BYTES = 512 << 20
 """In memory. A part is cut there, however few its rows: how long kept texts and lists are shows only then."""
@@ -191,6 +193,10 @@ class Flow:
         context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
         context.target_max_block_size = block_bytes(self.loader, self.rows_per_part)
+        if not self.layout.actor_gpus:
+            readers, actors = self.layout.read_tasks(len(self.units))[0], self.layout.actors[1]
+            most = waiting_bytes(context.target_max_block_size, readers, actors)
+            context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=most)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
 
 
@@ -207,6 +213,16 @@ def block_bytes(loader: Loader, rows_per_part: int) -> int:
     return max(
         int(TABLE_SHARE * loader.rows_per_table * image_bytes), min(rows_per_part * image_bytes, MIN_BLOCK_BYTES)
     )
+
+
+def waiting_bytes(block: int, readers: int, actors: int) -> int:
+    """What may lie in Ray's object store at once, of blocks of so many bytes, where the network runs on CPUs.
+
+    A decoder that is faster than the network fills what it may; Ray's own limit is half of the store. Of a limit Ray
+    leaves the readers a quarter to three quarters, and each has two blocks under way. A GPU computes in a fraction of a
+    second what a CPU computes in ten, so what lies ready for it has Ray's limit.
+    """
+    return max(LEAST_WAITING_BYTES, block * (BLOCKS_PER_READER * readers + BLOCKS_PER_ACTOR * actors))
 
 
 class ModelActor(Predict):

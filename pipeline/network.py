@@ -19,6 +19,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 
 from pipeline.config import Transform
+from pipeline.cpu import keep_freed_memory, lone_threads
 from pipeline.fetch import cache_folder
 from pipeline.gpu import choose_device, evenly, images_that_fit, refused_by_gpu, rounded_up
 from pipeline.head import Network
@@ -73,7 +74,8 @@ class NetworkRunner:
         self.workers: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
             # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
-            self.workers = _lone_threads(threads or torch.get_num_threads())
+            keep_freed_memory()
+            self.workers = lone_threads(threads or torch.get_num_threads())
         dtype = _dtype(precision, self.device)
         torch.backends.cudnn.benchmark = True  # batches are of few sizes: choose the fastest kernels for each, once
         if dtype is torch.float32:
@@ -225,21 +227,6 @@ def _graph_breaks() -> int:
     from torch._dynamo.utils import counters
 
     return sum(counters["graph_break"].values())
-
-
-def _lone_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch starts no others. It goes by a number of each thread, at first the last that was set."""
-    usual, all_started = torch.get_num_threads(), threading.Barrier(count)
-
-    def start(_: int) -> None:
-        torch.get_num_threads()  # takes over that first number: later, that would undo the next line
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    threads = ThreadPoolExecutor(count, "network")
-    list(threads.map(start, range(count)))
-    torch.set_num_threads(usual)
-    return threads
 
 
 def _enlarged(tiles: Tensor, transform: Transform) -> Tensor:

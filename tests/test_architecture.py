@@ -25,6 +25,7 @@ LAYERS = [
         "head",
         "families",
         "models",
+        "cpu",
         "gpu",
         "lane",
         "packed",
@@ -40,7 +41,7 @@ LAYERS = [
 ]
 MAY_IMPORT_RAY = {"engine", "datasource", "metrics"}
 MAY_IMPORT_TORCH = {
-    *("head", "families", "models", "gpu", "lane", "packed", "network", "gpu_decode"),
+    *("head", "families", "models", "cpu", "gpu", "lane", "packed", "network", "gpu_decode"),
     *("fetch", "weights", "vision", "predictors"),
 }
 

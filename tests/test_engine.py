@@ -246,6 +246,47 @@ def test_the_ends_of_shards_make_no_batch_smaller(tmp_path: Path) -> None:
     assert run_python("-c", BATCHES, archive, tmp_path / "output").splitlines()[-1] == "{8: 48}"
 
 
+WAITING = """
+import os
+import sys
+import time
+import pyarrow as pa
+import ray
+from pipeline import Predictor, RunConfig, Transform, engine, run
+
+class Slow(Predictor):
+    transform = Transform()
+    columns = pa.schema([("brightness", pa.float32())])
+
+    def load(self):
+        self.is_first = True
+
+    def predict(self, pixels):
+        if self.is_first:
+            time.sleep(8)  # time for the decoder to decode everything, if nothing holds it back
+            os.unlink(self.last_image)
+            self.is_first = False
+        return {"brightness": pixels.mean((1, 2, 3))}
+
+engine.LEAST_WAITING_BYTES = 1 << 20
+ray.init(num_cpus=2, include_dashboard=False, object_store_memory=1 << 30)
+predictor = Slow()
+predictor.last_image = sys.argv[3]
+report = run(RunConfig(input=sys.argv[1], output=sys.argv[2], batch_size=8), predictor)
+print(report.rows, report.errors)
+"""
+
+
+@pytest.mark.slow
+def test_a_decoder_does_not_get_far_ahead_of_a_cpus_network(tmp_path: Path) -> None:
+    """45 MB of pixels, in a store that has room for all of them: the last of the images is not yet read."""
+    (archive := tmp_path / "archive").mkdir()
+    for number in range(300):
+        (archive / f"{number:03d}.jpg").write_bytes(images.encode(images.tile(seed=number % 9)))
+    last = archive / "299.jpg"
+    assert run_python("-c", WAITING, archive, tmp_path / "output", last).splitlines()[-1] == "299 1"
+
+
 LOST = """
 import sys
 import pyarrow as pa
