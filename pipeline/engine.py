@@ -193,10 +193,13 @@ class Flow:
         context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
         context.target_max_block_size = block_bytes(self.loader, self.rows_per_part)
-        if not self.layout.actor_gpus:
-            readers, actors = self.layout.read_tasks(len(self.units))[0], self.layout.actors[1]
-            most = waiting_bytes(context.target_max_block_size, readers, actors)
-            context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=most)
+        readers, actors = self.layout.read_tasks(len(self.units))[0], self.layout.actors[1]
+        on_cpus = waiting_bytes(context.target_max_block_size, readers, actors)
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=None
+            if self.layout.actor_gpus
+            else on_cpus  # None too is set: the context outlives a run
+        )
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
 
 

@@ -73,8 +73,8 @@ class NetworkRunner:
         self.device = choose_device(gpu_share)
         self.workers: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
-            # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
             keep_freed_memory()
+            # Each thread has images of its own: threads that share a layer wait for the one whose core decodes.
             self.workers = lone_threads(threads or torch.get_num_threads())
         dtype = _dtype(precision, self.device)
         torch.backends.cudnn.benchmark = True  # batches are of few sizes: choose the fastest kernels for each, once

@@ -10,6 +10,7 @@ import images
 import pyarrow as pa
 import pytest
 from PIL import Image
+from ray.data import DataContext
 from ray.data._internal.output_buffer import BlockOutputBuffer, OutputBlockSizeOption
 from small_run import run_python
 from whole import write_tar
@@ -285,6 +286,19 @@ def test_a_decoder_does_not_get_far_ahead_of_a_cpus_network(tmp_path: Path) -> N
         (archive / f"{number:03d}.jpg").write_bytes(images.encode(images.tile(seed=number % 9)))
     last = archive / "299.jpg"
     assert run_python("-c", WAITING, archive, tmp_path / "output", last).splitlines()[-1] == "299 1"
+
+
+def test_a_run_on_gpus_has_rays_own_limit_though_one_on_cpus_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = DataContext()
+    monkeypatch.setattr(engine.DataContext, "get_current", lambda: context)
+    loader: Any = SimpleNamespace(transform=Transform(), rows_per_table=64, leave_jpegs=False)
+    limits = []
+    for gpus in (0, 1):
+        nothing: Any = None
+        flow = engine.Flow(nothing, [], {}, loader, nothing, nothing, layout(2, gpus), 64, 1000, {})
+        flow._set_context()
+        limits.append(context.execution_options.resource_limits.object_store_memory)
+    assert limits == [engine.LEAST_WAITING_BYTES, float("inf")]
 
 
 LOST = """
