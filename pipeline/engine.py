@@ -195,11 +195,8 @@ class Flow:
         context.target_max_block_size = block_bytes(self.loader, self.rows_per_part)
         readers, actors = self.layout.read_tasks(len(self.units))[0], self.layout.actors[1]
         on_cpus = waiting_bytes(context.target_max_block_size, readers, actors)
-        context.execution_options.resource_limits = ExecutionResources.for_limits(
-            object_store_memory=None
-            if self.layout.actor_gpus
-            else on_cpus  # None too is set: the context outlives a run
-        )
+        most = None if self.layout.actor_gpus else on_cpus  # None is set too: the context outlives a run
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=most)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, once; Ray's own files have more
 
 
