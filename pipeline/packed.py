@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a packed network's output from the plain one's, of the largest number in it."""
 
+WINOGRAD_CHANNELS, WINOGRAD_SIDE = 64, 8
+"""Of what a convolution is given, at least. With 7 × 7 pixels, what is saved is lost to the weights, which grow to
+16/9 (ResNet-50)."""
+
 ADDS = {operator.add, operator.iadd, torch.add}
 RELUS = {torch.relu, nn.functional.relu}
 
@@ -50,8 +54,8 @@ def packed(network: nn.Module, image: Tensor, dtype: torch.dtype, batch_size: in
 
 def _packed(network: nn.Module, sizes: Mapping[str, torch.Size], batch_size: int, fuses: bool) -> nn.Module:
     found = copy.deepcopy(network)
-    for name, (one, *size) in sizes.items():
-        found.set_submodule(name, Convolution(found.get_submodule(name), [one * batch_size, *size]))
+    for name, size in sizes.items():
+        found.set_submodule(name, _convolution(found.get_submodule(name), size, batch_size))
     for module in found.modules() if fuses else ():
         if isinstance(module, fx.GraphModule):
             _fuse(module)
@@ -94,19 +98,19 @@ def _sizes(network: nn.Module, image: Tensor) -> tuple[dict[str, torch.Size], tu
 class Convolution(nn.Module):
     """A convolution; then the sum with what it is given beside, if it is; then a ReLU, if `relu` is "relu".
 
-    in_place: the sum overwrites what is given beside.
+    in_place: the sum may overwrite what is given beside.
     """
 
-    def __init__(self, plain: nn.Module, size: list[int]) -> None:
+    relu: str | None = None
+    in_place = False
+
+    def __init__(self, plain: nn.Conv2d, size: list[int]) -> None:
         """size: of the batches that it will be given most often."""
         super().__init__()
-        assert isinstance(plain, nn.Conv2d)
         self.geometry = list(plain.padding), list(plain.stride), list(plain.dilation), plain.groups
         # Attributes, no buffers: a tensor in oneDNN's layout can be neither copied nor moved as others are.
         self.bias = None if plain.bias is None else plain.bias.detach()
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain.weight.detach(), *self.geometry, size)
-        self.relu: str | None = None
-        self.in_place = False
 
     def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         ops: Any = torch.ops.mkldnn
@@ -118,6 +122,45 @@ class Convolution(nn.Module):
         else:
             found = ops._convolution_pointwise.binary(x, beside, *filters, "add", 1.0, self.relu, [], None)
         return found
+
+
+class WinogradConvolution(Convolution):
+    """The same in Winograd's way; the sum never overwrites anything."""
+
+    def __init__(self, plain: nn.Conv2d, filters: Any) -> None:
+        """filters: winograd.Filters of the plain one."""
+        nn.Module.__init__(self)
+        self.filters, self.outputs = filters, plain.out_channels
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        found: Tensor = torch.ops.nightshift.winograd(x, beside, self.filters.key, self.outputs, self.relu is not None)
+        return found
+
+
+def _convolution(plain: nn.Module, size: torch.Size, batch_size: int) -> Convolution:
+    """size: of what it is given for one image."""
+    assert isinstance(plain, nn.Conv2d)
+    if _suits_winograd(plain, size):
+        try:
+            from pipeline.winograd import Filters  # Numba's import and its compiler take their time
+        except (ImportError, RuntimeError) as error:  # no Numba for this machine; no folder for what it compiles
+            log.debug("no convolution in Winograd's way: %s", error)
+        else:
+            bias = None if plain.bias is None else plain.bias.detach()
+            return WinogradConvolution(plain, Filters(plain.weight.detach(), bias))
+    return Convolution(plain, [size[0] * batch_size, *size[1:]])
+
+
+def _suits_winograd(plain: nn.Conv2d, size: torch.Size) -> bool:
+    """AMX multiplies so fast that the way there and back costs more; in float32 memory is what is waited for."""
+    geometry = plain.kernel_size, plain.stride, plain.padding, plain.dilation, plain.groups
+    return (
+        geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+        and plain.weight.dtype is torch.bfloat16
+        and not torch.cpu._is_amx_tile_supported()
+        and min(plain.in_channels, plain.out_channels) >= WINOGRAD_CHANNELS
+        and min(size[2:]) >= WINOGRAD_SIDE
+    )
 
 
 def _fuse(traced: fx.GraphModule) -> None:

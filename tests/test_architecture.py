@@ -29,6 +29,7 @@ LAYERS = [
         "gpu",
         "lane",
         "packed",
+        "winograd",
         "network",
         "gpu_decode",
     },
@@ -41,7 +42,7 @@ LAYERS = [
 ]
 MAY_IMPORT_RAY = {"engine", "datasource", "metrics"}
 MAY_IMPORT_TORCH = {
-    *("head", "families", "models", "cpu", "gpu", "lane", "packed", "network", "gpu_decode"),
+    *("head", "families", "models", "cpu", "gpu", "lane", "packed", "winograd", "network", "gpu_decode"),
     *("fetch", "weights", "vision", "predictors"),
 }
 
@@ -107,6 +108,8 @@ def test_modules_of_a_layer_do_not_import_in_circles() -> None:
         ("pipeline.predictors", "torch"),
         ("pipeline.models", "torch._dynamo"),
         ("pipeline.network", "torch._dynamo"),
+        ("pipeline.network", "numba"),
+        ("pipeline.winograd", "torch._dynamo"),
         ("pipeline.gpu_decode", "torch._dynamo"),
         ("pipeline.predict", "ray"),
         ("pipeline.predictors", "ray"),

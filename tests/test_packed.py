@@ -1,5 +1,7 @@
 """packed: the same numbers as the plain network, whatever follows its convolutions, for batches of any size."""
 
+import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -145,3 +147,73 @@ def test_one_that_cannot_be_packed_is_left_as_it_is(monkeypatch: pytest.MonkeyPa
     assert packed(network, batch(), torch.float64, 4) is network
     monkeypatch.setattr(module, "AGREES", {torch.float32: -1.0})  # as if its numbers were others
     assert packed(network, batch(), torch.float32, 4) is network
+
+
+class Wide(nn.Module):
+    """A residual block of as many channels as Winograd's way takes, with a narrow one before it."""
+
+    def __init__(self, **geometry: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+
+        class Body(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Conv2d(3, 64, 3, padding=1)
+                self.a = nn.Conv2d(64, 64, 3, **{"padding": 1, **geometry})
+                self.relu = nn.ReLU(inplace=True)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.first(x)
+                return self.relu(self.a(x) + x) if not geometry else self.a(x)
+
+        self.body = fx.symbolic_trace(Body().eval())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.body(x).float(), None
+
+
+@pytest.fixture
+def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="Numba has no build for this machine")
+    if not module._is_supported(torch.bfloat16):
+        pytest.skip("oneDNN does not compute in bfloat16 on this machine")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+def ways(network: nn.Module, dtype: torch.dtype = torch.bfloat16, side: int = SIDE) -> list[bool]:
+    """Of the convolutions of a packed network, which go Winograd's way."""
+    network = network.to(dtype, memory_format=torch.channels_last)
+    found = packed(network, batch()[..., :side, :side].to(dtype), dtype, 4)
+    return [isinstance(each, module.WinogradConvolution) for each in convolutions(found)]
+
+
+def test_winograds_way_is_fused_as_others_are(no_amx: None) -> None:
+    network = Wide().to(torch.bfloat16, memory_format=torch.channels_last)
+    found = packed(network, batch().bfloat16(), torch.bfloat16, 4)
+    first, last = convolutions(found)
+    assert (type(first), type(last)) == (Convolution, module.WinogradConvolution)
+    assert last.relu == "relu"
+    exact = copy.deepcopy(network).float()
+    for images in (1, 4, 9):
+        with torch.no_grad():
+            expected, given = exact(batch(images))[0], found(batch(images).bfloat16())[0]
+        assert float((given - expected).abs().max()) < 0.03 * float(expected.max())
+
+
+@pytest.mark.parametrize("geometry", [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}])
+def test_other_geometries_do_not_go_winograds_way(no_amx: None, geometry: dict[str, int]) -> None:
+    assert ways(Wide(**geometry)) == [False, False]
+
+
+def test_where_winograds_way_does_not_pay_none_goes_it(no_amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ways(Wide(), side=7) == [False, False]
+    assert ways(Wide(), torch.float32) == [False, False]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert ways(Wide()) == [False, False]
+
+
+def test_without_numba_none_goes_winograds_way(no_amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pipeline.winograd", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert ways(Wide()) == [False, False]
