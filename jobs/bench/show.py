@@ -140,7 +140,7 @@ def network_table(outcome: Outcome, networks: Networks, peak_gflops: Mapping[str
 
 def network_line(outcome: Outcome, networks: Networks, peak_gflops: Mapping[str, float]) -> str:
     """What stands in the way of a larger ratio over the peers: the machine itself, unless the network is faster than a
-    matrix product, as one with packed weights may be where the CPU has AMX."""
+    matrix product, as one may be with packed weights on AMX, or with fewer multiplications in Winograd's way."""
     share = outcome.roofline.compiled_share
     form = "compiled" if share > 0.5 else "eager"
     gflops, peak = networks.gflops(form), peak_gflops.get(networks.dtype)
