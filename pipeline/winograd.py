@@ -53,14 +53,14 @@ def convolve(x: Tensor, beside: Tensor | None, key: int, outputs: int, relu: boo
     found = _blank(x, beside, key, outputs, relu)
     if beside is not None and (beside.shape != found.shape or beside.dtype != found.dtype):
         raise ValueError(f"{beside.dtype} {list(beside.shape)} beside {found.dtype} {list(found.shape)}")
-    pixels, summands = _lines(x), None if beside is None else _lines(beside)
+    pixels, summands, to = _lines(x), None if beside is None else _lines(beside), _lines(found)
     across = (width + 1) // 2
     lines, together = images * ((height + 1) // 2), max(1, PATCHES_AT_ONCE // across)
     for first in range(0, lines, together):
         patches = x.new_empty(16, min(together, lines - first) * across, inputs)
         _patches(pixels, first, _bits(patches))
         products = torch.bmm(patches, filters.weight)
-        _outputs(_bits(products), filters.bias, summands, relu, first, _lines(found))
+        _outputs(_bits(products), filters.bias, summands, relu, first, to)
     return found
 
 
