@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.coverage import END, Coverage, Ranges, count, intersect, normalize, subtract, union
+from pipeline.parquet import open_parquet
 
 OBJECTS_PER_SHARD = 512
 SHARDS_PER_FILE = 512
@@ -223,7 +224,7 @@ def load_shard(uri: str, index: int) -> Shard:
     """Read one shard's row from its file of the plan, and no more of that than its row group."""
     group, row = divmod(index % SHARDS_PER_FILE, SHARDS_PER_ROW_GROUP)
     with storage.open_read(uri) as file:
-        table = pq.ParquetFile(file).read_row_group(group, use_threads=False)
+        table = open_parquet(file).read_row_group(group, use_threads=False)
     return _to_shard(table.slice(row, 1).to_pylist()[0])
 
 
@@ -240,7 +241,7 @@ def _written(uri: str, shards: Iterator[Shard]) -> Iterator[Shard]:
 
 def _read_file(uri: str, columns: list[str]) -> pa.Table:
     with storage.open_read(uri) as file:
-        return pq.ParquetFile(file).read(columns=columns, use_threads=False)
+        return open_parquet(file).read(columns=columns, use_threads=False)
 
 
 def _to_shard(row: dict[str, Any]) -> Shard:

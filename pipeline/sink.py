@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline import coverage, schema, storage, usage
 from pipeline.errors import OutputRefused, message_line
 from pipeline.ledger import Commit, commit_uri
+from pipeline.parquet import open_parquet
 
 ROW_GROUP_ROWS = 20_000
 
@@ -128,7 +129,7 @@ def retire(output: str, retired: Mapping[int, coverage.Ranges], commit: Commit, 
 def read_part(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A part, or a part of `_errors/`. Raises OSError and pa.ArrowException where a page is not what was written."""
     file = io.BytesIO(storage.read(uri))
-    return pq.read_table(file, columns=columns, use_threads=False, page_checksum_verification=True)
+    return open_parquet(file, page_checksum_verification=True).read(columns, use_threads=False)
 
 
 def read_back(output: str, name: str, columns: list[str] | None = None) -> pa.Table:

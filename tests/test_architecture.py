@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    {"errors", "schema", "prefetch", "budget", "stores", "vision", "usage", "machines"},
+    {"errors", "schema", "parquet", "prefetch", "budget", "stores", "vision", "usage", "machines"},
     {"config", "storage", "coverage", "header"},
     {
         "plan",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_run import run_python
 
 from pipeline import ledger as ledgers
 from pipeline import runner, schema
@@ -44,6 +45,19 @@ def written(sink: Sink, table: pa.Table) -> Commit:
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_part_is_read_on_one_thread(sink: Sink, tmp_path: Path) -> None:
+    """One of Arrow's own, while the interpreter ends, now and then aborted the process."""
+    commit = written(sink, rows((0, 0), (0, 1)))
+    code = (
+        "import os\n"
+        "from pipeline.sink import read_part\n"
+        "before = os.listdir('/proc/self/task')\n"
+        f"assert len(read_part({str(tmp_path / str(commit.part))!r})) == 2\n"
+        "print(len(os.listdir('/proc/self/task')) - len(before))"
+    )
+    assert run_python("-c", code) == "0\n"
 
 
 def test_a_part_its_errors_and_its_commit(sink: Sink, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.coverage import Ranges
 from pipeline.errors import InputRefused, ReadError, message_line
+from pipeline.parquet import open_parquet
 from pipeline.plan import Shard
 from pipeline.sources.base import ReadOptions, Record, ShardEnd
 from pipeline.sources.records import Rows, only, rows_of, storage_fault, values_of
@@ -49,7 +50,7 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
 def shard_rows(uri: str) -> tuple[int, pa.Schema]:
     """Number of rows and the schema, from the footer alone. Raises BAD_BYTES."""
     with storage.open_read(uri) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = open_parquet(file)
         check_counts(parquet.metadata)
         schema = parquet.schema_arrow
         _ = schema.names  # only now are they decoded
@@ -111,7 +112,7 @@ class _Reader:
         try:
             if not file.seek(0, os.SEEK_END):
                 raise ReadError("empty", f"{rows.uri} has no bytes")
-            self.parquet = pq.ParquetFile(self.file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+            self.parquet = open_parquet(self.file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
             schema = self.parquet.schema_arrow
             check_counts(self.parquet.metadata)
         except BAD_BYTES as error:

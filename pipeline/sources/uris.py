@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputRefused, message_line
+from pipeline.parquet import open_parquet
 from pipeline.plan import OBJECTS_PER_SHARD, Shard
 from pipeline.sources.base import is_image
 from pipeline.sources.objects import IMAGE_ID, keep_json
@@ -213,7 +213,7 @@ def _open_table(uri: str, file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch
                 parse_options=pa_csv.ParseOptions(newlines_in_values=True),
             )
             return reader.schema, iter(reader)
-        parquet = pq.ParquetFile(file)
+        parquet = open_parquet(file)
         return parquet.schema_arrow, parquet.iter_batches(batch_size=4096, use_threads=False)
     except pa.ArrowException as error:
         raise _unreadable(uri, error) from error
