@@ -101,7 +101,7 @@ else
     setsid nohup ray start --block "$@" >"$here/log" 2>&1 </dev/null &
     echo "$! $(born $!)" >"$here/pid"
   }
-  has_ended() { # GROUP: wait for it, stop_seconds at most; fails if it goes on
+  await_end() { # GROUP: stop_seconds at most; fails if it goes on
     for ((i = 0; i < stop_seconds * 5; i++)); do
       kill -0 -- "-$1" 2>/dev/null || return 0
       sleep 0.2
@@ -113,7 +113,7 @@ else
     read -r group birth <"$here/pid"
     kill -TERM -- "-$group"
     # On a busy machine Ray takes longer; a process that is killed still takes a moment to end.
-    has_ended "$group" || { kill -KILL -- "-$group" 2>/dev/null && has_ended "$group"; } || true
+    await_end "$group" || { kill -KILL -- "-$group" 2>/dev/null && await_end "$group"; } || true
     rm -f "$here/pid"
   }
   ray_command() { ray "$@" </dev/null; }
