@@ -1,16 +1,16 @@
-"""Classify an image archive: label, score and top classes of every image, as Parquet.
+"""Classify an image archive: label, score and top classes per image, as Parquet.
 
     python jobs/classify.py --input photos/ --output labels/ --model resnet50 --top-k 5
     python jobs/classify.py --input tiles.tar --output labels/ --weights model.pt --labels names.txt --embeddings
 
-Run the same command again after any stop: it goes on where it was.
+Run the same command again after any stop: it continues from there.
 """
 
 import sys
 from collections.abc import Sequence
 
 from pipeline import cli
-from pipeline.predictors import Classifier
+from pipeline.predictors.classify import Classifier
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

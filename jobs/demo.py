@@ -1,9 +1,9 @@
-"""Make a small archive, embed and classify it, prove the outputs whole, and look at them.
+"""Make a small archive, embed and classify it, verify the outputs and show them.
 
     python jobs/demo.py FOLDER
 
-The weights are random (seeded), so nothing is downloaded and the labels mean nothing. Run it again: no step passes
---overwrite, so what is done stays, and what a stop left unfinished goes on.
+The weights are random (seeded): nothing is downloaded, and the labels mean nothing. Run the command again after a stop:
+finished steps are skipped, and an unfinished one continues.
 """
 
 import argparse
@@ -18,13 +18,12 @@ import pandas as pd
 
 JOBS = Path(__file__).resolve().parent
 NETWORK = ["--model", "resnet18", "--weights", "random"]
-ONE_THREAD = {"use_threads": False}  # a process that ends right after pyarrow 26 read on threads of its own can abort
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where archive/, embeddings/ and labels/ go")
-    parser.add_argument("--images", metavar="N", default="600", help="size of the archive (default: 600)")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder for archive/, embeddings/ and labels/")
+    parser.add_argument("--images", metavar="N", default="600", help="images in the archive (default: 600)")
     given = parser.parse_args()
     folder = given.folder
     try:
@@ -38,19 +37,21 @@ def main() -> int:
         print(f"demo: {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
         return int(error.returncode)
     show(folder)
+    draw(folder)
+    suggest(folder)
     return 0
 
 
 def make_archive(folder: Path, images: str) -> None:
-    """Make FOLDER/archive unless it is there; it gets its name when it is complete."""
+    """Make FOLDER/archive unless it exists. It is renamed to `archive` only when it is complete."""
     if (folder / "archive").exists():
         return
-    call("make_demo_archive.py", f"{folder}/archive.unfinished", "--images", images)
+    call("demo_archive.py", f"{folder}/archive.unfinished", "--images", images)
     (folder / "archive.unfinished").rename(folder / "archive")
 
 
 def call(job: str, *arguments: str) -> None:
-    """Run a job with this Python, after printing the command as one would type it. Raises CalledProcessError."""
+    """Print a job's command line and run it with this Python. Raises CalledProcessError."""
     command = [os.path.relpath(sys.executable), os.path.relpath(JOBS / job), *arguments]
     print(f"\n$ {shlex.join(command)}", flush=True)
     if code := wait(subprocess.Popen(command)):
@@ -58,7 +59,7 @@ def call(job: str, *arguments: str) -> None:
 
 
 def wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a job, as a shell tells it. Ctrl-C reaches the job too, and it ends by itself."""
+    """Exit code of a job, as a shell reports it. Ctrl-C also reaches the job, which ends by itself."""
     while True:
         try:
             code = process.wait()
@@ -68,19 +69,35 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def show(folder: Path) -> None:
-    """Read both outputs back, print a few rows of them, the errors by kind, and what to type next."""
-    embeddings = pd.read_parquet(folder / "embeddings", columns=["image_id", "embedding"], **ONE_THREAD)
-    rows = pd.read_parquet(folder / "labels", **ONE_THREAD).merge(embeddings, on="image_id")
+    """Print a few rows of both outputs, and the number of errors by type."""
+    embeddings = read(folder / "embeddings", "image_id", "embedding")
+    rows = read(folder / "labels").merge(embeddings, on="image_id")
     table = rows[["image_id", "width", "height", "cls", "label", "score"]].assign(
         image_id=rows["image_id"].str.rpartition("/")[2],
         cls=rows["cls"].fillna("-"),
         embedding=[f"{np.round(vector[:3], 3)} …" for vector in rows["embedding"]],
     )
     step = max(1, len(rows) // 6)
-    print(f"\n{len(rows):,} images, each with a label and {len(rows['embedding'][0])} numbers; here one in {step}:")
+    width = len(rows["embedding"][0])
+    print(f"\n{len(rows):,} images, each with a label and an embedding of {width} numbers; 1 in {step} is shown:")
     print(table.iloc[::step].to_string(index=False))
     print("\nbroken on purpose, one row each in _errors/:")
     print(errors_by_type(folder / "embeddings" / "_errors"))
+
+
+def draw(folder: Path) -> None:
+    """Draw FOLDER/embeddings.png, unless matplotlib is missing."""
+    try:
+        from jobs import demo_picture
+    except ImportError:
+        return
+    picture = folder / "embeddings.png"
+    demo_picture.draw(read(folder / "embeddings", "image_id", "source", "member", "embedding"), picture)
+    print(f"\npicture of the embeddings: {picture}")
+
+
+def suggest(folder: Path) -> None:
+    """Print three commands to try next."""
     python = os.path.relpath(sys.executable)
     print("\nnext:")
     print(f"  {python} jobs/embed.py --input YOUR_FOLDER --output embeddings --model resnet50")
@@ -89,11 +106,16 @@ def show(folder: Path) -> None:
     print(f"  {python} -m pip install jupyterlab && {lab}")
 
 
+def read(folder: Path, *columns: str) -> pd.DataFrame:
+    """The rows of an output, read on one thread: pyarrow 26 can abort if the process ends after a threaded read."""
+    return pd.read_parquet(folder, columns=list(columns) or None, use_threads=False)
+
+
 def errors_by_type(folder: Path) -> str:
-    """How many of each, a line a type. The folder is not there where no image failed, as in a small archive."""
+    """One line per error type: its name and its number of images. `_errors/` does not exist if no image failed."""
     if not folder.exists():
         return "none"
-    return str(pd.read_parquet(folder, **ONE_THREAD)["error_type"].value_counts().to_string(header=False))
+    return str(read(folder)["error_type"].value_counts().to_string(header=False))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Embed an image archive: one vector an image, as Parquet.
+"""Embed an image archive: one vector per image, as Parquet.
 
     python jobs/embed.py --input photos/ --output embeddings/ --model resnet50
     python jobs/embed.py --input 's3://bucket/tiles/{0000..0099}.tar' --output s3://bucket/embeddings
 
-Run the same command again after any stop: it goes on where it was.
+Run the same command again after any stop: it continues from there.
 """
 
 import sys
 from collections.abc import Sequence
 
 from pipeline import cli
-from pipeline.predictors import Embedder
+from pipeline.predictors.embed import Embedder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

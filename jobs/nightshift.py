@@ -1,13 +1,14 @@
-"""The `nightshift` command: `nightshift embed …`, `… classify …`, `… plan …`, `… verify OUTPUT`,
+"""The `nightshift` command: `nightshift embed …`, `… classify …`, `… estimate …`, `… verify OUTPUT`,
 `… submit JOB -- …`."""
 
 import sys
 from importlib import import_module
 
-COMMANDS = ("embed", "classify", "plan", "verify", "submit")
+COMMANDS = ("embed", "classify", "estimate", "verify", "submit")
 
 
 def main() -> int:
+    """Run the job that the first argument names; return its exit code."""
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if command not in COMMANDS:
         print(f"usage: nightshift {{{','.join(COMMANDS)}}} …   (nightshift {COMMANDS[0]} --help)", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Interval sets: which rows of which shards are done. Pure Python, no I/O.
+"""Sets of rows as intervals: which rows of which shards are done. Pure Python, no I/O.
 
-A range is a half-open `(start, stop)` pair of rows. A `Ranges` is a sorted tuple of disjoint, non-adjacent,
-non-empty ranges, so equal sets are equal tuples.
+A `Range` is a half-open `(start, stop)` pair of rows. `Ranges` is a sorted tuple of disjoint, non-adjacent, non-empty
+ranges, so equal sets are equal tuples.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
-END = 2**62  # stop of a range whose end only reading can tell
+END = 2**62
+"""Stop of a range whose end is unknown until the shard has been read."""
 
 
 def normalize(ranges: Iterable[Range]) -> Ranges:
-    """Sort, drop the empty ones, and merge what touches or overlaps."""
+    """Sort the ranges, drop empty ones, and merge those that touch or overlap."""
     merged: list[Range] = []
     for start, stop in sorted(ranges):
         if start >= stop:
@@ -26,7 +27,7 @@ def normalize(ranges: Iterable[Range]) -> Ranges:
 
 
 def from_rows(rows: Iterable[int]) -> Ranges:
-    """The ranges that hold exactly these rows, in any order, each once."""
+    """The ranges of exactly these rows, which may be given in any order."""
     return normalize((row, row + 1) for row in rows)
 
 
@@ -35,21 +36,21 @@ def union(a: Ranges, b: Ranges) -> Ranges:
 
 
 def intersect(a: Ranges, b: Ranges) -> Ranges:
-    found: list[Range] = []
+    common: list[Range] = []
     i = j = 0
     while i < len(a) and j < len(b):
         start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
         if start < stop:
-            found.append((start, stop))
+            common.append((start, stop))
         if a[i][1] < b[j][1]:
             i += 1
         else:
             j += 1
-    return tuple(found)
+    return tuple(common)
 
 
 def subtract(a: Ranges, b: Ranges) -> Ranges:
-    """What of `a` is not in `b`."""
+    """The rows of `a` that are not in `b`."""
     left: list[Range] = []
     for start, stop in a:
         for taken_start, taken_stop in intersect(((start, stop),), b):
@@ -70,9 +71,9 @@ def contains(ranges: Ranges, row: int) -> bool:
 
 
 class Coverage:
-    """The rows of a run that are done, by shard; memory grows with the gaps, not with the images.
+    """The rows of a run that are done, by shard. Memory grows with the number of gaps, not of images.
 
-    A shard whose number of rows is learnt while reading has it in `totals` once its end was seen.
+    totals: number of rows of the shards whose end has been read, if the plan did not know it.
     """
 
     def __init__(self) -> None:
@@ -80,13 +81,14 @@ class Coverage:
         self.totals: dict[int, int] = {}
 
     def add(self, shard: int, ranges: Ranges) -> None:
-        """Add rows of a shard; raise ValueError if one of them is there already."""
+        """Add rows of a shard. Raises ValueError if one of them is covered already."""
         overlap = intersect(self.of(shard), ranges)
         if overlap:
             raise ValueError(f"rows {overlap} of shard {shard} are covered twice")
         self.ranges[shard] = union(self.of(shard), ranges)
 
     def overlaps(self, shard: int, ranges: Ranges) -> Ranges:
+        """Those of the rows that are covered already."""
         return intersect(self.of(shard), ranges)
 
     def of(self, shard: int) -> Ranges:

@@ -1,36 +1,36 @@
-"""Every error that Nightshift raises on purpose.
+"""The errors that Nightshift raises on purpose.
 
-NightshiftError                    ends a job with a sentence and an exit code, never a traceback
+NightshiftError                    ends a job with one sentence and an exit code, without a traceback
 ├── Refused                     2  a setting, an input or weights that cannot work; raised before any work
 │   ├── SettingRefused             a flag or a field of a config
-│   ├── InputRefused               an input that is not there, is empty or cannot be read
-│   ├── StorageRefused             a store that takes no credentials, lacks the bucket or does not answer, at any time
-│   ├── WeightsRefused             weights, labels or a network that do not fit together
-│   └── OutputRefused              an output directory that is another run's, is damaged, or cannot be written
+│   ├── InputRefused               an input that does not exist, is empty or cannot be read
+│   ├── StorageRefused             a store that rejects the credentials, lacks the bucket or is down; raised at any time
+│   ├── WeightsRefused             weights, labels or a network that do not match
+│   └── OutputRefused              an output directory of another run, or one that is damaged or not writable
 ├── TooManyErrors               3  more bad images than --max-error-rate allows
-├── OutputLocked                4  another driver works on this output, or took it over
+├── OutputLocked                4  another driver is writing this output, or has taken it over
 ├── NotWhole                    5  verify found the output incomplete or inconsistent
-└── Interrupted           130/143  SIGINT or SIGTERM; the same command goes on
+└── Interrupted           130/143  SIGINT or SIGTERM; the same command continues the run
 
 ImageError                         one bad image: becomes a row of _errors/, never ends a job
-├── ReadError                      stage "read": its bytes could not be had
-├── DecodeError                    stage "decode": its bytes are not an image that can be shown
-└── PredictError                   stage "predict": the network gave no usable answer
+├── ReadError                      stage "read": its bytes could not be read
+├── DecodeError                    stage "decode": its bytes could not be decoded
+└── PredictError                   stage "predict": the network gave no usable result
 """
 
 import signal
 
 
 def printable(text: str) -> str:
-    """Text with everything escaped that a terminal would obey or hide: control characters, line ends, bidi overrides.
+    """Escape the characters that a terminal executes or hides: control characters, line ends, bidirectional overrides.
 
-    Names of files and of archives' members stand in messages, and may hold anything.
+    Messages contain the names of files and of archive members, which may hold any character.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class NightshiftError(Exception):
-    """Ends a job. `str()` is a sentence for the user: what, which value, what to do."""
+    """Ends a job. `str()` is one sentence for the user: the problem, the value and the remedy."""
 
     exit_code = 1
 
@@ -72,25 +72,28 @@ class NotWhole(NightshiftError):
 
 
 class Interrupted(NightshiftError):
-    """A signal asked the driver to stop. Exit code 128 + the signal, as a shell reports it."""
+    """A signal asked the driver to stop. The exit code is 128 + the signal's number, as shells report it."""
 
     def __init__(self, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; run the same command again to go on")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; run the same command again to continue")
 
 
 def first_line(error: Exception) -> str:
-    """The error's type and the beginning of what it says."""
+    """The error's type and the first line of its message, up to 200 characters."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def message_line(error: Exception) -> str:
-    """The beginning of what the error says, its type where it says nothing."""
+    """The first line of the error's message, or its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """As Python, torch on CUDA, torch on the CPU, cuBLAS and cuDNN say it; the last one too where it tries kernels."""
+    """True for the out-of-memory errors of Python, torch (CPU and CUDA), cuBLAS and cuDNN.
+
+    cuDNN also reports "unable to find an engine" if no kernel fits into the free memory.
+    """
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
@@ -98,7 +101,7 @@ def is_out_of_memory(error: Exception) -> bool:
 class ImageError(Exception):
     """One bad image.
 
-    `error_type` is one word of a small stable vocabulary, to count and filter by: empty, truncated, corrupt,
+    `error_type` is one word of a small, stable vocabulary for counting and filtering: empty, truncated, corrupt,
     not_an_image, unsupported, too_large, null, not_found, changed, unreadable, not_finite, out_of_memory, failed.
     """
 

@@ -1,4 +1,4 @@
-"""Column names and Arrow schemas: of the tables between the stages, and of every output."""
+"""Column names and Arrow schemas of every output and of the tables that the stages exchange."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,12 @@ IDENTITY = pa.schema(
         ("height", pa.int32()),
     ]
 )
-"""The first columns of every result. width and height in pixels, as stored, before any rotation or resize."""
+"""The first columns of every result.
+
+image_id: unique in the archive. source: URI of the object that holds the image. member: the image's name in that
+object, null for a loose image. shard, row: the image's place in the plan. width, height: in pixels as stored, before
+any rotation or resize.
+"""
 
 ERRORS = pa.schema(
     [
@@ -29,31 +34,42 @@ ERRORS = pa.schema(
         ("message", pa.string()),
     ]
 )
-"""`_errors/`. stage: read, decode or predict."""
+"""The files of `_errors/`. stage: read, decode or predict. error_type: see `pipeline.errors.ImageError`."""
 
 FAULT = pa.schema([("stage", pa.string()), ("error_type", pa.string()), ("message", pa.string())])
 SECONDS = pa.schema(
     [("read_seconds", pa.float32()), ("decode_seconds", pa.float32()), ("predict_seconds", pa.float32())]
 )
 USAGE = pa.schema([("core_seconds", pa.float32()), ("gpu_seconds", pa.float32())])
-"""What the workers used for a table, spread over its rows; see `pipeline.usage`."""
+"""CPU and GPU seconds that the workers used for a table, spread over its rows. See `pipeline.stages.usage`."""
 
 PIXELS = "pixels"
 ORIENTATION = "jpeg_orientation"
-"""EXIF orientation of a JPEG that was left encoded, so that `pixels` holds its bytes. Null on all other rows."""
+"""EXIF orientation (1 to 8) of a JPEG that is still encoded: `pixels` then holds its bytes. Null on all other rows."""
+
+PIXEL_FIELDS = pa.schema(
+    [
+        (PIXELS, pa.binary()),
+        ("pixels.type", pa.string()),
+        ("pixels.height", pa.int32()),
+        ("pixels.width", pa.int32()),
+        ("pixels.bands", pa.int32()),
+        (ORIENTATION, pa.int8()),
+    ]
+)
+"""The columns of an image's pixels. Only `pipeline.images.pixels` writes and reads them."""
+
 SHARD_ROWS = "shard_rows"
-"""Set on the one row that ends a shard and is no image: the shard's number of rows. Null on images."""
+"""The shard's number of rows, on the one row that marks the end of a shard. Null on the rows of images."""
 
 
 def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Rows on their way from decode to predict. pixels: uint8 [side, side, 3] as bytes, or a whole JPEG that
-    a GPU decodes; null where the row is an error or ends a shard."""
-    pixels = pa.schema([(PIXELS, pa.binary()), (ORIENTATION, pa.int8())])
+    """Schema of the rows between decode and predict. Pixel columns are null on errors and at the end of a shard."""
     return pa.schema(
         [
             *IDENTITY,
             *_kept(keep),
-            *pixels,
+            *PIXEL_FIELDS,
             *FAULT,
             (SHARD_ROWS, pa.int64()),
             *SECONDS,
@@ -64,13 +80,16 @@ def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
 
 
 def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Rows on their way from predict to the sink: the result columns in place of the pixels. network: how it ran."""
+    """Schema of the rows between predict and write: result columns instead of pixels.
+
+    network: see `Predictor.describe`.
+    """
     rest = [(SHARD_ROWS, pa.int64()), *SECONDS, *USAGE, ("size_bytes", pa.int64()), ("network", pa.string())]
     return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 
 def result(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
-    """A part: who it is, what the network says, what was kept of the shard's own columns."""
+    """Schema of a part: identity, result columns, and the `--keep` columns of the shards."""
     return pa.schema([*IDENTITY, *columns, *_kept(keep)])
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 
-from pipeline import cli, output
-from pipeline.config import RunConfig, fingerprint
+from pipeline import cli
+from pipeline.config import RunConfig
 from pipeline.errors import Interrupted, NotWhole, OutputLocked, Refused, SettingRefused, TooManyErrors
-from pipeline.predictors import Classifier, Embedder
+from pipeline.output.run_record import fingerprint
+from pipeline.predictors.classify import Classifier
+from pipeline.predictors.embed import Embedder
 
 FLAGS = {
     "--input", "--output", "--keep", "--image-column", "--uri-column", "--limit", "--max-pixels", "--exif-rotate",
@@ -21,14 +21,14 @@ NETWORK_FLAGS = {"--model", "--weights", "--precision", "--compile", "--seed", "
 
 
 @dataclass
-class Any:
+class OneFlag:
     """A predictor with one flag."""
 
     model: str = field(default="resnet18", metadata={"help": "network"})
 
 
 def parsed(*arguments: str) -> tuple[dict, dict]:
-    return cli.parse(Any, "", arguments)
+    return cli.parse(OneFlag, "", arguments)
 
 
 def test_flags_become_fields() -> None:
@@ -42,7 +42,7 @@ def test_flags_become_fields() -> None:
     assert predictor == {"model": "vgg11"}
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("input: [a]\noutput: o\nlimit: 7\nbatch-size: 16\nmodel: vgg11\n")
     run, predictor = parsed("--config", str(file), "--limit", "9")
@@ -51,10 +51,10 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("nosuch: 1", "no flag is called nosuch"),
-        ("- 1", "one flag a line"),
+        ("nosuch: 1", "there is no flag nosuch"),
+        ("- 1", "must have one flag per line"),
         ("a: [", "cannot be read"),
         ("model: {a: b}", "model is .* one value"),
         ("input: [a, [b]]", "input is .* one value or a list of them"),
@@ -63,17 +63,17 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("overwrite: maybe", "overwrite is 'maybe': it must be true or false"),
     ],
 )
-def test_a_bad_config_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_config_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(text)
-    with pytest.raises(SettingRefused, match=said):
+    with pytest.raises(SettingRefused, match=message):
         parsed("--config", str(file))
     with pytest.raises(SettingRefused, match="cannot be read"):
         parsed("--config", str(tmp_path / "none.yaml"))
 
 
 @pytest.mark.parametrize("text", ["limit: ten", "max_error_rate: 5%", "batch_size: 16.5"])
-def test_a_value_in_the_file_is_checked_as_a_flag_is(tmp_path: Path, text: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_value_in_the_file_is_checked_like_a_flag(tmp_path: Path, text: str, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(text)
     with pytest.raises(SystemExit) as ended:
@@ -82,7 +82,7 @@ def test_a_value_in_the_file_is_checked_as_a_flag_is(tmp_path: Path, text: str, 
     assert f"--{text.partition(':')[0].replace('_', '-')}: invalid" in capsys.readouterr().err
 
 
-def test_values_in_the_file_are_what_was_written(tmp_path: Path) -> None:
+def test_values_in_the_file_are_read_as_text(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
         "input: 2024\noutput: o\nactors: 1:8\nkeep: [a, b]\n"
@@ -96,13 +96,13 @@ def test_values_in_the_file_are_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"input": ()}, "--input is missing"),
         ({"output": ""}, "--output is missing"),
         ({"limit": 0}, "--limit is 0: it must be at least 1"),
         ({"batch_size": -1}, "--batch-size is -1"),
-        ({"max_error_rate": 2.0}, "--max-error-rate is 2.0: it is a share between 0 and 1"),
+        ({"max_error_rate": 2.0}, "--max-error-rate is 2.0: it must be between 0 and 1"),
         ({"actors": "4:2"}, "--actors is '4:2'"),
         ({"actors": "many"}, "--actors is 'many'"),
         ({"gpus_per_actor": "1.5"}, "--gpus-per-actor is '1.5'"),
@@ -110,17 +110,9 @@ def test_values_in_the_file_are_what_was_written(tmp_path: Path) -> None:
         ({"gpus_per_actor": "nan"}, "--gpus-per-actor is 'nan'"),
     ],
 )
-def test_bad_settings_are_refused_with_value_and_remedy(values: dict, said: str) -> None:
-    with pytest.raises(SettingRefused, match=said):
+def test_bad_settings_are_refused_with_value_and_remedy(values: dict, message: str) -> None:
+    with pytest.raises(SettingRefused, match=message):
         RunConfig(**{"input": ("a",), "output": "o", **values})
-
-
-@pytest.mark.parametrize("keep", ["label", "text:width", "a:x,b:x", "text:gpu_seconds"])
-def test_a_kept_column_may_not_bear_a_name_that_is_taken(keep: str) -> None:
-    classifier = SimpleNamespace(columns=pa.schema([("label", pa.string())]))
-    with pytest.raises(SettingRefused, match=r"--keep \w+: a column '\w+' is there already; give it another name"):
-        output._check_keep(RunConfig(input="a", output="o", keep=keep), classifier)  # type: ignore[arg-type]
-    output._check_keep(RunConfig(input="a", output="o", keep="label:truth,text"), classifier)  # type: ignore[arg-type]
 
 
 def test_actors_and_gpus() -> None:
@@ -129,7 +121,7 @@ def test_actors_and_gpus() -> None:
     assert RunConfig(input="a", output="o").actor_range() is None
 
 
-def test_the_fingerprint_changes_with_what_changes_results() -> None:
+def test_the_fingerprint_changes_only_with_settings_that_change_results() -> None:
     base = RunConfig(input="a", output="o").result_settings()
     for values in ({"limit": 3}, {"keep": "x"}, {"exif_rotate": False}, {"max_pixels": 9}):
         assert fingerprint(RunConfig(input="a", output="o", **values).result_settings()) != fingerprint(base)
@@ -141,7 +133,9 @@ def test_the_fingerprint_changes_with_what_changes_results() -> None:
     ("error", "code"),
     [(Refused("x"), 2), (TooManyErrors("x"), 3), (OutputLocked("x"), 4), (NotWhole("x"), 5)],
 )
-def test_errors_made_on_purpose_end_as_a_sentence(error: Exception, code: int, capsys: pytest.CaptureFixture) -> None:
+def test_an_expected_error_ends_with_one_line_and_its_exit_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture
+) -> None:
     def work() -> int:
         raise error
 
@@ -149,18 +143,18 @@ def test_errors_made_on_purpose_end_as_a_sentence(error: Exception, code: int, c
     assert capsys.readouterr().err == "nightshift: x\n"
 
 
-def test_interrupted_has_the_shells_exit_code() -> None:
+def test_interrupted_has_the_exit_code_of_shells() -> None:
     assert (Interrupted(2).exit_code, Interrupted(15).exit_code) == (130, 143)
 
 
-@pytest.mark.parametrize(("job", "own"), [(Embedder, set()), (Classifier, {"--labels", "--top-k", "--embeddings"})])
-def test_the_jobs_flags(job: type, own: set[str], capsys: pytest.CaptureFixture) -> None:
-    """A snapshot: a flag that comes or goes is a change of the product's face."""
+@pytest.mark.parametrize(("job", "more"), [(Embedder, set()), (Classifier, {"--labels", "--top-k", "--embeddings"})])
+def test_the_flags_of_the_jobs(job: type, more: set[str], capsys: pytest.CaptureFixture) -> None:
+    """A snapshot: a flag that is added or removed changes the interface."""
     with pytest.raises(SystemExit):
         cli.parse(job, "", ["--help"])
     words = capsys.readouterr().out.replace(",", " ").split()
     shown = {word for word in words if word.startswith("--")} - {"--help", "--config", "--no-exif-rotate"}
-    assert {flag for flag in shown if not flag.startswith("--no-")} == FLAGS | NETWORK_FLAGS | own
+    assert {flag for flag in shown if not flag.startswith("--no-")} == FLAGS | NETWORK_FLAGS | more
 
 
 def test_empty_values_in_the_file_leave_the_defaults(tmp_path: Path) -> None:

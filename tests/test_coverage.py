@@ -1,4 +1,4 @@
-"""Interval sets against plain Python sets of rows."""
+"""Interval sets compared with Python sets of rows."""
 
 import pytest
 from hypothesis import given
@@ -9,8 +9,8 @@ from pipeline.coverage import Coverage, Ranges, contains, count, from_rows, inte
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40))).map(normalize)
 
 
-def rows(found: Ranges) -> set[int]:
-    return {row for start, stop in found for row in range(start, stop)}
+def rows(intervals: Ranges) -> set[int]:
+    return {row for start, stop in intervals for row in range(start, stop)}
 
 
 @given(ranges, ranges)
@@ -25,11 +25,11 @@ def test_operations_equal_those_of_sets(a: Ranges, b: Ranges) -> None:
 
 @given(ranges, ranges)
 def test_results_are_canonical(a: Ranges, b: Ranges) -> None:
-    for found in (union(a, b), intersect(a, b), subtract(a, b)):
-        assert normalize(found) == found
+    for result in (union(a, b), intersect(a, b), subtract(a, b)):
+        assert normalize(result) == result
 
 
-def test_coverage_refuses_rows_twice() -> None:
+def test_a_row_cannot_be_covered_twice() -> None:
     coverage = Coverage()
     coverage.add(3, ((0, 5), (9, 10)))
     with pytest.raises(ValueError, match="shard 3 are covered twice"):

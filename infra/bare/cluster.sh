@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A Ray cluster on machines that ssh reaches, without Kubernetes and without a cloud.
+# A Ray cluster on machines with ssh, without Kubernetes and without a cloud.
 #
-#   cluster.sh start  HOSTS   start what does not run yet; safe to run again
-#   cluster.sh status HOSTS   what runs where, and what Ray has
+#   cluster.sh start  HOSTS   start Ray on the machines where it does not run yet; safe to repeat
+#   cluster.sh status HOSTS   show where Ray runs, and its resources
 #   cluster.sh stop   HOSTS   stop what `start` started, and nothing else
 #
-# HOSTS is a file with one machine a line, the head first: [user@]address, then flags of `ray start` if it needs any:
+# HOSTS is a file with one machine per line, the head first: [user@]address, then optional flags of `ray start`:
 #   ubuntu@10.0.0.10 --num-cpus=0
 #   ubuntu@10.0.0.11 --num-gpus=2 --object-store-memory=20000000000
-# Workers reach the head at its address as written here, on any port. The dashboard listens on the head alone.
+# Workers must be able to reach the head at this address, on any port. The dashboard listens only on the head itself.
 #
 # Environment:
 #   NIGHTSHIFT_IMAGE    run Ray in a container of this image; Docker is needed on every machine
-#   NIGHTSHIFT_VENV     else run it from this virtual environment of every machine (default: nightshift/.venv, in the home)
+#   NIGHTSHIFT_VENV     otherwise run Ray from this virtual environment of every machine (default: ~/nightshift/.venv)
 #   NIGHTSHIFT_SSH      the ssh command (default: ssh)
-#   NIGHTSHIFT_PORT     the head's port for workers (default: 6379)
-#   RAY_AUTH_TOKEN_PATH the token's file on this machine (default: ~/.ray/auth_token); made if there is none
+#   NIGHTSHIFT_PORT     port of the head for workers (default: 6379)
+#   RAY_AUTH_TOKEN_PATH token file on this machine (default: ~/.ray/auth_token); created if it does not exist
 set -euo pipefail
 
 readonly READY_SECONDS=60
@@ -31,7 +31,7 @@ die() {
   exit 2
 }
 
-# on TARGET: run the script on standard input there. What is secret goes this way, never on a command line.
+# on TARGET: run the script on standard input there. Secrets are passed this way, never on a command line.
 on() {
   "${ssh[@]}" -o BatchMode=yes -o ConnectTimeout=10 "$1" bash -s
 }
@@ -42,8 +42,8 @@ read_hosts() {
   local target rest
   while read -r target rest || [[ -n $target ]]; do
     [[ -z $target || $target == \#* ]] && continue
-    [[ $target =~ ^([A-Za-z0-9_.-]+@)?[A-Za-z0-9][A-Za-z0-9.:_-]*$ ]] || die "$1: '$target' is no [user@]address"
-    [[ $rest =~ ^[A-Za-z0-9_.,:=/\ -]*$ ]] || die "$1: '$rest' holds what no flag of ray start needs"
+    [[ $target =~ ^([A-Za-z0-9_.-]+@)?[A-Za-z0-9][A-Za-z0-9.:_-]*$ ]] || die "$1: '$target' is not of the form [user@]address"
+    [[ $rest =~ ^[A-Za-z0-9_.,:=/\ -]*$ ]] || die "$1: '$rest' has characters that no flag of ray start needs"
     targets+=("$target") flags+=("$rest")
   done <"$1"
   ((${#targets[@]})) || die "$1 names no machine"
@@ -55,16 +55,16 @@ make_token() {
   (umask 077 && mkdir -p "$(dirname "$token_file")" && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token_file")
 }
 
-# The part of every remote script that knows how Ray runs there: is_running, start_ray FLAGS…, stop_ray,
+# Prints the functions that every remote script starts with: is_running, start_ray FLAGS…, stop_ray,
 # ray_command ARGUMENTS…, read_log.
-# Everything of ours lies in ~/.nightshift. A pid counts only while the process of that number was born when ours was.
+# All files are in ~/.nightshift. A stored pid counts only if its process has the stored start time: pids are reused.
 runtime() {
   printf 'image=%q venv=%q stop_seconds=%q\n' "$image" "$venv" "$STOP_SECONDS"
   cat <<'REMOTE'
 set -euo pipefail
 here=$HOME/.nightshift
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$here/token RAY_USAGE_STATS_ENABLED=0
-export RAY_idle_worker_killing_time_threshold_ms=600000 # idle workers wait for the next part, as in the image
+export RAY_idle_worker_killing_time_threshold_ms=600000 # keep idle workers, as in the image
 if [[ -n $image ]]; then
   is_running() { [[ $(docker inspect --format '{{.State.Running}}' nightshift 2>/dev/null) == true ]]; }
   start_ray() {
@@ -84,12 +84,12 @@ if [[ -n $image ]]; then
   read_log() { docker logs nightshift 2>&1; }
 else
   [[ $venv == /* ]] || venv=$HOME/$venv
-  [[ -x $venv/bin/ray ]] || { echo "$HOSTNAME: there is no $venv/bin/ray here; install Nightshift, or name NIGHTSHIFT_VENV" >&2; exit 3; }
+  [[ -x $venv/bin/ray ]] || { echo "$HOSTNAME: $venv/bin/ray does not exist; install Nightshift, or set NIGHTSHIFT_VENV" >&2; exit 3; }
   export PATH=$venv/bin:$PATH
-  born() { # PID: in clock ticks since boot; fails where it has ended
+  born() { # PID: start time in clock ticks since boot; fails if the process has ended
     local stat fields
     { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return
-    read -ra fields <<<"${stat##*) }" # what follows its name: state, parent, …
+    read -ra fields <<<"${stat##*) }" # the fields after the name: state, parent, …
     [[ ${fields[0]} != Z ]] && echo "${fields[19]}"
   }
   is_running() {
@@ -97,11 +97,11 @@ else
     [[ -s $here/pid ]] && read -r pid birth <"$here/pid" && [[ -n $birth && $(born "$pid") == "$birth" ]]
   }
   start_ray() {
-    ulimit -n "$(ulimit -Hn)" 2>/dev/null || true # a head has a connection to every worker of every machine
+    ulimit -n "$(ulimit -Hn)" 2>/dev/null || true # a head has one connection per worker of every machine
     setsid nohup ray start --block "$@" >"$here/log" 2>&1 </dev/null &
     echo "$! $(born $!)" >"$here/pid"
   }
-  await_end() { # GROUP: stop_seconds at most; fails if it goes on
+  await_end() { # GROUP: wait up to stop_seconds; fails if the group still runs
     for ((i = 0; i < stop_seconds * 5; i++)); do
       kill -0 -- "-$1" 2>/dev/null || return 0
       sleep 0.2
@@ -112,7 +112,7 @@ else
     local group birth
     read -r group birth <"$here/pid"
     kill -TERM -- "-$group"
-    # On a busy machine Ray takes longer; a process that is killed still takes a moment to end.
+    # On a busy machine Ray takes longer, and a killed process needs a moment to end.
     await_end "$group" || { kill -KILL -- "-$group" 2>/dev/null && await_end "$group"; } || true
     rm -f "$here/pid"
   }
@@ -132,10 +132,10 @@ start_one() { # INDEX FLAGS…
     printf 'token=%q\n' "$(<"$token_file")"
     cat <<'REMOTE'
 if is_running; then
-  echo "$target: runs already"
+  echo "$target: already runs"
   exit
 fi
-# By itself Ray takes the address that the default route leaves from: the wrong one of two networks, none without a route.
+# By default Ray takes the address of the default route: the wrong one of two networks, none without a route.
 if [[ " ${flags[*]} " != *" --node-ip-address"* && " $(hostname -I) " == *" $own_address "* && -n $own_address ]]; then
   flags+=("--node-ip-address=$own_address")
 fi
@@ -149,7 +149,7 @@ for ((i = 0; i < ready_seconds; i++)); do
   fi
   sleep 1
 done
-echo "$target: Ray did not come up: $(read_log | tail -n 5)" >&2
+echo "$target: Ray did not start: $(read_log | tail -n 5)" >&2
 if is_running; then stop_ray; fi
 exit 4
 REMOTE
@@ -166,7 +166,7 @@ start() {
   done
   ((failed == 0)) || die "$failed of $((${#targets[@]} - 1)) workers did not start; run the same command again for them"
   cat <<REMOTE
-The cluster runs. Bring its dashboard here, and give it work:
+The cluster runs. Forward its dashboard to this machine and submit a job:
   ssh -N -L 8265:127.0.0.1:8265 ${targets[0]} &
   RAY_AUTH_MODE=token python jobs/submit.py embed --address http://127.0.0.1:8265 -- --input … --output …
 REMOTE
@@ -175,10 +175,10 @@ REMOTE
 stop() {
   local failed=0 i
   for ((i = ${#targets[@]} - 1; i >= 0; i--)); do
-    { runtime; echo "if is_running; then stop_ray; echo '${targets[i]}: stopped'; else echo '${targets[i]}: did not run'; fi"; } |
+    { runtime; echo "if is_running; then stop_ray; echo '${targets[i]}: stopped'; else echo '${targets[i]}: was not running'; fi"; } |
       on "${targets[i]}" || failed=$((failed + 1))
   done
-  ((failed == 0)) || die "$failed machines could not be asked to stop; run the same command again"
+  ((failed == 0)) || die "$failed machines could not be stopped; run the same command again"
 }
 
 status() {

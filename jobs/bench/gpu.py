@@ -1,158 +1,193 @@
-"""The parts of a run on one GPU, each alone, and all of them together in one process without Ray."""
+"""What one GPU machine does: each part of a run alone, then whole jobs.
 
-import gc
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+    python jobs/bench/gpu.py --json figures.json
+    python jobs/bench/gpu.py --images photos/ --model resnet50
+
+The parts: the network alone by batch size, eager and compiled, with pixels on the device and in memory; decoding on all
+cores of the CPU, and on the GPU. Then files in and embeddings out, as a job with one and with two actors on the GPU. A
+job cannot be faster than the slower of decoding and the network at the same batch size: that is its limit. GPU idle is
+the time without a kernel, after the warm-up.
+
+Weights are random. Without --images photos are drawn. Without a GPU everything runs on few images, which shows that it
+works and says nothing about speed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
+from jobs.bench.harness import archives, command, decoding, embed_job, gpu_parts, machine, show
+from jobs.bench.harness.gpu_monitor import GpuMonitor
+from jobs.bench.harness.gpu_table import NO_GPU, Figure, table
+from pipeline.errors import SettingRefused
+from pipeline.predictors.embed import Embedder
 
-from jobs.bench.feed import Feed
-from pipeline.decode import Encoded, leave_encoded
-from pipeline.predict import Predict
-from pipeline.predictors import Embedder
-from pipeline.prefetch import ordered_map
-
-WARM_UPS = 4
-"""Calls a thread before the clock starts: kernels are chosen, graphs recorded."""
-
-WARM_UP_SHARE = 0.2
-"""Of the images of a whole pipeline, what passes before the clock starts: processes start, and queues fill."""
+SAMPLE_FILES = 256
+DECODERS = ("fast", "gpu")
 
 
-def gpu_id() -> str | None:
-    """Of the first GPU that this process may use, as nvidia-smi's -i takes it; None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--images", metavar="FOLDER", type=Path, help="your own JPEGs and PNGs (default: drawn)")
+    flags.add_argument("--count", metavar="N", type=int, help="images of a whole job; they repeat, as links")
+    flags.add_argument("--model", metavar="NAME", default="resnet50", help="default: resnet50")
+    flags.add_argument(
+        "--batch-sizes", metavar="N", type=int, nargs="+", help="of the network alone; jobs use the last one"
+    )
+    flags.add_argument("--seconds", metavar="S", type=float, default=5.0, help="for each part alone (default: 5)")
+    flags.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
+    return flags
 
 
-def gpu_name() -> str | None:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-
-
-def embedder(model: str, batch_size: int, compile: str) -> Embedder:
-    """Loaded, as an actor that has the GPU to itself has it."""
-    found = Embedder(model=model, weights="random", compile=compile)
-    found.prepare()
-    found.batch_size, found.gpu_share = batch_size, float(torch.cuda.is_available())
-    found.load()
-    return found
-
-
-def release_memory() -> None:
-    """Give the GPU's memory to other processes, after the last predictor was let go."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def concurrency(predictor: Embedder) -> int:
-    """Batches that an actor has under way."""
-    return predictor.max_concurrency if torch.cuda.is_available() else 1
-
-
-def predict_rate(predictor: Embedder, batch_size: int, seconds: float, on_device: bool) -> float:
-    """images/s from pixels, on the device or in this process's memory, to embeddings in its memory."""
-    side = predictor.transform.crop
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
-    given = torch.from_numpy(pixels).to(predictor.runner.device) if on_device else pixels
-
-    def work() -> int:
-        predictor.predict(given)
-        return batch_size
-
-    return rate(work, seconds, concurrency(predictor))
-
-
-def decode_rate(predictor: Embedder, files: Sequence[bytes], batch_size: int, seconds: float) -> float:
-    """images/s from JPEG bytes to pixels of the network's size, on its device; `files` in turn."""
-    jpegs = [jpeg for data in files if (jpeg := leave_encoded(data, predictor.transform))]
-    if not jpegs:
-        return 0.0
-    batch: list[Encoded] = [jpegs[i % len(jpegs)] for i in range(batch_size)]
-
-    def work() -> int:
-        predictor.decode(batch)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return batch_size
-
-    return rate(work, seconds, concurrency(predictor))
-
-
-def rate(work: Callable[[], int], seconds: float, threads: int) -> float:
-    """images/s; `work` returns how many it has done."""
-    started = 0.0
-
-    def start_clock() -> None:
-        nonlocal started
-        started = time.perf_counter()
-
-    everyone_is_warm = threading.Barrier(threads, start_clock)
-
-    def one_thread() -> int:
-        try:
-            for _ in range(WARM_UPS):
-                work()
-        except BaseException:
-            everyone_is_warm.abort()
-            raise
-        everyone_is_warm.wait()
-        done = 0
-        while time.perf_counter() < started + seconds:
-            done += work()
-        return done
-
-    with ThreadPoolExecutor(threads) as pool:
-        images = sum(each.result() for each in [pool.submit(one_thread) for _ in range(threads)])
-    return images / (time.perf_counter() - started)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return command.guarded(lambda: GpuBenchmark.of(options).run())
 
 
 @dataclass
-class Progress:
-    """What came out of a pipeline, and when. counts: images; times: seconds since the epoch."""
+class GpuBenchmark:
+    """The settings of one benchmark, and its figures so far.
 
-    times: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
+    gpu: its id, None without a GPU. network_limit, decode_limit: images/s at the batch size of the jobs, by where the
+    pixels are (device, memory) and by decoder.
+    """
 
-    def add(self, images: int) -> None:
-        self.times.append(time.time())
-        self.counts.append(images)
+    images: Path | None
+    count: int
+    model: str
+    batch_sizes: list[int]
+    seconds: float
+    json: Path | None
+    gpu: str | None
+    predictor: Embedder = field(init=False)
+    figures: list[Figure] = field(default_factory=list)
+    network_limit: dict[str, float] = field(default_factory=dict)
+    decode_limit: dict[str, float | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(options: argparse.Namespace) -> "GpuBenchmark":
+        """Check the flags. Raises SettingRefused."""
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU, for the jobs too
+        gpu = gpu_parts.gpu_id()
+        count = (200_000 if gpu else 96) if options.count is None else options.count
+        batch_sizes = options.batch_sizes or ([64, 128, 512, 256] if gpu else [8])
+        for flag, value in (("--count", count), ("--batch-sizes", min(batch_sizes)), ("--seconds", options.seconds)):
+            if value <= 0:
+                raise SettingRefused(f"{flag} is {value}: it must be more than 0")
+        if options.images and not options.images.is_dir():
+            raise SettingRefused(f"--images {options.images} is not a folder")
+        command.check_writable(options.json)
+        if not gpu:
+            command.say("no GPU: the figures show that the benchmark works, not how fast anything is")
+        return GpuBenchmark(options.images, count, options.model, batch_sizes, options.seconds, options.json, gpu)
+
+    def run(self) -> int:
+        console = show.console()
+        for line in (show.machine_line(self.machine), f"GPU: {self.machine['gpu'] or 'none'}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+            archive = Path(folder) / "archive"
+            archive.mkdir()
+            command.say(f"making an archive of {self.count:,} images")
+            case = archives.repeated_images(self.images) if self.images else archives.CASES["photos"]
+            case.make(archive, self.count)
+            self._measure_network()
+            self._measure_decoding(archive)
+            self._unload()
+            self._measure_jobs(archive, Path(folder))
+        console.print(table(self.figures, f"{self.model}, batches of {self.batch_size}, {self.count:,} images"))
+        return 0
 
     @property
-    def window(self) -> tuple[float, float]:
-        """From the end of the warm-up to the last image."""
-        return self.times[self._warm], self.times[-1]
+    def batch_size(self) -> int:
+        """Of the jobs."""
+        return self.batch_sizes[-1]
 
-    @property
-    def images_per_second(self) -> float | None:
-        """In that window; None where it holds nothing."""
-        start, stop = self.window
-        return sum(self.counts[self._warm + 1 :]) / (stop - start) if stop > start else None
+    @cached_property
+    def machine(self) -> dict[str, Any]:
+        return {**machine.describe(), "gpu": gpu_parts.gpu_name()}
 
-    @property
-    def _warm(self) -> int:
-        """The place of the first batch that ends the warm-up."""
-        return int(np.searchsorted(np.cumsum(self.counts), WARM_UP_SHARE * sum(self.counts)))
+    def _measure_network(self) -> None:
+        for compile in ("off", "on") if self.gpu else ("off",):
+            for batch_size in self.batch_sizes:
+                self._unload()
+                self.predictor = gpu_parts.embedder(self.model, batch_size, compile)
+                for place in ("device", "memory"):
+                    setting = f"pixels {'on the device' if place == 'device' else 'in memory'}, batch {batch_size}"
+                    if place == "device" and not self.gpu:
+                        self._add_missing("network", setting)
+                        continue
+                    rate = gpu_parts.predict_rate(self.predictor, batch_size, self.seconds, place == "device")
+                    self.network_limit[place] = rate  # the last one stays: the jobs' batch size, compiled
+                    self._add(Figure("network", f"{setting}; {self.predictor.describe()}", rate))
+
+    def _measure_decoding(self, archive: Path) -> None:
+        for decoder in DECODERS:
+            task = "decode to pixels" if decoder == "fast" else "leave JPEGs encoded"
+            rate = decoding.measure(archive, self.model, decoder, self.batch_size)
+            self.decode_limit[decoder] = rate
+            self._add(Figure("readers", f"{self.machine['cores']} processes, {task}", rate))
+        if not self.gpu:
+            self._add_missing("GPU decodes", "JPEG bytes to pixels of the network's size")
+            return
+        files = [path.read_bytes() for path in sorted(archive.iterdir())[:SAMPLE_FILES]]
+        rate = gpu_parts.decode_rate(self.predictor, files, self.batch_size, self.seconds)
+        self._add(Figure("GPU decodes", "JPEG bytes to pixels of the network's size", rate))
+        self.decode_limit["gpu"] = min(rate, self.decode_limit["gpu"] or rate)
+
+    def _unload(self) -> None:
+        """Free the GPU's memory."""
+        vars(self).pop("predictor", None)
+        gpu_parts.release_memory()
+
+    def _measure_jobs(self, archive: Path, folder: Path) -> None:
+        for decoder in DECODERS if self.gpu else DECODERS[:1]:
+            for actors in (1, 2) if self.gpu else (1,):
+                network = ["--model", self.model, "--weights", "random", "--compile", "on" if self.gpu else "off"]
+                share = ["--gpus-per-actor", f"{1 / actors:g}" if self.gpu else "0"]
+                sizes = ["--actors", str(actors), *share, "--batch-size", str(self.batch_size)]
+                output = folder / f"{decoder}-{actors}"
+                with GpuMonitor(self.gpu) as monitor:
+                    steady = embed_job.run(archive, output, [*network, *sizes, "--decoder", decoder])
+                self._add_job(decoder, actors, steady, monitor)
+        if not self.gpu:
+            self._add_missing("job", "--decoder gpu")
+
+    def _add_job(self, decoder: str, actors: int, steady: embed_job.Steady, monitor: GpuMonitor) -> None:
+        network = self.network_limit["device" if decoder == "gpu" else "memory"]
+        decode = self.decode_limit[decoder]
+        self._add(
+            Figure(
+                "job",
+                f"--decoder {decoder}, {actors} actor{'s' * (actors > 1)}",
+                steady.images_per_second,
+                limit=None if decode is None else min(decode, network),
+                idle=monitor.idle(steady.start, steady.stop),
+                peak_memory_bytes=monitor.peak_memory_bytes,
+            )
+        )
+
+    def _add_missing(self, part: str, setting: str) -> None:
+        self._add(Figure(part, setting, None, NO_GPU))
+
+    def _add(self, figure: Figure) -> None:
+        """Add a figure and write the file, so that an interrupted benchmark loses little."""
+        self.figures.append(figure)
+        command.say(f"{figure.part}, {figure.setting}: {figure.rate} images/s")
+        if self.json:
+            figures = [each.as_json() for each in self.figures]
+            settings = {"model": self.model, "count": self.count, "batch_size": self.batch_size}
+            record = {"machine": self.machine, "settings": settings, "figures": figures}
+            self.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def run_feed(feed: Feed) -> Progress:
-    """Read and decode alone."""
-    progress = Progress()
-    for images in feed.images():
-        progress.add(images)
-    return progress
-
-
-def run_pipeline(feed: Feed, predictor: Embedder) -> Progress:
-    """Files in, embeddings out: loader processes, then the network in this process, as an actor runs it."""
-    predict = Predict(predictor, {})
-    threads = concurrency(predictor)
-    progress = Progress()
-    for table in ordered_map(predict, feed.tables(), threads, 2 * threads):
-        progress.add(table["embedding"].length() - table["embedding"].null_count)
-    return progress
+if __name__ == "__main__":
+    command.exit_on_signals()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a job finds on the cluster: the project, variables, and packages that the machines' image lacks."""
+"""Environment of a submitted job: its variables, and the packages that the cluster lacks."""
 
 import json
 import os
@@ -12,42 +12,46 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from jobs.submission.client import Client, submit
-from pipeline import storage
 from pipeline.errors import NightshiftError, SettingRefused
+from pipeline.storage import uris
 
 PROBE = "jobs/submission/probe.py"
-PROBE_PATIENCE_S = 300.0
-THE_CLUSTERS_OWN = {"ray", "python"}
-NOT_NEEDED_THERE = {"pathspec"}
+PROBE_TIMEOUT_SECONDS = 300.0
+FIXED_BY_CLUSTER = {"ray", "python"}
+"""Requirements that pip cannot change on a running cluster."""
+
+LOCAL_ONLY = {"pathspec"}
+"""Requirements of jobs/submit.py alone."""
+
 CONSTRAINTS = "constraints.txt"
 
 
 def variables(settings: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE, or NAME alone for this process's own value, which then stands in no command line."""
-    found = {}
+    """Parse NAME=VALUE, or NAME for the value in this process's environment. Raises SettingRefused."""
+    values = {}
     for setting in settings:
         name, is_given, value = setting.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise SettingRefused(f"--env {name}: it is NAME=VALUE, or the NAME of a variable that is set here")
+            raise SettingRefused(f"--env {name}: it must be NAME=VALUE, or the NAME of a variable that is set here")
         if not is_given and name not in os.environ:
-            raise SettingRefused(f"--env {name}: no variable of that name is set here; set it, or give {name}=VALUE")
-        found[name] = value if is_given else os.environ[name]
-    return found
+            raise SettingRefused(f"--env {name}: this variable is not set here; set it, or write {name}=VALUE")
+        values[name] = value if is_given else os.environ[name]
+    return values
 
 
-def without_secrets(words: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """A shell's command in which URIs with credentials stand as variables, and these.
+def extract_secrets(words: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Replace URIs with credentials by environment variables. Returns the shell command and the variables.
 
-    Everyone who sees the dashboard or the log sees the command; the variables' values are not shown.
+    The dashboard and the log show the command but not the values of variables.
     """
     secrets: dict[str, str] = {}
     shown = []
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if storage.redact(value) == value:
+        if uris.redact(value) == value:
             shown.append(shlex.quote(word))
         else:
             name = f"NIGHTSHIFT_URI_{len(secrets)}"
@@ -57,42 +61,43 @@ def without_secrets(words: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 
 def required(folder: Path, more: Sequence[str] = ()) -> list[str]:
-    """The requirements of the project in a folder, and more. Raises SettingRefused if one cannot be read."""
+    """The requirements of the project in a folder, and more. Raises SettingRefused if one cannot be parsed."""
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    found = [f"python{project['requires-python']}", *project["dependencies"], *more]
+    requirements = [f"python{project['requires-python']}", *project["dependencies"], *more]
     try:
-        return [text for text in found if Requirement(text).name not in NOT_NEEDED_THERE]
+        return [text for text in requirements if Requirement(text).name not in LOCAL_ONLY]
     except InvalidRequirement as error:
-        raise SettingRefused(f"--requirement: {error}; it is what pip takes, as in timm>=1.0") from error
+        raise SettingRefused(f"--requirement: {error}; write it as for pip, such as timm>=1.0") from error
 
 
 def is_installable(requirement: str) -> bool:
-    """False for what the cluster itself runs on: another one of these is another cluster."""
-    return Requirement(requirement).name not in THE_CLUSTERS_OWN
+    """False for Ray and Python, which pip cannot change on a running cluster."""
+    return Requirement(requirement).name not in FIXED_BY_CLUSTER
 
 
-def without_url(requirement: str) -> str:
-    """As it may be shown: a URL may bear credentials."""
-    asked = Requirement(requirement)
-    return f"{asked.name} from a URL" if asked.url else requirement
+def hide_url(requirement: str) -> str:
+    """The requirement for messages, without its URL, which may have credentials."""
+    parsed = Requirement(requirement)
+    return f"{parsed.name} from a URL" if parsed.url else requirement
 
 
 def missing(client: Client, requirements: Sequence[str], runtime_env: dict[str, Any]) -> list[str]:
-    """Those that the Python of the cluster's drivers does not meet, and those from URLs, of which no version tells.
+    """The requirements that the cluster's Python does not meet, and all with a URL, which have no version to compare.
 
-    It is asked with a job that ends at once, whose command everyone sees.
+    Runs a short job on the cluster, which does not get the URLs. Raises NightshiftError if that job fails or does not
+    end within PROBE_TIMEOUT_SECONDS.
     """
     submission_id = f"nightshift-probe-{uuid.uuid4().hex[:8]}"
     from_urls = [text for text in requirements if Requirement(text).url]
     named = [text for text in requirements if text not in from_urls]
     submit(client, submission_id, shlex.join(["python", PROBE, *named]), runtime_env)
-    deadline = time.monotonic() + PROBE_PATIENCE_S
+    deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
     while not (details := client.get_job_info(submission_id)).status.is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(submission_id)
             raise NightshiftError(
-                f"the cluster did not say in {PROBE_PATIENCE_S:g} seconds which packages it has ({details.message}); "
-                "--pip or --no-pip submits without asking"
+                f"the cluster did not report its packages within {PROBE_TIMEOUT_SECONDS:g} seconds "
+                f"({details.message}); use --pip or --no-pip to submit without this check"
             )
         time.sleep(0.3)
     lines = client.get_job_logs(submission_id).splitlines()
@@ -103,12 +108,12 @@ def missing(client: Client, requirements: Sequence[str], runtime_env: dict[str, 
 
 
 def pip(requirements: Sequence[str], folder: Path) -> dict[str, Any]:
-    """A runtime_env's `pip` for requirements: at the project's pins, and what they bring along too.
+    """The `pip` entry of a runtime_env: the requirements, and their own requirements, in the project's pinned versions.
 
-    Raises SettingRefused for what only another cluster can meet, and for what contradicts a pin.
+    Raises SettingRefused for another Ray or Python than the cluster's, and for a version that contradicts a pin.
     """
     if fixed := [text for text in requirements if not is_installable(text)]:
-        raise SettingRefused(f"the cluster does not have {' and '.join(fixed)}: start it from an image that has")
+        raise SettingRefused(f"the cluster does not have {' and '.join(fixed)}: start it from an image that has them")
     constraints = folder / CONSTRAINTS
     if not constraints.is_file():
         return {"packages": list(requirements)}
@@ -118,17 +123,17 @@ def pip(requirements: Sequence[str], folder: Path) -> dict[str, Any]:
     return {"packages": [*packages, f"--constraint ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{CONSTRAINTS}"]}
 
 
-def _pinned(text: str, pins: Mapping[str, Requirement]) -> str:
-    """A requirement at its pin, extras and marker as they are; itself where nothing pins it."""
-    asked = Requirement(text)
-    pin = pins.get(canonicalize_name(asked.name))
+def _pinned(text: str, pins: Mapping[NormalizedName, Requirement]) -> str:
+    """The requirement in its pinned version, with its extras and marker; unchanged if it has no pin."""
+    requirement = Requirement(text)
+    pin = pins.get(canonicalize_name(requirement.name))
     if pin is None:
         return text
     versions = [each.version for each in pin.specifier]
-    if asked.url or not all(asked.specifier.contains(version, prereleases=True) for version in versions):
+    if requirement.url or not all(requirement.specifier.contains(version, prereleases=True) for version in versions):
         raise SettingRefused(
-            f"--requirement {without_url(text)}: the project's {CONSTRAINTS} pins {pin}; "
-            "ask for it without a version, or change the pin"
+            f"--requirement {hide_url(text)}: the project's {CONSTRAINTS} pins {pin}; "
+            "omit the version, or change the pin"
         )
-    asked.specifier = pin.specifier
-    return str(asked)
+    requirement.specifier = pin.specifier
+    return str(requirement)

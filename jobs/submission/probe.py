@@ -1,8 +1,8 @@
-"""Which of these requirements does this Python not meet? Run on the cluster, as a job of its own.
+"""Print the requirements that this Python does not meet. jobs/submit.py runs it as a job on the cluster.
 
     python jobs/submission/probe.py REQUIREMENT …
 
-Its last line is a JSON list of them.
+The last line of its output is a JSON list of these requirements.
 """
 
 import json
@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 
 def is_met(requirement: Requirement) -> bool:
+    """True if an installed package, or this Python, has a version that the requirement accepts."""
     if requirement.marker and not requirement.marker.evaluate():
         return True
     if requirement.name == "python":

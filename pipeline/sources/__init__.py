@@ -1,25 +1,37 @@
-"""What archives are made of: one module a kind of shard, all of one contract (`base`), found by `discover`."""
+"""Readers: one module per kind of shard. All follow the contract in `base`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from pipeline import storage
 from pipeline.coverage import Ranges
-from pipeline.plan import Shard
 from pipeline.sources import objects, parquet, tar, zip
-from pipeline.sources.base import ReadOptions, Record, ShardEnd, is_image
+from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, is_image
+from pipeline.sources.shard import Shard
+from pipeline.storage.credentials import hide_credentials
 
-__all__ = ["READERS", "ReadOptions", "Record", "ShardEnd", "is_image", "read"]
+__all__ = ["SOURCES", "ReadOptions", "Record", "ShardEnd", "is_image", "read", "source_of"]
 
-READERS: dict[str, Callable[[Shard, Ranges, ReadOptions], Iterator[Record | ShardEnd]]] = {
-    "objects": objects.read,
-    "tar": tar.read,
-    "zip": zip.read,
-    "parquet": parquet.read,
+SOURCES: dict[str, Source] = {
+    source.kind: source
+    for source in (
+        objects.SOURCE,
+        tar.SOURCE,
+        zip.SOURCE,
+        parquet.SOURCE,
+    )
 }
+"""All kinds of shards by name. To add a kind, write its module and add one line here."""
+
+
+def source_of(uri: str) -> Source | None:
+    """The source that reads a file of this name; None for hidden files and for other kinds of files."""
+    name = uri.lower()
+    if name.rpartition("/")[2].startswith("."):
+        return None
+    return next((source for source in SOURCES.values() if name.endswith(source.suffixes)), None)
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
-    """Read the rows of `todo` from a shard of any kind. The contract is in `pipeline.sources.base`."""
-    for uri in options.signed:
-        storage.withhold(uri)
-    return READERS[shard.kind](shard, todo, options)
+    """Read the rows in `todo` of a shard of any kind. The contract is in `pipeline.sources.base`."""
+    for uri in options.with_credentials:
+        hide_credentials(uri)
+    return SOURCES[shard.kind].read(shard, todo, options)

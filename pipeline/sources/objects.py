@@ -1,85 +1,131 @@
-"""Loose images: a virtual shard is a run of consecutive objects, or of lines of a list of URIs."""
+"""Loose images. A virtual shard is a run of consecutive objects, or of consecutive lines of a list of URIs."""
 
 import json
 import os
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline import storage
 from pipeline.coverage import Ranges
 from pipeline.errors import NightshiftError, ReadError
-from pipeline.plan import Shard
-from pipeline.prefetch import TOGETHER, ordered_map
-from pipeline.sources.base import ReadOptions, Record, ShardEnd
+from pipeline.sources.base import IMAGE_SUFFIXES, ReadOptions, Record, ShardEnd, Source
+from pipeline.sources.shard import Shard
+from pipeline.storage import access, base, uris
+from pipeline.threads import GROUP_ITEMS, ordered_map
 
 REMOTE_THREADS = 16
 LOCAL_THREADS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class LooseImages:
+    """The payload of a virtual shard: its images, in row order.
+
+    keys: relative to the shard's URI, or absolute.
+    sizes: in bytes. sizes, etags: None for a list of URIs, which gives neither.
+    kept: one JSON object per row with the `--keep` columns of a list; None if there are none.
+    hides_credentials: credentials were removed from the keys.
+    """
+
+    keys: tuple[str, ...]
+    sizes: tuple[int, ...] | None = None
+    etags: tuple[str, ...] | None = None
+    kept: tuple[str, ...] | None = None
+    hides_credentials: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> "LooseImages":
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+        }
+        return LooseImages(**fields)
+
+    def first(self, rows: int) -> "LooseImages":
+        columns = {name: getattr(self, name) for name in ("keys", "sizes", "etags", "kept")}
+        return replace(self, **{name: column and column[:rows] for name, column in columns.items()})
+
+
+def with_keys(shard: Shard, keys: tuple[str, ...]) -> Shard:
+    """Replace the keys of a shard by the full ones, which include credentials."""
+    return replace(shard, payload=replace(_payload(shard), keys=keys))
+
+
+def _payload(shard: Shard) -> LooseImages:
+    assert isinstance(shard.payload, LooseImages)
+    return shard.payload
+
+
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
-    """Fetch the objects side by side, yield them in order. The contract is in `pipeline.sources.base`."""
-    assert shard.keys is not None
-    count = len(shard.keys)
+    """Read the objects concurrently and yield them in order. The contract is in `pipeline.sources.base`."""
+    images = _payload(shard)
+    count = len(images.keys)
     rows = (row for start, stop in todo for row in range(start, min(stop, count)))
-    local = storage.is_local(shard.uri or shard.keys[0])
-    threads, together = (LOCAL_THREADS, TOGETHER) if local else (REMOTE_THREADS, 1)
-    expected = 0
+    local = uris.is_local(shard.uri or images.keys[0])
+    threads, group_items = (LOCAL_THREADS, GROUP_ITEMS) if local else (REMOTE_THREADS, 1)
+    expected_bytes = 0  # a list gives no sizes: expect the next images to be as large as the last ones
 
     def size_bytes(row: int) -> int:
-        return shard.key_sizes[row] if shard.key_sizes else expected
+        return images.sizes[row] if images.sizes else expected_bytes
 
-    for record in ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes, together):
-        # A list names no sizes: the next ones are taken to be about as large as the last ones were.
-        expected = max(len(record.data or b""), expected * 3 // 4)
+    for record in ordered_map(lambda row: _fetch(shard, row), rows, threads, 2 * threads, size_bytes, group_items):
+        expected_bytes = max(record.size_bytes, expected_bytes * 3 // 4)
         yield record
     yield ShardEnd(count)
 
 
 def _fetch(shard: Shard, row: int) -> Record:
-    assert shard.keys is not None
-    uri = storage.join(shard.uri, shard.keys[row])
-    # Only a list's lines may bear credentials; what a store has listed is a name, whatever it looks like.
-    plain = uri if shard.key_etags else storage.redact(uri)
-    etag = shard.key_etags[row] if shard.key_etags else ""
+    images = _payload(shard)
+    uri = uris.join(shard.uri, images.keys[row])
+    # Only the lines of a list may contain credentials. A name that a store has listed is never redacted.
+    plain = uri if images.etags else uris.redact(uri)
+    etag = images.etags[row] if images.etags else ""
     started = time.perf_counter()
     data, error = None, None
     try:
-        _check(shard, row, uri, plain)
-        data = storage.read(uri, etag)
-    except NightshiftError:  # a fault of the run, such as StorageRefused
+        _check_object(images, row, uri, plain)
+        data = access.read(uri, etag)
+    except NightshiftError:  # a fault of the whole run, such as StorageRefused
         raise
     except ReadError as fault:
         error = fault
     except FileNotFoundError:
-        error = ReadError("not_found", f"there is no {plain}")
-    except storage.TooLarge as fault:
+        error = ReadError("not_found", f"{plain} does not exist")
+    except base.TooLarge as fault:
         error = ReadError("too_large", str(fault))
-    except storage.Changed as fault:
+    except base.Changed as fault:
         error = ReadError("changed", str(fault))
-    except Exception as fault:  # beside OSError, what the stores raise for URIs that make no sense
+    except Exception as fault:  # OSError, and any exception that a store raises for an invalid URI
         error = ReadError("unreadable", f"{plain}: {fault}")
     image_id, kept = plain, {}
-    if shard.kept:
-        kept = json.loads(shard.kept[row])
+    if images.kept:
+        kept = json.loads(images.kept[row])
         image_id = kept.pop(IMAGE_ID, image_id)
     return Record(row, image_id, plain, None, data, error, kept, time.perf_counter() - started)
 
 
-def _check(shard: Shard, row: int, uri: str, plain: str) -> None:
-    """Nothing that would fill the memory, or that could be waited for without end."""
-    size_bytes = shard.key_sizes[row] if shard.key_sizes else 0
-    if storage.is_local(uri):
-        found = os.stat(uri)
-        if not stat.S_ISREG(found.st_mode):
+def _check_object(images: LooseImages, row: int, uri: str, plain: str) -> None:
+    """Raise ReadError or TooLarge for an object that is no file (a pipe would block) or that does not fit in memory."""
+    size_bytes = images.sizes[row] if images.sizes else 0
+    if uris.is_local(uri):
+        status = os.stat(uri)
+        if not stat.S_ISREG(status.st_mode):
             raise ReadError("unreadable", f"{uri} is a folder, a pipe or a device, not a file")
-        size_bytes = found.st_size
-    storage.check_size(plain, size_bytes)
+        size_bytes = status.st_size
+    base.check_size(plain, size_bytes)
 
 
-IMAGE_ID = "#image_id"  # in `Shard.kept`: the image_id of a URI that its list names more than once
+IMAGE_ID = "#image_id"
+"""Key in `LooseImages.kept` for the image_id of a URI that occurs more than once."""
 
 
 def keep_json(kept: dict[str, Any]) -> str:
+    """The JSON object of one row of `LooseImages.kept`."""
     return json.dumps(kept, separators=(",", ":"), default=str)
+
+
+SOURCE = Source("objects", IMAGE_SUFFIXES, read, is_loose=True, payload=LooseImages)

@@ -1,4 +1,4 @@
-"""Parquet: a row of the file is an image, in a column of bytes or in a Hugging Face struct {bytes, path}."""
+"""Parquet files: each row is an image, in a column of bytes or of Hugging Face structs {bytes, path}."""
 
 import os
 from collections.abc import Iterator
@@ -8,35 +8,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import storage
 from pipeline.coverage import Ranges
 from pipeline.errors import InputRefused, ReadError, message_line
-from pipeline.parquet import open_parquet
-from pipeline.plan import Shard
-from pipeline.sources.base import ReadOptions, Record, ShardEnd
-from pipeline.sources.records import Rows, only, rows_of, storage_fault, values_of
+from pipeline.sources.base import Contents, ReadOptions, Record, ShardEnd, Source
+from pipeline.sources.records import Rows, check_unique, rows_of, storage_fault, values_of
+from pipeline.sources.shard import Shard
+from pipeline.storage import access
+from pipeline.storage.parquet import open_parquet
 
 IMAGE_NAMES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp", "data", "content")
 BATCH_ROWS = 64
-BUFFER_BYTES = 1 << 20  # of a column chunk held at once, else whole row groups are
+BUFFER_BYTES = 1 << 20
+"""Read buffer per column chunk. Without a buffer pyarrow holds whole row groups in memory."""
 
-BAD_BYTES = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for them
+BAD_BYTES = (pa.ArrowException, OSError, ValueError)
+"""Exceptions that pyarrow raises for broken bytes."""
 
 
 def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
-    """The column of image bytes: the one named, one with a usual name, or the only one. Raises InputRefused."""
+    """The column of image bytes: `image_column`, or one with a usual name, or the only one. Raises InputRefused."""
     names: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
     if image_column:
         if image_column in names:
             return image_column
-        has = f"the columns {', '.join(schema.names)}"
+        reason = f"{uri} has only the columns {', '.join(schema.names)}"
         if image_column in schema.names:
-            has = f"{schema.field(image_column).type} there, not binary or a struct of bytes and path"
-        raise InputRefused(f"--image-column {image_column}: {uri} has {has}")
-    usual = {name.lower(): name for name in reversed(names)}
+            reason = f"it is {schema.field(image_column).type} in {uri}, not binary or a struct of bytes and path"
+        raise InputRefused(f"--image-column {image_column}: {reason}")
+    by_lower_name = {name.lower(): name for name in reversed(names)}
     for name in IMAGE_NAMES:
-        if name in usual:
-            return usual[name]
+        if name in by_lower_name:
+            return by_lower_name[name]
     if len(names) == 1:
         return names[0]
     if not names:
@@ -44,23 +46,24 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
             f"{uri} has no column of image bytes (binary, or a struct of bytes and path); "
             f"it has {', '.join(f'{field.name} ({field.type})' for field in schema)}"
         )
-    raise InputRefused(f"{uri} has several columns of bytes: name one of {', '.join(names)} with --image-column")
+    raise InputRefused(f"{uri} has several columns of bytes: choose one of {', '.join(names)} with --image-column")
 
 
 def shard_rows(uri: str) -> tuple[int, pa.Schema]:
-    """Number of rows and the schema, from the footer alone. Raises BAD_BYTES."""
-    with storage.open_read(uri) as file:
+    """Number of rows and schema of a Parquet file. Reads only the footer. Raises BAD_BYTES."""
+    with access.open_read(uri) as file:
         parquet = open_parquet(file)
         check_counts(parquet.metadata)
         schema = parquet.schema_arrow
-        _ = schema.names  # only now are they decoded
+        _ = schema.names  # decodes the names, which may fail
         return parquet.metadata.num_rows, schema
 
 
 def check_counts(metadata: pq.FileMetaData) -> None:
-    """Raise pa.ArrowInvalid where a footer contradicts itself: its number of rows becomes as many rows of output.
+    """Raise pa.ArrowInvalid if the footer's number of rows is not the sum over its row groups.
 
-    The row groups' columns say more, but pyarrow's `column()` ends the whole process on some broken footers.
+    A wrong number would become as many error rows. The column chunks hold further counts, but pyarrow's `column()` ends
+    the whole process on some broken footers.
     """
     counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if min(counts, default=0) < 0 or metadata.num_rows != sum(counts):
@@ -68,11 +71,11 @@ def check_counts(metadata: pq.FileMetaData) -> None:
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
-    """Read the row groups that hold rows of `todo`. The contract is in `pipeline.sources.base`."""
+    """Read the row groups that contain rows of `todo`. The contract is in `pipeline.sources.base`."""
     rows = Rows(shard, todo)
     fault = None
     try:
-        with storage.open_read(shard.uri, shard.etag) as file:
+        with access.open_read(shard.uri, shard.etag) as file:
             yield from _Reader(file, rows, options).records()
     except ReadError as error:
         fault = error
@@ -82,7 +85,7 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
 
 
 class _WatchedFile:
-    """A file that remembers its own failure: pyarrow raises OSError for bad bytes and for a lost connection alike."""
+    """A file that remembers its own error, since pyarrow raises OSError for broken bytes as well."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -99,12 +102,13 @@ class _WatchedFile:
             raise
 
     def check(self) -> None:
+        """Raise the error of the storage, if there was one."""
         if self.fault:
             raise self.fault
 
 
 class _Reader:
-    """One pass over a file. Raises ReadError where the whole file is at fault, OSError where the storage is."""
+    """One pass over a file. Raises ReadError if the whole file is broken, and OSError if the storage fails."""
 
     def __init__(self, file: BinaryIO, rows: Rows, options: ReadOptions) -> None:
         self.file = _WatchedFile(file)
@@ -133,13 +137,13 @@ class _Reader:
             first = stop
 
     def _group(self, group: int, stop: int) -> Iterator[Record]:
-        """A row group's records; those that cannot be read are errors, the next row group is another matter."""
+        """The records of a row group. If it is broken, its remaining rows are errors and the next row group is read."""
         try:
             if self.rows.wants(stop):
                 for batch in self._batches(group, [self.column, *self.keep]):
                     yield from self._batch(batch.slice(0, stop - self.rows.row))
                 if self.rows.row < stop:
-                    raise pa.ArrowInvalid(f"it ends {stop - self.rows.row} rows early")
+                    raise pa.ArrowInvalid(f"{stop - self.rows.row} rows are missing at its end")
             else:
                 self._skip(group, stop)
         except BAD_BYTES as error:
@@ -166,11 +170,11 @@ class _Reader:
         return self.rows.begin(str(self.rows.row if path is None else path), is_unique=not self.has_paths)
 
     def _null(self, path: str | None) -> ReadError:
-        only = f" but the path {path}" if path else ""
-        return ReadError("null", f"{self.rows.uri}: row {self.rows.row} has no bytes in {self.column}{only}")
+        hint = f", only the path {path}" if path else ""
+        return ReadError("null", f"{self.rows.uri}: row {self.rows.row} has no bytes in {self.column}{hint}")
 
     def _skip(self, group: int, stop: int) -> None:
-        """Pass over a row group; its paths are read all the same, for image_ids depend on the paths before."""
+        """Skip a row group. Its paths are read all the same, since later image_ids depend on them."""
         if self.has_paths:
             for batch in self._batches(group, [f"{self.column}.path"]):
                 for path in values_of(pc.struct_field(batch.column(0), "path").slice(0, stop - self.rows.row)):
@@ -179,6 +183,7 @@ class _Reader:
         self.rows.advance(stop - self.rows.row)
 
     def _lost(self, group: int, stop: int, error: Exception) -> Iterator[Record]:
+        """Errors for the remaining rows of a broken row group."""
         message = f"{self.rows.uri}: row group {group} is broken: {message_line(error)}"
         while self.rows.row < stop:
             if self._begin(None):
@@ -187,9 +192,10 @@ class _Reader:
 
 
 def _column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
+    """The column of image bytes. Raises ReadError, since the file may have changed after it was planned."""
     try:
         column = find_image_column(schema, image_column, uri)
-        only(schema, column, uri)
+        check_unique(schema, column, uri)
         return column
     except InputRefused as error:
         raise ReadError("unreadable", str(error)) from error
@@ -200,3 +206,20 @@ def _holds_bytes(type_: pa.DataType) -> bool:
         fields = {field.name: field.type for field in type_}
         return {"bytes", "path"} <= fields.keys() and _holds_bytes(fields["bytes"])
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))
+
+
+def inspect(uri: str, options: ReadOptions) -> Contents:
+    """Rows and types of kept columns, from the footer. Raises ReadError, and InputRefused if a column is missing."""
+    try:
+        rows, schema = shard_rows(uri)
+    except BAD_BYTES as error:
+        raise ReadError("corrupt", message_line(error)) from error
+    check_unique(schema, find_image_column(schema, options.image_column, uri), uri)
+    for name in options.keep:
+        if name not in schema.names:
+            raise InputRefused(f"--keep {name}: {uri} has only the columns {', '.join(schema.names)}")
+        check_unique(schema, name, uri)
+    return Contents(rows, {name: schema.field(name).type for name in options.keep})
+
+
+SOURCE = Source("parquet", (".parquet",), read, inspect, reads_header=True)

@@ -1,4 +1,4 @@
-"""What the readers of physical shards (tar, zip, Parquet) share: row numbers, image_ids, and lost rows."""
+"""Shared by the readers of tar, zip and Parquet: row numbers, image_ids, lost rows, and `--keep` values."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -6,44 +6,44 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from pipeline import storage
 from pipeline.coverage import END, Ranges, intersect
 from pipeline.errors import InputRefused, ReadError
-from pipeline.plan import Shard
 from pipeline.sources.base import Record, ShardEnd, is_image
+from pipeline.sources.shard import Shard
+from pipeline.storage import base
 
 MAX_MEMBER_BYTES = 1 << 30
-"""Inflated size in bytes above which a member is an error and not read, against decompression bombs."""
+"""Limit of a member's uncompressed size, against decompression bombs. A larger member is an error and is not read."""
 
-PASSING = ("not_found", "changed", "unreadable")
-"""error_types of a shard that cannot be read now; the others come from its bytes, at the same row each time."""
+TRANSIENT = ("not_found", "changed", "unreadable")
+"""error_types of a shard that a later run may be able to read. All others come from its bytes and are permanent."""
 
 
 class UniqueIds:
-    """image_ids of one shard: `<uri>#<member>`, with `#row=<row>` appended where that was given before.
+    """image_ids of one shard: `<uri>#<member>`, with `#row=<row>` appended if that was used before.
 
-    Remembers 64-bit hashes, not names; a collision appends a `#row=` too many and no more.
+    Stores 64-bit hashes instead of names. The only effect of a hash collision is a needless `#row=`.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._given: set[int] = set()
+        self._used: set[int] = set()
 
     def new(self, member: str, row: int) -> str:
         image_id = f"{self.uri}#{member}"
-        while hash(image_id) in self._given:
+        while hash(image_id) in self._used:
             image_id += f"#row={row}"
-        self._given.add(hash(image_id))
+        self._used.add(hash(image_id))
         return image_id
 
 
 class Rows:
-    """The rows of one read, counted from 0 while the reader walks over its shard.
+    """Counts the rows of one read, from 0, while a reader iterates over its shard.
 
-    For each image: `begin`, then `record` if that said True, then `advance`. At last `finish`, whatever happened: each
-    row that the plan or `todo` counts on is accounted for, as an error if it could not be read.
+    For each image call `begin`, then `record` if `begin` returned True, then `advance`. At the end always call
+    `finish`: it yields an error for each row that the plan or `todo` expects and that could not be read.
 
-    row: of the image at hand. stop: end of the last row to read. total: rows of the shard where its directory tells.
+    row: the current row. stop: end of the last row to read. total: number of rows if the shard's directory gives it.
     """
 
     def __init__(self, shard: Shard, todo: Ranges) -> None:
@@ -60,39 +60,45 @@ class Rows:
         self._started = time.perf_counter()
 
     def begin(self, member: str, *, is_unique: bool = False) -> bool:
-        """Name the image of the next row; True if it is to be read. is_unique: no other member can be called so."""
+        """Set the member name of the current row; return True if the row is in `todo`.
+
+        is_unique: no other member of the shard can have this name.
+        """
         self.member = member
         self._image_id = f"{self.uri}#{member}" if is_unique else self._ids.new(member, self.row)
         return self._is_wanted()
 
     def wants(self, stop: int) -> bool:
-        """True if one of the rows from the present one up to `stop` is to be read."""
+        """True if `todo` contains a row from the current one up to `stop`."""
         return bool(intersect(self.todo, ((self.row, stop),)))
 
     def record(self, data: bytes | ReadError, kept: Mapping[str, Any]) -> Record:
-        """The image at hand, or what is wrong with it."""
+        """The record of the current row: its bytes, or its error."""
         seconds = time.perf_counter() - self._started
         if isinstance(data, ReadError):
             return Record(self.row, self._image_id, self.uri, self.member, None, data, kept, seconds)
         return Record(self.row, self._image_id, self.uri, self.member, data, None, kept, seconds)
 
     def advance(self, rows: int = 1) -> None:
-        """Go on to the next image, or over a run of images without names."""
+        """Move on by one row, or by several rows without member names."""
         if self._is_wanted():
             self._started = time.perf_counter()
         self.row += rows
         self.member = None
 
     def finish(self, fault: ReadError | None = None) -> Iterator[Record | ShardEnd]:
-        """The lost rows, then the end. fault: what ended the shard at the present row; None at its regular end.
+        """Yield an error for each lost row, then the `ShardEnd`.
 
-        A lost row is one that is still to do and known to exist: from the plan, the shard's directory, or a `todo` that
-        ends or begins behind it. A fault costs the row it happened at; a passing one the first row still to do, so that
-        an open-ended `todo` never ends without a word.
+        fault: the error that ended the shard at the current row; None at its regular end.
+
+        A lost row is a row of `todo` that was not read and is known to exist: from the plan, from the shard's
+        directory, or from a range of `todo` that begins or ends after it. A fault loses at least the current row. If
+        `todo` is open-ended, a transient fault loses at least the first row of the open range, so that an open-ended
+        read always yields at least one row.
         """
         end = self._end(fault)
-        held = max(self.row, self.total)
-        error = fault or ReadError("not_found", f"{self.uri}: the shard holds only {held} images, {end} were planned")
+        reason = f"the shard holds only {max(self.row, self.total)} images, {end} were planned"
+        error = fault or ReadError("not_found", f"{self.uri}: {reason}")
         for start, stop in intersect(self.todo, ((self.row, end),)):
             for row in range(start, stop):
                 is_named = row == self.row and self.member is not None
@@ -104,7 +110,7 @@ class Rows:
         if self.planned is not None:
             return self.planned
         known = [start for start, _ in self.todo] + [stop for _, stop in self.todo if stop != END]
-        if fault and fault.error_type in PASSING and self.stop == END:
+        if fault and fault.error_type in TRANSIENT and self.stop == END:
             known.append(self.todo[-1][0] + 1)
         return max(self.row + (fault is not None), self.total, *known)
 
@@ -115,23 +121,25 @@ class Rows:
 
 
 def storage_fault(uri: str, fault: OSError) -> ReadError:
-    """Why an object could not be opened or read."""
+    """The ReadError for an object that could not be opened or read."""
     if isinstance(fault, FileNotFoundError):
-        return ReadError("not_found", f"there is no {uri}")
-    if isinstance(fault, storage.Changed):
+        return ReadError("not_found", f"{uri} does not exist")
+    if isinstance(fault, base.Changed):
         return ReadError("changed", str(fault))
     return ReadError("unreadable", f"{uri}: {fault}")
 
 
 def too_large(uri: str, member: str, size_bytes: int) -> ReadError:
+    """The ReadError for a member of more than MAX_MEMBER_BYTES."""
     limit = f"the limit is {MAX_MEMBER_BYTES} bytes"
     return ReadError("too_large", f"{uri}: {member} has {size_bytes} bytes, {limit}")
 
 
 def values_of(array: pa.Array) -> list[Any]:
-    """As Python values; text that is not UTF-8, which Arrow takes unread from a file, with U+FFFD for what is wrong.
+    """Convert a column to Python values.
 
-    None for what Python has no value for, such as a date of the year 0.
+    Arrow does not validate the text of a file, so bytes that are not UTF-8 become U+FFFD here. A value that Python
+    cannot represent, such as a date in the year 0, becomes None.
     """
     try:
         return cast(list[Any], array.to_pylist())
@@ -149,32 +157,35 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def rows_of(batch: pa.RecordBatch, names: Iterable[str]) -> list[dict[str, Any]]:
-    """These columns of a batch, a dictionary a row."""
+    """The named columns of a batch as one dictionary per row."""
     columns = {name: values_of(batch.column(name)) for name in names}
     return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
 
 
-def only(schema: pa.Schema, name: str, uri: str) -> None:
-    """Raise InputRefused where several columns bear a name that is asked for."""
+def check_unique(schema: pa.Schema, name: str, uri: str) -> None:
+    """Raise InputRefused if several columns have this name."""
     if schema.names.count(name) > 1:
-        raise InputRefused(f"{uri} has {schema.names.count(name)} columns called {name!r}: name them apart")
+        raise InputRefused(f"{uri} has {schema.names.count(name)} columns named {name!r}: give them different names")
 
 
 def is_image_member(name: str) -> bool:
-    """True for a member that is a row: not the resource forks that macOS puts beside its files."""
+    """True if a member is a row: an image, and no resource fork of macOS (`._name`, `__MACOSX/`)."""
     folder, _, base = name.rpartition("/")
     return is_image(name) and not base.startswith("._") and "__MACOSX" not in folder.split("/")
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """WebDataset's key and extension (in lower case): `dir/a.b.jpg` is the key `dir/a` with the extension `b.jpg`."""
+    """Split a name into key and lower-case extension at the first dot of its base name, as WebDataset does.
+
+    `dir/a.b.jpg` has the key `dir/a` and the extension `b.jpg`.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def kept_texts(member: str, keep: tuple[str, ...], find: Callable[[str, str], bytes | None]) -> dict[str, str]:
-    """The text of a member's sidecars by extension. find: (key, extension) → bytes, None where there is no such one."""
+    """The text of a member's sidecar files by extension. find: (key, extension) → bytes, or None if there is none."""
     key, _ = split_key(member)
-    found = {name: find(key, name.lower()) for name in keep}
-    return {name: data.decode("utf-8", "replace") for name, data in found.items() if data is not None}
+    sidecars = {name: find(key, name.lower()) for name in keep}
+    return {name: data.decode("utf-8", "replace") for name, data in sidecars.items() if data is not None}

@@ -1,4 +1,7 @@
-"""tar, tar.gz, tgz and tar.zst, as WebDataset has them: image members in stored order, sidecars by their key."""
+"""tar, tar.gz, tgz and tar.zst archives: image members in stored order, sidecar files by their WebDataset key.
+
+Formats: POSIX.1-2001 pax and GNU tar.
+"""
 
 import contextlib
 import os
@@ -7,11 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO, Self, cast
 
-from pipeline import storage
 from pipeline.coverage import Ranges
 from pipeline.errors import ReadError
-from pipeline.plan import Shard
-from pipeline.sources.base import ReadOptions, Record, ShardEnd
+from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, sidecar_contents
 from pipeline.sources.inflate import Inflated, new_gzip, new_zstd
 from pipeline.sources.records import (
     MAX_MEMBER_BYTES,
@@ -22,12 +23,17 @@ from pipeline.sources.records import (
     storage_fault,
     too_large,
 )
+from pipeline.sources.shard import Shard
+from pipeline.storage import access, uris
 
 COMPRESSED = {".gz": new_gzip, ".tgz": new_gzip, ".zst": new_zstd}
 MAX_EXTENSION_BYTES = 1 << 16
-"""Of a long name or PAX header. tarfile holds several hundred of them at once, and Python before 3.11.10, 3.12.6 and
-3.13.0 searches them in quadratic time (CVE-2024-6232)."""
-MAX_SPARSE_PIECES = 10_000  # tarfile joins them in quadratic time
+"""Limit of a long name or pax header. tarfile holds several hundred of them at once, and Python before 3.11.10, 3.12.6
+and 3.13.0 searches them in quadratic time (CVE-2024-6232)."""
+
+MAX_SPARSE_PIECES = 10_000
+"""Limit of the pieces of a sparse member, which tarfile joins in quadratic time."""
+
 EXTENSION_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -36,19 +42,22 @@ EXTENSION_TYPES = (
     tarfile.SOLARIS_XHDTYPE,
 )
 CHUNK_BYTES = 1 << 20
-# Beside its own errors, tarfile lets these through where a header's numbers make no sense.
+ESTIMATE_BYTES = 16 << 20
+"""Bytes to read from the beginning of a tar to estimate its number of rows."""
+
+# tarfile raises the builtin errors for headers with impossible numbers.
 BAD_BYTES = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError)
 
 Sidecars = dict[tuple[str, str], tuple[int, int]]
-"""(key, extension) → offset and size in bytes."""
+"""(key, extension) → offset and size in bytes of a sidecar file."""
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
-    """Read the members from front to back, skipped ones by a seek. The contract is in `pipeline.sources.base`."""
+    """Read the members from beginning to end and seek over skipped ones. The contract is in `pipeline.sources.base`."""
     rows = Rows(shard, todo)
     fault = None
     try:
-        with storage.open_read(shard.uri, shard.etag) as file, contextlib.ExitStack() as stack:
+        with access.open_read(shard.uri, shard.etag) as file, contextlib.ExitStack() as stack:
             archive = _open(file, rows.uri, options, stack)
             for member in archive.images():
                 if shard.rows is not None and rows.row >= rows.stop:
@@ -59,40 +68,42 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
                     archive.skip(member)
                 rows.advance()
     except ReadError as error:
-        fault = _explained(error, rows)
+        fault = _with_position(error, rows)
     except OSError as error:
         fault = storage_fault(rows.uri, error)
     yield from rows.finish(fault)
 
 
-def bytes_per_image(shard: Shard, most_bytes: int) -> float | None:
-    """Stored bytes of an image with its header, padding and sidecars, over about the first `most_bytes` of a shard.
+def bytes_per_image(shard: Shard, max_bytes: int) -> float | None:
+    """Stored bytes per image, with header, padding and sidecar files, in about the first `max_bytes` of a shard.
 
-    None where there is no image to be found. Raises OSError.
+    None if there is no image. Raises OSError.
     """
-    images, taken = 0, 0
-    with storage.open_read(shard.uri, shard.etag) as file, contextlib.ExitStack() as stack:
+    images, read_bytes = 0, 0
+    with access.open_read(shard.uri, shard.etag) as file, contextlib.ExitStack() as stack:
         archive = _open(file, shard.uri, ReadOptions(), stack)
         with contextlib.suppress(ReadError):
             for member in archive.images():
                 images += 1
                 assert archive.tar is not None
-                taken = file.tell() if archive.size is None else archive.tar.offset
-                if taken >= most_bytes:
+                read_bytes = file.tell() if archive.size is None else archive.tar.offset
+                if read_bytes >= max_bytes:
                     break
                 archive.skip(member)
-    return taken / images if images else None
+    return read_bytes / images if images else None
 
 
-def _explained(fault: ReadError, rows: Rows) -> ReadError:
-    where = f", in the middle of member {rows.member}" if rows.member else ""
-    return ReadError(fault.error_type, f"{fault.message}{where}: {rows.row} images were read before")
+def _with_position(fault: ReadError, rows: Rows) -> ReadError:
+    """Add the current member and row to the message."""
+    position = f", in the middle of member {rows.member}" if rows.member else ""
+    return ReadError(fault.error_type, f"{fault.message}{position}: {rows.row} images were read before")
 
 
 class _Archive:
-    """A tar, read forward. Raises ReadError where it breaks off and OSError where the storage fails.
+    """A tar that is read forward. Raises ReadError if it ends early or is broken, and OSError if the storage fails.
 
-    size: of a seekable file in bytes, None of a stream. fault: what ended the compressed stream that the file is from.
+    size: in bytes of a seekable file, None for a stream. fault: the error of the compressed stream that was copied to
+    `file`.
     """
 
     def __init__(self, file: Any, uri: str, size: int | None, fault: ReadError | None = None) -> None:
@@ -101,6 +112,7 @@ class _Archive:
         self.sidecars: Sidecars = {}
 
     def images(self) -> Iterator[tarfile.TarInfo]:
+        """The members that are rows, links and devices included."""
         return (member for member in self.members() if is_image_member(member.name) and not member.isdir())
 
     def members(self) -> Iterator[tarfile.TarInfo]:
@@ -108,17 +120,18 @@ class _Archive:
             yield member
 
     def read(self, member: tarfile.TarInfo) -> bytes | ReadError:
+        """The bytes of the current member, or its error. Raises ReadError if the archive ends within the member."""
         if not member.isreg():
             return ReadError("unsupported", f"{self.uri}: {member.name} is a link or a device, not a file")
         if member.issparse() and self._sparse_end(member) is None:
-            return ReadError("corrupt", f"{self.uri}: {member.name} is a sparse file whose map makes no sense")
+            return ReadError("corrupt", f"{self.uri}: {member.name} is a sparse file with an invalid map")
         if member.size > MAX_MEMBER_BYTES:
             self.skip(member)
             return too_large(self.uri, member.name, member.size)
         return b"".join(self._chunks(member, CHUNK_BYTES if member.issparse() else member.size))
 
     def skip(self, member: tarfile.TarInfo) -> None:
-        """Pass over an image; one that is cut must be noticed here as in `read`, for rows to have the same numbers."""
+        """Skip a member. Raises ReadError if it is truncated, as `read` does, so that rows have the same numbers."""
         if member.issparse():
             self._skip_sparse(member)
         elif member.isreg():
@@ -126,7 +139,7 @@ class _Archive:
                 pass
 
     def _skip_sparse(self, member: tarfile.TarInfo) -> None:
-        """Pass over what is stored: the holes between may be any number of bytes."""
+        """Seek over the stored bytes only: the holes between them may have any size."""
         assert self.tar is not None
         end = self._sparse_end(member)
         if end is None:
@@ -134,26 +147,26 @@ class _Archive:
         if self.size is None:
             assert self.tar.fileobj is not None
             self.tar.fileobj.seek(end)
-            held = self.tar.fileobj.tell()
+            available = self.tar.fileobj.tell()
         else:
-            held = self.size
-        if held < end:
+            available = self.size
+        if available < end:
             raise self._broken(tarfile.ReadError())
 
     def _sparse_end(self, member: tarfile.TarInfo) -> int | None:
-        """Where a sparse member's stored bytes end; None if its map does not run forward inside them and its size."""
+        """Offset of the end of a sparse member's stored bytes; None if its map is not ascending or exceeds its size."""
         assert self.tar is not None
         pieces = [(offset, size) for offset, size in cast(Any, member).sparse if size]
-        place, stored_end = 0, member.offset_data
+        position, stored_end = 0, member.offset_data
         for offset, size in pieces:
-            if offset < place or size < 0:
+            if offset < position or size < 0:
                 return None
-            place, stored_end = offset + size, stored_end + size
-        is_sound = place <= member.size and stored_end <= self.tar.offset and len(pieces) <= MAX_SPARSE_PIECES
-        return stored_end if is_sound else None
+            position, stored_end = offset + size, stored_end + size
+        is_valid = position <= member.size and stored_end <= self.tar.offset and len(pieces) <= MAX_SPARSE_PIECES
+        return stored_end if is_valid else None
 
-    def holds(self, member: tarfile.TarInfo) -> bool:
-        """True if a member of a seekable file is all there."""
+    def contains(self, member: tarfile.TarInfo) -> bool:
+        """True if all bytes of the member are in the file. Always False for a stream."""
         return self.size is not None and member.offset_data + member.size <= self.size
 
     def kept(self, member: tarfile.TarInfo, keep: tuple[str, ...]) -> dict[str, str]:
@@ -173,7 +186,7 @@ class _Archive:
             member = self.tar.next()
         except BAD_BYTES as error:
             raise self._broken(error) from error
-        self.tar.members = []  # type: ignore[attr-defined]  # else tarfile remembers every one
+        self.tar.members = []  # type: ignore[attr-defined]  # by default tarfile keeps every member in memory
         if member is None:
             self._check_end(self.tar)
         elif member.size < 0:
@@ -181,23 +194,23 @@ class _Archive:
         return member
 
     def _check_end(self, tar: tarfile.TarFile) -> None:
-        """Only zeros may follow the zeros that end a tar; else a hole or a second tar would hide images."""
+        """Raise ReadError if anything but zeros follows the end mark: images after it would be lost silently."""
         if self.fault and self.size is not None and tar.offset + tarfile.BLOCKSIZE > self.size:
             raise self.fault
         assert tar.fileobj is not None
         rest = b""
-        with contextlib.suppress(ReadError):  # a compressed stream that is cut behind the end has lost nothing
+        with contextlib.suppress(ReadError):  # a compressed stream that is cut after the end mark is complete
             while (data := tar.fileobj.read(CHUNK_BYTES)) and not rest:
                 rest = data.strip(b"\0")
         if rest:
-            what = "has a hole, or is several tars joined end to end"
-            raise ReadError("corrupt", f"{self.uri} goes on after its end mark at byte {tar.offset}: it {what}")
+            reason = "it has a hole, or it is several tars joined end to end"
+            raise ReadError("corrupt", f"{self.uri} continues after its end mark at byte {tar.offset}: {reason}")
 
     def _is_plain(self, member: tarfile.TarInfo) -> bool:
-        """True where the member's bytes lie in one piece in a seekable file; raises ReadError if not all of them."""
+        """True if the member is one piece of a seekable file. Raises ReadError if the piece is truncated."""
         if self.size is None or member.issparse():
             return False
-        if not self.holds(member):
+        if not self.contains(member):
             raise self._broken(tarfile.ReadError())
         return True
 
@@ -227,11 +240,14 @@ class _Archive:
 
 
 def _open(file: BinaryIO, uri: str, options: ReadOptions, stack: contextlib.ExitStack) -> _Archive:
-    """With `keep` the sidecars are found first: a shard that cannot be read twice is copied to a temporary file."""
+    """Open a tar, and with `keep` find its sidecar files first.
+
+    That takes two passes, so a compressed or remote shard is copied to a temporary file.
+    """
     decompressors = [new for suffix, new in COMPRESSED.items() if uri.lower().endswith(suffix)]
     is_seekable = not decompressors and file.seekable()
     stream = Inflated(file, uri, decompressors[0]) if decompressors else file
-    if options.keep and not (is_seekable and storage.is_local(uri)):
+    if options.keep and not (is_seekable and uris.is_local(uri)):
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         fault = _copy(stream, spool)
         archive = _Archive(spool, uri, spool.tell(), fault)
@@ -245,6 +261,7 @@ def _open(file: BinaryIO, uri: str, options: ReadOptions, stack: contextlib.Exit
 
 
 def _copy(stream: BinaryIO | Inflated, target: IO[bytes]) -> ReadError | None:
+    """Copy a stream; return the error that ended it early."""
     try:
         while data := stream.read(CHUNK_BYTES):
             target.write(data)
@@ -255,29 +272,29 @@ def _copy(stream: BinaryIO | Inflated, target: IO[bytes]) -> ReadError | None:
 
 def _find_sidecars(archive: _Archive, keep: tuple[str, ...]) -> Sidecars:
     extensions = {name.lower() for name in keep}
-    found = {}
+    sidecars = {}
     archive.file.seek(0)
-    with contextlib.suppress(ReadError):  # the second pass meets it again
+    with contextlib.suppress(ReadError):  # the second pass raises it again
         for member in _Archive(archive.file, archive.uri, archive.size, archive.fault).members():
             key, extension = split_key(member.name)
-            if extension in extensions and member.isreg() and not member.issparse() and archive.holds(member):
-                found[key, extension] = (member.offset_data, member.size)
-    return found
+            if extension in extensions and member.isreg() and not member.issparse() and archive.contains(member):
+                sidecars[key, extension] = (member.offset_data, member.size)
+    return sidecars
 
 
 def _open_tar(file: Any, *, is_stream: bool) -> tarfile.TarFile:
-    """errors: a name that is not UTF-8 must still be valid text in Arrow."""
+    """Names are decoded with errors="replace", since Arrow needs valid UTF-8."""
     if is_stream:
         return tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, errors="replace", bufsize=CHUNK_BYTES)
     return tarfile.open(fileobj=file, mode="r:", tarinfo=_Header, errors="replace")
 
 
 class _GarbageError(tarfile.ReadError):
-    pass
+    """The bytes are no tar header: the archive is corrupt, not truncated."""
 
 
 class _Header(tarfile.TarInfo):
-    """A header that does not end an archive quietly: tarfile takes garbage and cut headers for the end of it."""
+    """Raises an error for garbage and truncated headers, which tarfile takes for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -285,9 +302,23 @@ class _Header(tarfile.TarInfo):
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if len(buf) in (0, tarfile.BLOCKSIZE) and not any(buf):
-                raise  # the end
+                raise  # the end of the archive
             is_whole = len(buf) == tarfile.BLOCKSIZE
             raise (_GarbageError if is_whole else tarfile.ReadError)(str(error)) from error
         if header.size < 0 or (header.type in EXTENSION_TYPES and header.size > MAX_EXTENSION_BYTES):
-            raise _GarbageError(f"a header of {header.size} bytes")
+            raise _GarbageError(f"a header says {header.size} bytes")
         return header
+
+
+def _estimate_rows(shard: Shard, options: ReadOptions) -> float | None:
+    bytes_each = bytes_per_image(shard, ESTIMATE_BYTES)
+    return shard.size_bytes / bytes_each if bytes_each else None
+
+
+SOURCE = Source(
+    "tar",
+    (".tar", ".tar.gz", ".tgz", ".tar.zst"),
+    read,
+    sidecar_contents,
+    estimate_rows=_estimate_rows,
+)

@@ -1,0 +1,49 @@
+"""Estimate a run before it starts: hours, dollars, the bottleneck, and a better cluster.
+
+    python jobs/estimate.py --input photos/ --model resnet50
+    python jobs/estimate.py --input 's3://bucket/tiles/*.tar' --model resnet50 --cluster 8xg6.2xlarge
+    python jobs/estimate.py --input 's3://bucket/tiles/*.tar' --cluster 4xg6.2xlarge+2xc7i.4xlarge --prices mine.yaml
+
+Counts shards and bytes, reads and decodes some images of a few shards, and runs the network for ten seconds, all on
+this machine. Takes the rate of a GPU that this machine lacks from the price file. Writes nothing. Without --cluster the
+estimate is for this machine. Takes the flags of jobs/embed.py, and assumes that the job chooses its actors itself.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline import cli
+from pipeline.config import RunConfig
+from pipeline.predictors.embed import Embedder
+
+
+@dataclass
+class EstimateFlags:
+    """The flags that only this job has."""
+
+    json: bool = field(default=False, metadata={"help": "print all figures as JSON"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    def work() -> int:
+        run_values, network_values, estimate_values = cli.parse(Embedder, __doc__, arguments, EstimateFlags)
+        flags = EstimateFlags(**estimate_values)
+        from pipeline.estimates.forecast import estimate  # imports Ray and torch, which take seconds
+
+        with tempfile.TemporaryDirectory(prefix="nightshift-") as unused_output:
+            config = RunConfig(**{"output": unused_output, **run_values})
+            forecast = estimate(config, Embedder(**network_values), cli.log)
+        if flags.json:
+            print(json.dumps(forecast.as_json(), indent=1))
+        else:
+            forecast.show()
+        return 0
+
+    return cli.guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

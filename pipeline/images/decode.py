@@ -1,0 +1,315 @@
+"""Decode the bytes of an image to uint8 pixels of the network's input size, or raise DecodeError.
+
+The pixels are those of torchvision's evaluation transform on a Pillow image (torchvision/transforms/functional.py:
+`resize` of the short side, then `center_crop`). With exact=True they are equal bit for bit. Otherwise only the part
+inside the crop is resized, in SIMD code, and large images are reduced first: a JPEG while it is decoded, other formats
+by averaging blocks of pixels. Imports neither Ray nor torch, so that decode workers start fast.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageFile
+
+from pipeline.errors import DecodeError
+from pipeline.images import header
+from pipeline.images.pixels import Decoded, Encoded
+from pipeline.images.resize import Box, as_image, resize_exact, resize_fast
+from pipeline.images.transform import Transform
+
+MIN_SCALED_RATIO = 2
+"""A JPEG that is decoded at a smaller scale keeps at least this many times `Transform.resize` pixels on its short side.
+A smaller ratio would change the results more than bfloat16 does."""
+
+MIN_REDUCED_RATIO = 3
+"""Blocks of pixels are averaged first if the short side keeps at least this many times `Transform.resize` pixels."""
+
+STRIP_PIXELS = 1 << 18
+"""Images that are not RGB are converted in strips of about this many pixels. A strip is small compared to a large image
+and fits in the cache."""
+
+TO_UPRIGHT: dict[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation (EXIF 2.32, tag 0x0112) → the transpose from the stored pixels to the upright ones."""
+TO_STORED = TO_UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+"""EXIF orientation → the transpose from the upright pixels to the stored ones."""
+
+SWAPS_SIDES = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+LAST_BLOCK_LEFT = {
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+}
+LAST_BLOCK_TOP = {
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+}
+"""Transposes that move the last stored column or row to the left, or to the top."""
+
+MAX_GPU_PIXELS = 1 << 26
+"""A GPU does not decode larger JPEGs, because the resize takes twelve bytes of its memory per pixel. `decode` reduces
+them while it decodes them."""
+
+
+def decode(
+    data: bytes,
+    transform: Transform,
+    *,
+    max_pixels: int = 200_000_000,
+    exif_rotate: bool = True,
+    exact: bool = True,
+    keep_tiles: bool = False,
+    reserve: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> Decoded:
+    """Decode the first frame or page of an image to RGB, rotate it upright, and resize and crop it.
+
+    exact: return the same pixels as Pillow and torchvision, bit for bit. This is slower.
+    keep_tiles: do not resize square images of at most half the crop's side; the network's device enlarges them.
+    reserve: called with the peak memory of this image in bytes, without its encoded bytes. The context manager that it
+    returns is entered before the pixels are decoded.
+
+    Transparent pixels are composited over white. 16-bit grey is scaled to 8 bits. A float image is read as [0, 1] if
+    all its values lie in that range, otherwise as [0, 255]. The ICC profile is not applied, as in torchvision.
+
+    Peak memory per pixel, without the encoded bytes: at most 8 bytes; progressive JPEG 10 (CMYK 12); WebP 16 (exact:
+    20). For large images that are reduced: 4 bytes; grey and palettes 1; 16-bit grey 2; JPEG that is not progressive
+    0.5. A compressed TIFF takes the size of one strip or tile more, and a TIFF that is rotated 4 bytes per pixel more.
+
+    Raises DecodeError if the bytes cannot be decoded: empty, not_an_image, unsupported (a format or a kind of pixels),
+    truncated, corrupt, too_large (more than `max_pixels`). Raises MemoryError if memory runs out.
+    """
+    if not data:
+        raise DecodeError("empty", "the image has no bytes")
+    with _as_decode_errors(data):
+        image = header.open_image(data)
+        tiff_orientation = header.tiff_orientation(image)
+        width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
+        header.check_size(width, height, max_pixels)
+        header.check_work(image, data, max_pixels)
+        full_size = image.size
+        min_side = 0 if exact else MIN_SCALED_RATIO * transform.resize
+        peak_bytes = header.peak_bytes(image, min_side, 1 if exact else _reduction(full_size, transform))
+    with reserve(peak_bytes), _as_decode_errors(data):
+        rgb, extent = _load_rgb(image, data, min_side, transform, exact)
+        transpose = _transpose(image, tiff_orientation, exif_rotate)
+        del image  # frees its pixels
+        upright = rgb if transpose is None else as_image(rgb).transpose(transpose)
+        del rgb
+        if keep_tiles and _is_tile(upright, transform):
+            return Decoded(np.asarray(upright), width, height)
+        return Decoded(_crop(upright, extent, full_size, transpose, transform, exact), width, height)
+
+
+@contextmanager
+def _as_decode_errors(data: bytes) -> Iterator[None]:
+    """Turn every error except MemoryError into a DecodeError."""
+    try:
+        yield
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # Pillow does not document the errors that its plugins raise for broken data
+        raise _decode_error(error, data) from error
+
+
+def leave_encoded(
+    data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True
+) -> Encoded | None:
+    """Return a JPEG that a GPU decodes to nearly the same pixels as `decode`, or None for any other image.
+
+    Reads the header only. Returns None for images that the transform enlarges: `decode` is fast for them, and
+    enlarging makes the GPU's different chroma upsampling visible. Returns None for images that `decode` refuses, so
+    that `decode` raises the error.
+    """
+    if not data.startswith(b"\xff\xd8") or header.is_truncated(data):
+        return None
+    try:
+        image = header.open_image(data)
+        header.check_size(*image.size, min(max_pixels, MAX_GPU_PIXELS))
+        header.check_work(image, data, max_pixels)
+        orientation = image.getexif().get(header.ORIENTATION, 1) if exif_rotate else 1
+    except MemoryError:
+        raise
+    except Exception:  # `decode` raises it again
+        return None
+    if not _is_grey_or_ycbcr(image) or min(image.size) < transform.resize:
+        return None
+    return Encoded(data, *image.size, orientation if orientation in TO_UPRIGHT else 1)
+
+
+def _is_grey_or_ycbcr(image: Image.Image) -> bool:
+    """True for a JPEG with the colours of JFIF. A JPEG can also hold RGB or CMYK (T.872, 6.5.3)."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return False
+    holds_rgb = image.info.get("adobe_transform") == 0 or [layer[0] for layer in image.layer] == [*b"RGB"]  # type: ignore[attr-defined]
+    return image.mode == "L" or not holds_rgb
+
+
+def _transpose(image: Image.Image, tiff_orientation: int | None, exif_rotate: bool) -> Image.Transpose | None:
+    """The transpose that the loaded pixels need: to upright, or for a TIFF, which Pillow rotates, to as stored."""
+    if tiff_orientation is not None:
+        return None if exif_rotate else TO_STORED.get(tiff_orientation)
+    try:
+        return TO_UPRIGHT.get(image.getexif().get(header.ORIENTATION, 1)) if exif_rotate else None
+    except Exception:  # the pixels may be intact although the EXIF is broken
+        return None
+
+
+def _load_rgb(
+    image: ImageFile.ImageFile, data: bytes, min_side: int, transform: Transform, exact: bool
+) -> tuple[Image.Image | np.ndarray, tuple[float, float]]:
+    """Decode to RGB, as stored, and reduce large images. Also return the width and height that the image covers.
+
+    They are not whole numbers if the last block of a reduced image stands for fewer pixels than the others.
+    """
+    jpeg = _jpeg_rgb(image, data, min_side)
+    if jpeg is None:
+        _load(image, min_side)
+    size = _size(image if jpeg is None else jpeg)
+    factor = 1 if exact else _reduction(size, transform)
+    extent = size[0] / factor, size[1] / factor
+    if jpeg is not None and factor == 1:
+        return jpeg, extent
+    return _to_rgb(image if jpeg is None else as_image(jpeg), factor), extent
+
+
+def _size(pixels: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height."""
+    return pixels.size if isinstance(pixels, Image.Image) else (pixels.shape[1], pixels.shape[0])
+
+
+def _jpeg_rgb(image: Image.Image, data: bytes, min_side: int) -> np.ndarray | None:
+    """Decode a JPEG to uint8 [height, width, 3] with the libjpeg-turbo settings of Pillow. None: Pillow must decode it.
+
+    min_side: the short side may be reduced to this many pixels; 0: full size. libjpeg's scaled DCT then decodes each
+    block of 8 × 8 pixels to n × n pixels, if n is 4 or less.
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, fastupsample=False, min_height=min_side, min_width=min_side, min_factor=2
+        )
+    except ValueError:  # simplejpeg is strict; Pillow accepts some of these files
+        return None
+    is_full_size = pixels.shape[:2] == image.size[::-1]
+    return pixels if is_full_size or (min_side and min(pixels.shape[:2]) >= min_side) else None
+
+
+def _load(image: ImageFile.ImageFile, min_side: int) -> None:
+    """Decode with Pillow, in the image's own mode. min_side: as in `_jpeg_rgb`; ignored for other formats."""
+    if min_side:
+        image.draft(None, (min_side, min_side))
+    image.load()
+
+
+def _reduction(size: tuple[int, int], transform: Transform) -> int:
+    """The number of pixels along each side that are averaged into one before the resize."""
+    return max(1, min(size) // (MIN_REDUCED_RATIO * transform.resize)) if transform.interpolation != "nearest" else 1
+
+
+def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    """Convert to RGB and average blocks of `factor` × `factor` pixels; the blocks at the edge may be smaller."""
+    if image.mode in ("RGB", "L") and not image.has_transparency_data:
+        reduced = image.reduce(factor) if factor > 1 else image
+        return reduced if image.mode == "RGB" else reduced.convert("RGB")
+    scale = _float_scale(image) if image.mode == "F" else 1.0
+    rgb = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top, strip in _strips(image, factor):
+        converted = _strip_to_rgb(strip, scale)
+        rgb.paste(converted.reduce(factor) if factor > 1 else converted, (0, top // factor))
+    return rgb
+
+
+def _strips(image: Image.Image, multiple: int) -> Iterator[tuple[int, Image.Image]]:
+    """Cut the image into strips: (first row, strip). All heights but the last are multiples of `multiple`."""
+    rows = multiple * max(1, STRIP_PIXELS // (image.width * multiple))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _strip_to_rgb(image: Image.Image, float_scale: float) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _grey_16(image).convert("RGB")
+    if image.mode == "F":
+        return _grey_float(image, float_scale).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_16(image: Image.Image) -> Image.Image:
+    values = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:  # the tRNS chunk of a PNG: one grey value that is transparent
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _float_scale(image: Image.Image) -> float:
+    """The factor that scales a float image to [0, 255]; NaN counts as 0."""
+    strips = (np.nan_to_num(np.asarray(strip), nan=0.0) for _, strip in _strips(image, 1))
+    return 255.0 if all(values.min() >= 0 and values.max() <= 1 for values in strips) else 1.0
+
+
+def _grey_float(image: Image.Image, scale: float) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image), nan=0.0).clip(0, 255) * np.float32(scale)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _is_tile(upright: Image.Image | np.ndarray, transform: Transform) -> bool:
+    width, height = _size(upright)
+    return width == height <= transform.crop // 2
+
+
+def _crop(
+    upright: Image.Image | np.ndarray,
+    extent: tuple[float, float],
+    full_size: tuple[int, int],
+    transpose: Image.Transpose | None,
+    transform: Transform,
+    exact: bool,
+) -> np.ndarray:
+    """Resize and crop. extent, full_size: before the transpose, which `upright` has already had."""
+    if transpose in SWAPS_SIDES:
+        full_size, extent = full_size[::-1], extent[::-1]
+    resize = resize_exact if exact else resize_fast
+    return resize(upright, _extent_box(_size(upright), extent, transpose), full_size, transform)
+
+
+def _extent_box(size: tuple[int, int], extent: tuple[float, float], transpose: Image.Transpose | None) -> Box:
+    """The box that the image covers in pixels of this size, after the transpose."""
+    left = size[0] - extent[0] if transpose in LAST_BLOCK_LEFT else 0.0
+    top = size[1] - extent[1] if transpose in LAST_BLOCK_TOP else 0.0
+    return left, top, left + extent[0], top + extent[1]
+
+
+def _decode_error(error: Exception, data: bytes) -> DecodeError:
+    """Classify an error that a decoder raised."""
+    reason = str(error) or type(error).__name__
+    kinds = ("unknown pixel mode", "cannot handle", "unsupported", "not supported")
+    if isinstance(error.__cause__, KeyError) or any(words in reason.lower() for words in kinds):
+        return DecodeError("unsupported", f"Pillow does not support this kind of pixels or compression: {reason}")
+    if "truncated" in reason.lower() or header.is_truncated(data):
+        return DecodeError("truncated", f"the image is cut off after {len(data)} bytes: {reason}")
+    return DecodeError("corrupt", f"the image is damaged: {reason}")

@@ -1,0 +1,185 @@
+"""ModelSpec: a network and its weights, resolved on the driver and built in each actor."""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import WeightsRefused
+from pipeline.images.transform import Transform
+from pipeline.models.checkpoint import align, fit, read_state
+from pipeline.models.classifier import RGB, Network, Shape, find_classifier, first_convolution
+from pipeline.models.download import fetch_weights
+from pipeline.models.families import Family, WeightsSource
+from pipeline.models.labels import read_labels
+from pipeline.models.python_function import FunctionFamily
+from pipeline.models.timm_models import TimmFamily
+from pipeline.models.torchvision_models import TorchvisionFamily
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything that an actor needs to build a network. Small, and picklable.
+
+    model, seed: as in `resolve`.
+    weights: shown to users: "ResNet50_Weights.IMAGENET1K_V2", a URI, or "random".
+    weights_uri: URI of the file; None for random weights and for those of a Python function.
+    own_weights: the weights are torchvision's, timm's or the function's own, and not a file that was trained elsewhere.
+    sha256: hex, of the file, or of all tensors of a function's own weights; "" for random weights.
+    embedding_dim: width of the classifier's input. num_classes: 0 without a classifier.
+    in_channels: 3 (RGB) or 1 (luma).
+    labels: num_classes class names; () without a classifier.
+    head: name of the classifier among the network's modules; "" without a classifier.
+    """
+
+    model: str
+    weights: str
+    weights_uri: str | None
+    own_weights: bool
+    sha256: str
+    seed: int
+    transform: Transform
+    embedding_dim: int
+    num_classes: int
+    in_channels: int
+    labels: tuple[str, ...]
+    head: str
+
+
+def resolve(model: str, weights: str, *, labels: str | None = None, seed: int = 0, need_head: bool = True) -> ModelSpec:
+    """Check a choice of network and weights, without running data or using a GPU. Downloads the weights.
+
+    model: a torchvision name, `timm:<name>`, or `package.module:function`, a function that returns a network or a
+    tuple of a network and its Transform.
+    weights: DEFAULT, a name of torchvision's weights enum, a path or URI of .pt, .pth, .bin or .safetensors, or random.
+    labels: path or URI of class names. None: the names of the weights, or class numbers if they have none.
+    seed: of random weights. need_head: False if only the embedding is needed; the weights may then lack a classifier.
+    Raises SettingRefused and WeightsRefused.
+    """
+    family = find_family(model, seed)
+    source = family.source(weights)
+    path, sha256 = fetch_weights(source.uri, family.is_official(source)) if source.uri else ("", "")
+    source = family.recognise(source, sha256)
+    sizes = {"image_size": (source.transform or family.transform).crop}
+    network = family.skeleton(source.own, sizes)
+    transform = source.transform or family.transform  # that of a Python function is known only now
+    shape = find_classifier(network, model, transform.crop)
+    if path and not (source.own and family.loads_own):
+        shape = _check_state(family, network, sizes, shape, source, path, need_head)
+    elif source.own and not path:
+        sha256 = _digest(network)
+    _check_shape(shape, model, source.name, need_head)
+    return ModelSpec(
+        model=model,
+        weights=source.name,
+        weights_uri=source.uri,
+        own_weights=source.own,
+        sha256=sha256,
+        seed=seed,
+        transform=_for_channels(transform, shape.channels),
+        embedding_dim=shape.width,
+        num_classes=shape.classes,
+        in_channels=shape.channels,
+        labels=_class_names(labels if need_head else None, source.labels, shape.classes),
+        head=shape.head,
+    )
+
+
+def build(spec: ModelSpec) -> Network:
+    """Build the network of a spec in evaluation mode, float32, on the CPU.
+
+    Raises WeightsRefused if this node cannot read the weights, or if they are not those of the spec.
+    """
+    family = find_family(spec.model, spec.seed)
+    source = WeightsSource(spec.weights, spec.weights_uri, spec.own_weights)
+    sizes = {"num_classes": spec.num_classes, "in_channels": spec.in_channels, "image_size": spec.transform.crop}
+    if spec.weights_uri is None:
+        body = family.random(source.own, sizes)
+        sha256 = _digest(body) if source.own else ""
+    else:
+        path, sha256 = fetch_weights(spec.weights_uri, family.is_official(source))
+    if sha256 != spec.sha256:
+        raise WeightsRefused(
+            f"weights {spec.weights} of {spec.model} have sha256 {sha256[:10]}… on this node, but {spec.sha256[:10]}… "
+            "on the driver: give all nodes the same file, and start the run again"
+        )
+    if spec.weights_uri is not None:
+        body = family.load(source, path, sizes, spec.head)
+    return Network(body, spec.head, spec.num_classes).eval()
+
+
+def count_flops(spec: ModelSpec) -> int:
+    """Floating-point operations of the whole network for one image; a multiply-add is two. Raises WeightsRefused."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports torch's compiler, so only when it is needed
+
+    image = torch.zeros(1, spec.in_channels, spec.transform.crop, spec.transform.crop)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build(spec)(image)
+    return int(counter.get_total_flops())
+
+
+def _check_state(
+    family: Family,
+    network: nn.Module,
+    sizes: dict[str, int],
+    shape: Shape,
+    source: WeightsSource,
+    path: str,
+    need_head: bool,
+) -> Shape:
+    """Shape of the network with the classes and channels of a file of weights; WeightsRefused if they do not match."""
+    state = align(read_state(path), network.state_dict())
+    channels = _size(state, f"{first_convolution(network)[0]}.weight", 1, shape.channels)
+    classes = _size(state, f"{shape.head}.weight", 0, shape.classes)
+    if (classes, channels) != (shape.classes, shape.channels):
+        network = family.skeleton(source.own, sizes | {"num_classes": classes, "in_channels": channels})
+    has_head = fit(network, state, f"{family.model} and {source.name}", "" if need_head else shape.head)
+    return replace(shape, classes=classes if has_head else 0, channels=channels)
+
+
+def _check_shape(shape: Shape, model: str, weights: str, need_head: bool) -> None:
+    if shape.channels not in (1, RGB):
+        raise WeightsRefused(
+            f"{model} with weights {weights} takes {shape.channels} channels, but images have 3 (RGB) or are reduced "
+            "to 1 (luma); use a network of 3 channels or 1"
+        )
+    if need_head and not shape.classes:
+        raise WeightsRefused(f"{model} does not end in a classifier: use embed, or a network with a classifier")
+
+
+def _class_names(uri: str | None, of_weights: tuple[str, ...], classes: int) -> tuple[str, ...]:
+    """Class names of a file or else of the weights; class numbers if the weights lack names."""
+    names = read_labels(uri, classes) if uri else of_weights
+    return names if len(names) == classes else tuple(map(str, range(classes)))
+
+
+def _size(state: "OrderedDict[str, Tensor]", name: str, axis: int, default: int) -> int:
+    """Size of a tensor along an axis; `default` if there is no such tensor or axis."""
+    return state[name].shape[axis] if name in state and state[name].ndim > axis else default
+
+
+def _for_channels(transform: Transform, channels: int) -> Transform:
+    """For one channel, replace the three means and standard deviations by their mean."""
+    if channels != 1:
+        return transform
+    mean, std = (sum(values) / len(values) for values in (transform.mean, transform.std))
+    return replace(transform, mean=(mean,), std=(std,))
+
+
+def _digest(network: nn.Module) -> str:
+    """sha256 in hex of all tensors, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def find_family(model: str, seed: int) -> Family:
+    """The family of --model. Raises SettingRefused for an unknown name."""
+    kind: type[Family] = (
+        TimmFamily if model.startswith("timm:") else FunctionFamily if ":" in model else TorchvisionFamily
+    )
+    return kind(model, seed)

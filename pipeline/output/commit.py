@@ -1,0 +1,76 @@
+"""Commits: the record of one part that counts, and sums over such records."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+from pipeline.coverage import Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The record of one part.
+
+    name: `part-<attempt>-<shard>-<row>`, with the first row that the part covers.
+    part, errors_part: file names in the output and in `_errors/`; None if there are no such rows.
+    ranges: the rows covered, by shard. totals: number of rows of the shards whose end was read.
+    rows, errors: number of rows in the two files. errors_by_type: `<stage>/<error_type>` → images.
+    seconds: wall time by stage, summed over images. networks: how the network ran (device, number format) → images.
+    core_seconds: CPU time of the worker processes. gpu_seconds: time in which a GPU had a batch in flight, times the
+    share of the GPU. bytes_read: of encoded images. bytes_written: of the two files.
+    """
+
+    name: str
+    attempt: int
+    part: str | None
+    errors_part: str | None
+    ranges: dict[int, Ranges]
+    totals: dict[int, int]
+    rows: int
+    errors: int
+    errors_by_type: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+    networks: dict[str, int] = field(default_factory=dict)
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    bytes_written: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Commit":
+        """Parse the result of `to_json`. Raises AttributeError, KeyError, TypeError or ValueError for other text."""
+        record = json.loads(text)
+        ranges = {int(shard): tuple((a, b) for a, b in pairs) for shard, pairs in record.pop("ranges").items()}
+        totals = {int(shard): rows for shard, rows in record.pop("totals").items()}
+        return Commit(ranges=ranges, totals=totals, **record)
+
+
+@dataclass
+class Tally:
+    """Sums over commits. parts: number of commits with a part; the other fields are those of `Commit`."""
+
+    rows: int = 0
+    errors: int = 0
+    parts: int = 0
+    bytes_read: int = 0
+    errors_by_type: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    networks: Counter[str] = field(default_factory=Counter)
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    bytes_written: int = 0
+
+    def add(self, commit: Commit) -> None:
+        self.rows += commit.rows
+        self.errors += commit.errors
+        self.parts += commit.part is not None
+        self.bytes_read += commit.bytes_read
+        self.errors_by_type.update(commit.errors_by_type)
+        self.seconds.update(commit.seconds)
+        self.networks.update(commit.networks)
+        self.core_seconds += commit.core_seconds
+        self.gpu_seconds += commit.gpu_seconds
+        self.bytes_written += commit.bytes_written

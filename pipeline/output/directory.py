@@ -1,0 +1,185 @@
+"""The output directory at the start and at the end of a run: `_run.json`, the plan, `_SUCCESS`."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline import coverage
+from pipeline.config import RunConfig
+from pipeline.coverage import Ranges
+from pipeline.errors import OutputRefused, ReadError
+from pipeline.output import ledger as ledgers
+from pipeline.output.lock import LOCK, taken_over
+from pipeline.output.parts import read_committed
+from pipeline.output.run_record import RunRecord
+from pipeline.planning import plan as plans
+from pipeline.planning.archive import Archive
+from pipeline.planning.plan import Plan
+from pipeline.planning.update import Change
+from pipeline.sources.records import TRANSIENT
+from pipeline.storage import access, uris
+
+RUN, SUCCESS = "_run.json", "_SUCCESS"
+EARLY_FILES = (LOCK, f"{ledgers.ATTEMPTS}/", plans.FILES)
+"""Prefixes of the files that a run may write before its `_run.json`."""
+
+
+def prepare(
+    config: RunConfig, record: RunRecord, archive: Archive, check_lock: Callable[[], object] = lambda: None
+) -> tuple[Plan, Change | None]:
+    """Make the output ready for the next attempt. Returns its plan, new or old, and with `--update` also the changes.
+
+    check_lock: called before each step that removes or replaces files; raises OutputLocked in a driver that has been
+    replaced. Raises OutputRefused for another run's output, InputRefused for the archive, SettingRefused for `--keep`;
+    an earlier run is then unchanged.
+    """
+    earlier = _read_run(config.output, config.overwrite)
+    if earlier is None:
+        _refuse_foreign(config.output)
+    elif not config.overwrite:
+        plan = plans.load(config.output)
+        if earlier["settings"] != record.settings and (plan or _has_commits(config.output)):
+            raise OutputRefused(
+                f"{config.output} belongs to a run with other settings: {record.difference(earlier['settings'])}. "
+                "Use another --output or add --overwrite"
+            )
+        if plan:
+            return _update(plan, archive, check_lock) if config.update else (plan, None)
+    plan = plans.make(config.output, archive.shards(), archive.keep_types)
+    check_lock()
+    if earlier and config.overwrite:
+        _remove_all(plan, check_lock)
+    if not earlier or config.overwrite or earlier["settings"] != record.settings:
+        with _refuse_existing(config.output):
+            (access.write if earlier else access.create)(_run_uri(config.output), record.to_json())
+    with _refuse_existing(config.output):
+        plans.save(plan, is_first=True)
+    _remove_unnamed(plan, check_lock)
+    return plan, None
+
+
+@contextmanager
+def _refuse_existing(output: str) -> Iterator[None]:
+    """Raise OutputLocked if a file that is created in the context exists: another driver has created it."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise taken_over(output) from error
+
+
+def _remove_unnamed(plan: Plan, check_lock: Callable[[], object]) -> None:
+    """Remove plan files that this plan does not name: planning was refused or interrupted after it wrote them."""
+    keep = {uris.join(plan.output, name) for name in plan.files}
+    for info in list(access.list_objects(uris.join(plan.output, plans.FOLDER))):
+        if info.uri not in keep and info.uri.startswith(uris.join(plan.output, plans.FILES)):
+            check_lock()
+            access.delete(info.uri)
+
+
+def _update(plan: Plan, archive: Archive, check_lock: Callable[[], object]) -> tuple[Plan, Change]:
+    """Add new, replaced and unread objects to the plan. If there are any, the output is unfinished again."""
+    change = Change(plan, _failed_reads(plan.output))
+    extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.dropped)
+    if extended.files == plan.files:
+        return plan, change
+    check_lock()
+    access.delete(uris.join(plan.output, SUCCESS))
+    plans.save(extended)
+    _remove_unnamed(extended, check_lock)
+    return extended, change
+
+
+def _failed_reads(output: str) -> dict[int, Ranges]:
+    """Rows of `_errors/`, by shard, whose bytes could not be read for a reason that may be gone now."""
+    rows: dict[int, list[int]] = {}
+    for commit in ledgers.valid_commits(output, ledgers.last_attempt(output), with_errors=True):
+        if not any(f"{ReadError.stage}/{kind}" in commit.errors_by_type for kind in TRANSIENT):
+            continue
+        table = read_committed(output, f"_errors/{commit.errors_part}", ["shard", "row", "stage", "error_type"])
+        for row in table.to_pylist():
+            if row["stage"] == ReadError.stage and row["error_type"] in TRANSIENT:
+                rows.setdefault(row["shard"], []).append(row["row"])
+    return {shard: coverage.from_rows(failed) for shard, failed in rows.items()}
+
+
+def finish(output: str) -> None:
+    """Write `_SUCCESS`: every planned image is accounted for."""
+    access.write(uris.join(output, SUCCESS), b"")
+
+
+def is_finished(output: str) -> bool:
+    try:
+        access.head(uris.join(output, SUCCESS))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def draft(archive: Archive) -> Iterator[Plan]:
+    """Plan a run without its output. The plan's files are in a temporary folder, which is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
+        yield plans.make(folder, archive.shards(), archive.keep_types)
+
+
+def preview(archive: Archive, record: RunRecord, columns: list[str]) -> dict[str, Any]:
+    """Totals of the plan, result columns and settings, as JSON. Writes nothing to the output."""
+    with draft(archive) as plan:
+        kinds = dict(Counter(shard.kind for shard in plans.read_shards(plan)))
+    return {
+        "shards": plan.shards,
+        "shards_by_kind": kinds,
+        "images": plan.rows,
+        "shards_to_be_counted": plan.uncounted_shards,
+        "size_bytes": plan.size_bytes,
+        "columns": columns,
+        "settings": record.settings,
+    }
+
+
+def _read_run(output: str, overwrite: bool) -> dict[str, Any] | None:
+    """Read `_run.json`; None if it does not exist. overwrite: accept a damaged one."""
+    try:
+        return access.read_record(_run_uri(output))
+    except FileNotFoundError:
+        return None
+    except OutputRefused:
+        if not overwrite:
+            raise
+        return {"settings": None}
+
+
+def _run_uri(output: str) -> str:
+    return uris.join(output, RUN)
+
+
+def _refuse_foreign(output: str) -> None:
+    """Raise OutputRefused if a directory without `_run.json` has any file but EARLY_FILES."""
+    early_files = tuple(uris.join(output, name) for name in EARLY_FILES)
+    for info in access.list_objects(output):
+        if not info.uri.startswith(early_files):
+            raise OutputRefused(
+                f"{output} has the file {info.uri} but no {RUN}, so it is not an output of Nightshift; use an empty "
+                "directory"
+            )
+
+
+def _has_commits(output: str) -> bool:
+    return next(ledgers.valid_commits(output, ledgers.last_attempt(output)), None) is not None
+
+
+def _remove_all(plan: Plan, check_lock: Callable[[], object]) -> None:
+    """Remove an earlier run, but not the files of this new plan.
+
+    `_run.json` stays until it is replaced, so that the output remains recognizable.
+    """
+    output = plan.output
+    access.delete(uris.join(output, SUCCESS))  # first, since it stands for the files that are removed next
+    names = {RUN, LOCK, *plan.files}
+    keep = {ledgers.close_attempts(output), *(uris.join(output, name) for name in names)}
+    for info in list(access.list_objects(output)):  # read at once: a stream could include files of a later driver
+        if info.uri not in keep and info.uri[len(output) + 1 :].startswith(("part-", "_")):
+            check_lock()
+            access.delete(info.uri)

@@ -1,0 +1,135 @@
+"""Parts: Parquet files of results and of errors. Encode, read, rewrite without some rows, and remove them."""
+
+import io
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import coverage
+from pipeline.errors import OutputRefused, message_line
+from pipeline.output.commit import Commit
+from pipeline.output.ledger import commit_uri
+from pipeline.storage import access, uris
+from pipeline.storage.parquet import open_parquet
+
+ROW_GROUP_ROWS = 20_000
+
+
+def read_part(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a file of results or errors, and check the checksum of every page.
+
+    Raises FileNotFoundError, and OSError or pa.ArrowException if the file is damaged.
+    """
+    file = io.BytesIO(access.read(uri))
+    return open_parquet(file, page_checksum_verification=True).read(columns, use_threads=False)
+
+
+def read_committed(output: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a file that a commit names. Raises OutputRefused if it cannot be read."""
+    uri = uris.join(output, name)
+    try:
+        return read_part(uri, columns)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputRefused(
+            f"{uri} cannot be read: {message_line(error)}; run jobs/verify.py {output} --repair, which removes it, and "
+            "then the same command without --update, which computes it again"
+        ) from error
+
+
+def drop_rows(output: str, dropped: Mapping[int, coverage.Ranges], commit: Commit, attempt: int) -> Commit | None:
+    """Drop rows from a commit and from its files.
+
+    Returns the commit itself if it has none of the rows, a new commit of this attempt with the other rows, or None if
+    no other rows exist. The old files stay until the next sweep. Raises OutputRefused if a file cannot be read.
+    """
+    left = {shard: coverage.subtract(ranges, dropped.get(shard, ())) for shard, ranges in commit.ranges.items()}
+    left = {shard: ranges for shard, ranges in left.items() if ranges}
+    if left == commit.ranges:
+        return commit
+    totals = {shard: rows for shard, rows in commit.totals.items() if shard in left}
+    if not left:
+        return None
+    shard = min(left)
+    name = f"part-{attempt:04d}-{shard:06d}-{left[shard][0][0]:08d}"
+    file_name = f"{name}-{uuid.uuid4().hex[:8]}.parquet"
+    part = _without(output, commit.part, file_name, left)
+    errors = _without(output, commit.errors_part and f"_errors/{commit.errors_part}", f"_errors/{file_name}", left)
+    rewritten = replace(
+        commit,
+        name=name,
+        attempt=attempt,
+        part=file_name if part is not None else None,
+        errors_part=file_name if errors is not None else None,
+        ranges=left,
+        totals=totals,
+        rows=0 if part is None else len(part),
+        errors=0 if errors is None else len(errors),
+        errors_by_type={} if errors is None else count_errors(errors),
+    )
+    # An attempt that never began may have left a commit of this name, which does not count.
+    access.write(commit_uri(output, name), rewritten.to_json().encode())
+    return rewritten
+
+
+def _without(output: str, old: str | None, new: str, left: Mapping[int, coverage.Ranges]) -> pa.Table | None:
+    """Copy the rows that are left in a file to a new file, and return them; None, without a file, if none are left."""
+    if old is None:
+        return None
+    table = read_committed(output, old)
+    keys = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+    kept = table.filter(pa.array([coverage.contains(left.get(shard, ()), row) for shard, row in keys], pa.bool_()))
+    if not len(kept):
+        return None
+    footer = table.schema.metadata[b"nightshift"].decode()
+    access.write(uris.join(output, new), encode(kept, footer, **column_options(kept.schema)))
+    return kept
+
+
+def remove(output: str, commit: Commit) -> None:
+    """Remove a commit: first the record, then its files."""
+    access.delete(commit_uri(output, commit.name))
+    if commit.part:
+        access.delete(uris.join(output, commit.part))
+    if commit.errors_part:
+        access.delete(uris.join(output, f"_errors/{commit.errors_part}"))
+
+
+def column_options(result: pa.Schema) -> dict[str, Any]:
+    """Options of `encode` for results: no dictionary and no statistics for vectors, because they only cost time."""
+    plain = [f.name for f in result if not _is_vector(f.type)]
+    strings = [name for name in plain if pa.types.is_string(result.field(name).type)]
+    return {"use_dictionary": strings, "write_statistics": plain}
+
+
+def encode(table: pa.Table, footer: str, **options: Any) -> bytes:
+    """Encode a table as Parquet with page checksums.
+
+    footer: JSON for the file's metadata, under the key `nightshift`. options: of `pyarrow.parquet.write_table`.
+    """
+    buffer = io.BytesIO()
+    table = table.replace_schema_metadata({"nightshift": footer})
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        row_group_size=ROW_GROUP_ROWS,
+        store_schema=True,
+        write_page_checksum=True,
+        **options,
+    )
+    return buffer.getvalue()
+
+
+def count_errors(errors: pa.Table) -> dict[str, int]:
+    """Count the rows of an errors table by `<stage>/<error_type>`."""
+    kinds = zip(errors["stage"].to_pylist(), errors["error_type"].to_pylist(), strict=True)
+    return dict(Counter(f"{stage}/{error_type}" for stage, error_type in kinds))
+
+
+def _is_vector(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_list(type_))

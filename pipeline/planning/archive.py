@@ -1,0 +1,331 @@
+"""Turns `--input` into a stream of shards. Runs on the driver before any work and refuses inputs that cannot work."""
+
+import heapq
+import itertools
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+from braceexpand import braceexpand
+
+from pipeline import sources
+from pipeline.config import RunConfig
+from pipeline.errors import InputRefused, ReadError
+from pipeline.planning import lists
+from pipeline.planning import plan as plans
+from pipeline.planning.plan import OBJECTS_PER_SHARD, Plan
+from pipeline.planning.update import Change
+from pipeline.sources import parquet, source_of
+from pipeline.sources.base import Contents, ReadOptions, ShardEnd, Source
+from pipeline.sources.objects import LooseImages
+from pipeline.sources.shard import Shard
+from pipeline.storage import access, credentials, uris
+from pipeline.storage.base import ObjectInfo
+from pipeline.threads import ordered_map
+
+HEADER_THREADS = 16
+
+
+@dataclass
+class Archive:
+    """All objects that `--input` names.
+
+    keep_types: types of the `--keep` columns by their names in the shards; complete at the end of `shards()`.
+    """
+
+    config: RunConfig
+    keep_types: dict[str, pa.DataType] = field(default_factory=dict)
+
+    def new_shards(self, change: Change) -> Iterator[Shard]:
+        """The shards of the objects that an earlier plan does not contain as they are now. There may be none."""
+        if names := self._lists():
+            raise InputRefused(f"--update cannot compare a list of URIs: use another --output for {names[0]}")
+        self.keep_types.update((column.name, column.type) for column in change.plan.keep)
+        objects = _merge([self._checked_objects(name) for name in self._names()])
+        yield from self._group(change.new(objects), may_be_broken=True)
+
+    def shards(self) -> Iterator[Shard]:
+        """Every shard, sorted by URI within each kind of input. No object occurs twice. Raises InputRefused."""
+        shards = self._list_shards()
+        if self.config.limit is not None:
+            shards = _limited(shards, self.config.limit, self.options())
+        first = next(shards, None)
+        if first is None:
+            raise InputRefused(f"--input {' '.join(self.config.input)} contains no images")
+        yield from itertools.chain([first], shards)
+        if self.config.keep and not self.keep_types:
+            raise InputRefused(f"--keep {','.join(self.config.keep)}: loose images have no columns")
+
+    def options(self) -> ReadOptions:
+        """The settings that the readers need."""
+        return ReadOptions(
+            tuple(self.config.keep_names()),
+            self.config.image_column,
+            tuple(credentials.with_credentials(self._names())),
+        )
+
+    def keys_with_credentials(self, plan: Plan) -> dict[int, tuple[str, ...]]:
+        """The keys with credentials of the shards whose plan has them without. Raises InputRefused."""
+        if not plan.hides_credentials:
+            return {}
+        planned = (shard for shard in plans.read_shards(plan) if _is_of_list(shard))
+        return lists.keys_with_credentials(planned, self._lists(), self.config.uri_column)
+
+    def _list_shards(self) -> Iterator[Shard]:
+        list_names = self._lists()
+        streams = [self._checked_objects(name) for name in self._names() if name not in list_names]
+        seen = lists.HashSet64()
+        objects = _merge(streams)
+        yield from self._group(_add_to(seen, objects) if list_names else objects)
+        for name in list_names:
+            yield from lists.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types, seen)
+
+    def _names(self) -> list[str]:
+        """The inputs in normal form, braces expanded, without credentials."""
+        full_uris: dict[str, str] = {}
+        names = []
+        for full in (name for pattern in self.config.input for name in _expand(pattern)):
+            name = credentials.hide_credentials(full)
+            if uris.escaped(name) != name:
+                raise _not_utf_8(name)
+            if full_uris.setdefault(name, full) != full:
+                raise InputRefused(
+                    f"--input {name} is given twice with different queries or credentials, which the output does not "
+                    "record: put such URIs in a list, where each line is an image"
+                )
+            names.append(name)
+        return names
+
+    def _lists(self) -> list[str]:
+        return list(dict.fromkeys(name for name in self._names() if self._is_list(name)))
+
+    def _is_list(self, name: str) -> bool:
+        if uris.is_glob(name):
+            return False
+        if name.lower().endswith(lists.LIST_SUFFIXES):
+            _existing(name)
+            return True
+        return name.lower().endswith(".parquet") and self._is_parquet_list(name)
+
+    def _is_parquet_list(self, name: str) -> bool:
+        """True if the user names a URI column, or if the file has no column of images but one of URIs."""
+        if self.config.uri_column or self.config.image_column:
+            return self.config.uri_column is not None
+        _existing(name)
+        try:
+            schema = parquet.shard_rows(name)[1]
+        except parquet.BAD_BYTES:
+            return False
+        try:
+            parquet.find_image_column(schema, None, name)
+            return False
+        except InputRefused:
+            try:
+                lists.find_uri_column(schema, None, name)
+                return True
+            except InputRefused:
+                return False
+
+    def _checked_objects(self, name: str) -> Iterator[ObjectInfo]:
+        """The objects of one input that are images or shards. Raises InputRefused if there is none."""
+        objects = (_with_utf_8_name(info) for info in _objects(name) if self._is_ours(info.uri))
+        try:
+            first = next(objects, None)
+        except FileNotFoundError as error:
+            raise InputRefused(f"--input {name} does not exist") from error
+        except NotADirectoryError:
+            first = None
+        except (OSError, ValueError) as error:  # ValueError: an invalid glob
+            raise InputRefused(f"--input {name} cannot be read: {error}") from error
+        if first is None:
+            suffixes = ", ".join(suffix for source in sources.SOURCES.values() for suffix in source.suffixes)
+            raise InputRefused(f"--input {name} matches no images: no file name ends in one of {suffixes}")
+        return itertools.chain([first], objects)
+
+    def _is_ours(self, uri: str) -> bool:
+        """True for images and shards outside of the output."""
+        return source_of(uri) is not None and not uri.startswith(self.config.output + "/")
+
+    def _group(self, objects: Iterator[ObjectInfo], *, may_be_broken: bool = False) -> Iterator[Shard]:
+        """Group loose images into virtual shards of OBJECTS_PER_SHARD; each other object is a shard.
+
+        Raises InputRefused if all objects have a header and none can be read, unless `may_be_broken`.
+        """
+        loose: list[ObjectInfo] = []
+        with_headers: list[ObjectInfo] = []
+        for info in objects:
+            source = _source(info.uri)
+            may_be_broken |= not source.reads_header
+            if source.reads_header:
+                with_headers.append(info)
+            elif not source.is_loose:
+                yield self._shard(info, source.inspect(info.uri, self._inspect_options))
+            else:
+                loose.append(info)
+                if len(loose) == OBJECTS_PER_SHARD:
+                    yield _virtual_shard(loose)
+                    loose = []
+        if loose:
+            yield _virtual_shard(loose)
+        if with_headers:
+            yield from self._inspect_all(with_headers, may_be_broken)
+
+    def _inspect_all(self, objects: list[ObjectInfo], may_be_broken: bool) -> Iterator[Shard]:
+        """Read every header. An object with a broken header is still a shard, and later an error row."""
+        readable = 0
+        results = ordered_map(self._inspect, objects, HEADER_THREADS, 4 * HEADER_THREADS)
+        for info, contents in zip(objects, results, strict=True):
+            readable += isinstance(contents, Contents)
+            yield self._shard(info, contents if isinstance(contents, Contents) else Contents(None, {}))
+        if not readable and not may_be_broken:
+            name = objects[0].uri
+            raise InputRefused(f"--input {name} cannot be read as {_source(name).kind.capitalize()}: {contents}")
+
+    def _inspect(self, info: ObjectInfo) -> Contents | str:
+        """The contents of an object, or the message of its error."""
+        try:
+            return _source(info.uri).inspect(info.uri, self._inspect_options)
+        except ReadError as error:
+            return error.message
+
+    def _shard(self, info: ObjectInfo, contents: Contents) -> Shard:
+        for name, type_ in contents.keep_types.items():
+            lists.add_keep_type(self.keep_types, name, type_, info.uri)
+        kind = _source(info.uri).kind
+        return Shard(0, kind, info.uri, contents.rows, info.size_bytes, info.etag, contents.payload)
+
+    @property
+    def _inspect_options(self) -> ReadOptions:
+        return ReadOptions(tuple(self.config.keep_names()), self.config.image_column)
+
+
+def _source(uri: str) -> Source:
+    source = source_of(uri)
+    assert source, uri
+    return source
+
+
+def _expand(pattern: str) -> list[str]:
+    """Expand `{0000..0099}` and `{a,b}`, unless a local file has this name."""
+    name = uris.normalize(pattern)
+    if "{" not in name or (uris.is_local(name) and _exists(name)):
+        return [name]
+    try:
+        return list(braceexpand(name))
+    except ValueError as error:
+        raise InputRefused(f"--input {name}: its braces are not valid ({error})") from error
+
+
+def _exists(name: str) -> bool:
+    try:
+        access.head(name)
+    except OSError:
+        return False
+    return True
+
+
+def _is_of_list(shard: Shard) -> bool:
+    return isinstance(shard.payload, LooseImages) and shard.payload.etags is None
+
+
+def _existing(name: str) -> ObjectInfo:
+    """Size and etag of an input. Raises InputRefused if it does not exist or cannot be read."""
+    try:
+        return access.head(name)
+    except FileNotFoundError as error:
+        raise InputRefused(f"--input {name} does not exist") from error
+    except OSError as error:
+        raise InputRefused(f"--input {name} cannot be read: {error}") from error
+
+
+def _objects(name: str) -> Iterator[ObjectInfo]:
+    """The objects of one input: the matches of a glob, the object itself, or all objects below a folder."""
+    if uris.is_glob(name):
+        yield from access.list_glob(name)
+    elif source_of(name) is not None:
+        yield _existing(name)
+    else:
+        yield from access.list_objects(name)
+
+
+def _merge(streams: Iterable[Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
+    """Merge sorted streams. Inputs may overlap; each object is yielded once."""
+    last = ""
+    for info in heapq.merge(*streams, key=lambda info: info.uri):
+        if info.uri < last:
+            raise InputRefused(
+                f"{info.uri} was listed after {last}: this store does not list in order; give its folders one by one"
+            )
+        if info.uri != last:
+            yield info
+        last = info.uri
+
+
+def _add_to(seen: lists.HashSet64, objects: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
+    for info in objects:
+        seen.add(info.uri)
+        yield info
+
+
+def _with_utf_8_name(info: ObjectInfo) -> ObjectInfo:
+    """Escape a file name that is not UTF-8. No file can be read by such a name, so an image becomes an error row.
+
+    Raises InputRefused for a shard, and for an image if another file has the escaped name.
+    """
+    text = uris.escaped(info.uri)
+    if text == info.uri:
+        return info
+    if not _is_loose(text) or _exists(text):
+        raise _not_utf_8(info.uri)
+    return replace(info, uri=text)
+
+
+def _is_loose(uri: str) -> bool:
+    """True for a loose image, False for a shard."""
+    source = source_of(uri)
+    return source is not None and source.is_loose
+
+
+def _not_utf_8(name: str) -> InputRefused:
+    return InputRefused(f"--input {uris.escaped(name)}: the name is not UTF-8; rename the file")
+
+
+def _virtual_shard(images: list[ObjectInfo]) -> Shard:
+    """The shard of a sorted run of loose images."""
+    first, last = images[0].uri, images[-1].uri  # since the run is sorted, their prefix is that of all images
+    base = posixpath.commonprefix([first, last]).rpartition("/")[0]
+    base = "" if base.endswith("/") else base  # uris.join would remove that slash
+    key_start = len(base) + 1 if base else 0
+    return Shard(
+        0,
+        "objects",
+        base,
+        len(images),
+        sum(info.size_bytes for info in images),
+        payload=LooseImages(
+            tuple(info.uri[key_start:] for info in images),
+            tuple(info.size_bytes for info in images),
+            tuple(info.etag for info in images),
+        ),
+    )
+
+
+def _limited(shards: Iterator[Shard], limit: int, options: ReadOptions) -> Iterator[Shard]:
+    """Yield the shards of the first `limit` images. A shard of unknown length is counted here."""
+    left = limit
+    for shard in shards:
+        rows = shard.rows if shard.rows is not None else _count(shard, options)
+        rows = min(rows, left)
+        yield shard.cut(rows)
+        left -= rows
+        if not left:
+            return
+
+
+def _count(shard: Shard, options: ReadOptions) -> int:
+    """Number of rows, counted by a read that skips every row."""
+    for item in sources.read(shard, (), options):
+        if isinstance(item, ShardEnd):
+            return item.rows
+    raise AssertionError(f"the reader of {shard.uri} ended without a ShardEnd")

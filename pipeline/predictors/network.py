@@ -1,0 +1,183 @@
+"""NetworkPredictor: the base of Embedder and Classifier. Imports torch when it is prepared."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import check_choices, flag
+from pipeline.errors import DecodeError
+from pipeline.images.pixels import Encoded
+from pipeline.predictors.base import Allotment, Columns, Predictor, field_values
+from pipeline.storage import uris
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.inference.jpeg import JpegDecoder
+    from pipeline.inference.session import InferenceSession
+    from pipeline.models.spec import ModelSpec
+
+ANTIALIASED = ("bilinear", "bicubic")
+"""Interpolations for which torch has antialiasing on every device."""
+
+
+@dataclass
+class NetworkPredictor(Predictor):
+    """A network with its weights. Subclasses define the columns.
+
+    precision auto: bfloat16 if the hardware computes in it, else float16 on a GPU and float32 on a CPU.
+    compile auto: compile if the remaining images save more time than compiling takes.
+    The fingerprint contains hashes of the weights and labels instead of their paths: a file may be moved.
+    """
+
+    model: str = flag("torchvision name, timm:<name>, or package.module:function", "resnet50", metavar="NAME")
+    weights: str = flag(
+        "DEFAULT, a torchvision enum name, a path or URI, or random", "DEFAULT", metavar="WEIGHTS", fingerprint=False
+    )
+    precision: str = flag("number format of the network", "auto", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = flag(
+        "torch.compile: slow to start, then faster", "auto", choices=("auto", "on", "off"), fingerprint=False
+    )
+    embedding_dtype: str = flag("number format of the embedding column", "float32", choices=("float32", "float16"))
+    seed: int = flag("seed of random weights", 0, metavar="N", fingerprint=False)
+    _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
+    _session: "InferenceSession | None" = field(default=None, init=False, repr=False, compare=False)
+    _jpeg_decoder: "JpegDecoder | None" = field(default=None, init=False, repr=False, compare=False)
+
+    images_are_alike: ClassVar[bool] = True
+    max_concurrency: ClassVar[int] = 2  # one batch is computed while the pixels and results of the other are copied
+    needs_head: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings and ModelSpec are sent to the actors, but no loaded network."""
+        return {**self.__dict__, "_session": None, "_jpeg_decoder": None}
+
+    @property
+    def spec(self) -> "ModelSpec":
+        """The network as `prepare` resolved it; calls `prepare` if necessary."""
+        if self._spec is None:
+            self.prepare()
+        assert self._spec is not None
+        return self._spec
+
+    def prepare(self) -> None:
+        """Resolve the network and download its weights. Raises SettingRefused and WeightsRefused."""
+        from pipeline.models.spec import resolve
+
+        self._spec = resolve(
+            self.model, self.weights, labels=self._label_file(), seed=self.seed, need_head=self.needs_head
+        )
+        self.transform = self._spec.transform
+        pads = self.transform.resize < self.transform.crop
+        self.takes_tiles = self.transform.interpolation == "bilinear" and not pads
+        self.takes_encoded = self.transform.interpolation in ANTIALIASED and not pads
+        self.columns = self._columns(self._spec)
+
+    def settings(self) -> dict[str, object]:
+        spec = self.spec
+        return {
+            "predictor": type(self).__qualname__,
+            **field_values(self),
+            "weights": f"sha256:{spec.sha256}" if spec.sha256 else f"random, seed {spec.seed}",
+            "transform": asdict(spec.transform),
+        }
+
+    def provenance(self) -> dict[str, object]:
+        spec = self.spec
+        return {
+            **self.settings(),
+            "weights": spec.weights,
+            "weights_uri": spec.weights_uri and uris.redact(spec.weights_uri),
+            "weights_sha256": spec.sha256,
+            "seed": spec.seed,
+            "embedding_dim": spec.embedding_dim,
+            "num_classes": spec.num_classes,
+        }
+
+    def load(self, allotment: Allotment) -> None:
+        """Build the network on this process's GPU, or on the CPU. Raises SettingRefused and WeightsRefused."""
+        from pipeline.inference.session import InferenceSession
+
+        self._session = InferenceSession(
+            self.spec,
+            self.precision,
+            self.compile,
+            allotment.batch_size,
+            cores=allotment.cores,
+            images=allotment.images,
+            lanes=1 if allotment.gpu_share is None else self.max_concurrency,
+            gpu_share=allotment.gpu_share,
+        )
+
+    @property
+    def session(self) -> "InferenceSession":
+        """The loaded network; calls `load` with a default Allotment if necessary."""
+        if self._session is None:
+            self.load(Allotment())
+        assert self._session is not None
+        return self._session
+
+    def decode(self, jpegs: Sequence[Encoded]) -> "tuple[Tensor, dict[int, DecodeError]]":
+        """Decode N JPEGs on the network's device: uint8 [M, crop, crop, 3] there, and N - M errors by index.
+
+        Raises SettingRefused if the device cannot decode JPEGs.
+        """
+        from pipeline.inference.jpeg import JpegDecoder
+
+        if self._jpeg_decoder is None:
+            self._jpeg_decoder = JpegDecoder(self.transform, self.session.device)
+        return self._jpeg_decoder(jpegs)
+
+    def join(self, pixels: "Sequence[np.ndarray | Tensor]") -> "Tensor":
+        """Join uint8 [N, side, side, 3] of several sides into [N, crop, crop, 3] on the network's device.
+
+        One joined batch is faster than one batch per side.
+        """
+        return self.session.join(pixels)
+
+    def predict(self, pixels: "np.ndarray | Tensor") -> Columns:
+        """uint8 [N, crop, crop, 3] RGB, or smaller square tiles if `takes_tiles` → N values per column.
+
+        A tensor must be on the network's device. NaN and infinity are returned as they are.
+        """
+        with self.session.lane() as run:
+            return self._results(*run(pixels))
+
+    def describe(self) -> str:
+        return self._session.state if self._session else ""
+
+    def limit_batch(self, batch_size: int) -> None:
+        if self._session is not None:
+            self._session.limit_batch(batch_size)
+
+    def lost(self) -> bool:
+        if self._session is None:
+            return super().lost()
+        with self._session.launch_lock:  # synchronising during the recording of a CUDA graph would break it
+            return super().lost()
+
+    def _label_file(self) -> str | None:
+        return None
+
+    def _columns(self, spec: "ModelSpec") -> pa.Schema:
+        raise NotImplementedError
+
+    def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
+        """float32 [N, embedding_dim], and [N, num_classes] or None, on the network's device → the columns."""
+        raise NotImplementedError
+
+    def _embedding_field(self, spec: "ModelSpec") -> pa.Field:
+        value = pa.float16() if self.embedding_dtype == "float16" else pa.float32()
+        return pa.field("embedding", pa.list_(value, spec.embedding_dim))
+
+    def _embedding(self, features: "Tensor") -> np.ndarray:
+        """[N, embedding_dim] in embedding_dtype, in this process's memory."""
+        from pipeline.inference.cuda_stream import to_host
+
+        return to_host(features.half() if self.embedding_dtype == "float16" else features)

@@ -1,0 +1,221 @@
+"""read → decode: the rows of a shard as Arrow tables with pixels. Imports neither Ray nor torch."""
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import schema, sources
+from pipeline.config import RunConfig
+from pipeline.coverage import Ranges
+from pipeline.errors import ImageError, SettingRefused
+from pipeline.images import pixels
+from pipeline.images.decode import decode, leave_encoded
+from pipeline.images.pixels import RGB8, Decoded, Encoded, PixelFormat
+from pipeline.images.transform import Transform
+from pipeline.predictors.base import Allotment, Predictor
+from pipeline.sources import ReadOptions, Record, ShardEnd
+from pipeline.sources.shard import Shard
+from pipeline.stages import usage
+from pipeline.threads import GROUP_ITEMS, MemoryBudget, ordered_map
+
+MIN_DECODE_BYTES = 128 << 20
+"""A read task may always decode this many bytes of pixels at once."""
+TABLE_BYTES = 1 << 30
+"""Pixels that end a table: one Arrow column of bytes holds 2 GiB."""
+ENCODED_TABLE_BYTES = 64 << 20
+ENCODED_BATCH_BYTES = 1 << 30
+"""For JPEGs that stay encoded: bytes that end a table, and bytes of a batch of the largest that are left. They wait for
+the GPU in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """How every shard of a run is read and decoded.
+
+    keep: column of the shard → (column of the result, its type). rows_per_table: images in one table.
+    decode_bytes: memory for the images that are decoded at once; a larger image is decoded alone.
+    leave_jpegs: leave JPEGs encoded that a GPU can decode.
+    """
+
+    transform: Transform
+    options: ReadOptions
+    keep: Mapping[str, tuple[str, pa.DataType]]
+    max_pixels: int
+    exif_rotate: bool
+    exact: bool
+    keep_tiles: bool
+    rows_per_table: int
+    threads: int
+    decode_bytes: int = 1 << 30
+    leave_jpegs: bool = False
+    pixel_format: PixelFormat = RGB8
+
+    @staticmethod
+    def of(
+        config: RunConfig,
+        predictor: Predictor,
+        options: ReadOptions,
+        *,
+        rows_per_table: int,
+        threads: int = 1,
+        keep: pa.Schema | None = None,
+        decode_bytes: int = MIN_DECODE_BYTES,
+    ) -> "Loader":
+        """For the settings of a run and its predictor. keep: the kept columns, by their names in the shards."""
+        exact, aliases = config.decoder == "exact", config.keep_names()
+        return Loader(
+            transform=predictor.transform,
+            options=options,
+            keep={column.name: (aliases[column.name], column.type) for column in keep or ()},
+            max_pixels=config.max_pixels,
+            exif_rotate=config.exif_rotate,
+            exact=exact,
+            keep_tiles=predictor.takes_tiles and not exact,
+            rows_per_table=rows_per_table,
+            threads=threads,
+            decode_bytes=decode_bytes,
+            leave_jpegs=config.decoder == "gpu" and predictor.takes_encoded,
+            pixel_format=predictor.pixel_format,
+        )
+
+    def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
+        """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
+        items = sources.read(shard, todo, self.options)
+        batch: list[_Row] = []
+        images = encoded_bytes = pixel_bytes = 0
+        work = partial(self._decode, MemoryBudget(self.decode_bytes))
+        for row in ordered_map(work, items, self.threads, 4 * self.threads, _size_bytes, GROUP_ITEMS):
+            is_image = isinstance(row.item, Record)
+            is_full = images == self.rows_per_table or encoded_bytes >= ENCODED_TABLE_BYTES
+            # The end of the shard goes with the last images: alone it would take the place of an image in a batch.
+            if is_image and (is_full or pixel_bytes >= TABLE_BYTES):
+                yield self._table(shard, batch)
+                batch, images, encoded_bytes, pixel_bytes = [], 0, 0, 0
+            batch.append(row)
+            images += is_image
+            encoded_bytes += len(row.image.data) if isinstance(row.image, Encoded) else 0
+            pixel_bytes += row.image.pixels.nbytes if isinstance(row.image, Decoded) else 0
+        if batch:
+            yield self._table(shard, batch)
+
+    def _decode(self, budget: MemoryBudget, item: Record | ShardEnd) -> "_Row":
+        if isinstance(item, ShardEnd) or item.data is None:
+            return _Row(item, None, item.error if isinstance(item, Record) else None, 0.0, 0)
+        size_bytes, record = _size_bytes(item), replace(item, data=None)  # stored bytes do not wait for their table
+        started = time.perf_counter()
+        try:
+            image = self._image(item.data, budget)
+            return _Row(record, image, None, time.perf_counter() - started, size_bytes)
+        except ImageError as error:
+            return _Row(record, None, error, time.perf_counter() - started, size_bytes)
+
+    def _image(self, data: bytes | np.ndarray, budget: MemoryBudget) -> Decoded | Encoded:
+        """Pixels that the predictor takes, or a JPEG for its GPU. Raises DecodeError."""
+        if isinstance(data, np.ndarray):
+            return Decoded(self.pixel_format.check(data), width=data.shape[1], height=data.shape[0])
+        if encoded := self._leave(data):
+            return encoded
+        decoded = decode(
+            data,
+            self.transform,
+            max_pixels=self.max_pixels,
+            exif_rotate=self.exif_rotate,
+            exact=self.exact,
+            keep_tiles=self.keep_tiles,
+            reserve=budget.reserve,
+        )
+        self.pixel_format.check(decoded.pixels)
+        return decoded
+
+    def _leave(self, data: bytes) -> Encoded | None:
+        if not self.leave_jpegs or len(data) > ENCODED_BATCH_BYTES // self.rows_per_table:
+            return None
+        return leave_encoded(data, self.transform, max_pixels=self.max_pixels, exif_rotate=self.exif_rotate)
+
+    def _table(self, shard: Shard, batch: "list[_Row]") -> pa.Table:
+        columns: dict[str, Any] = {
+            "shard": np.full(len(batch), shard.index, np.int32),
+            **pixels.to_columns([row.image for row in batch]),
+            "gpu_seconds": np.zeros(len(batch), np.float32),
+        }
+        rows = [row.columns() for row in batch]
+        for name in rows[0]:
+            columns[name] = [row[name] for row in rows]
+        for name, (alias, type_) in self.keep.items():
+            columns[alias] = pa.array([_kept(row.item, name) for row in batch], type_)
+        columns["core_seconds"] = np.full(len(batch), usage.take_core_seconds() / len(batch), np.float32)
+        types = schema.loaded(dict(self.keep.values()))
+        return pa.table({name: columns[name] for name in types.names}, schema=types)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    item: Record | ShardEnd
+    image: Decoded | Encoded | None
+    error: ImageError | None
+    decode_seconds: float
+    size_bytes: int
+
+    def columns(self) -> dict[str, Any]:
+        item, error = self.item, self.error
+        record = item if isinstance(item, Record) else None
+        return {
+            "image_id": record and record.image_id,
+            "source": record and record.source,
+            "member": record and record.member,
+            "row": record.row if record else item.rows,  # type: ignore[union-attr]
+            "width": self.image and self.image.width,
+            "height": self.image and self.image.height,
+            "stage": error and error.stage,
+            "error_type": error and error.error_type,
+            "message": error and error.message,
+            schema.SHARD_ROWS: item.rows if isinstance(item, ShardEnd) else None,
+            "read_seconds": record.read_seconds if record else 0.0,
+            "decode_seconds": self.decode_seconds,
+            "predict_seconds": 0.0,
+            "size_bytes": self.size_bytes,
+        }
+
+
+def _size_bytes(item: Record | ShardEnd) -> int:
+    """Size of an image as its source gave it."""
+    return item.size_bytes if isinstance(item, Record) else 0
+
+
+def _kept(item: Record | ShardEnd, name: str) -> Any:
+    return item.kept.get(name) if isinstance(item, Record) else None
+
+
+def check_settings(config: RunConfig, predictor: Predictor) -> None:
+    """Raise SettingRefused for kept columns with taken names, batches too large for an Arrow column, an old load()."""
+    taken = {*schema.predicted(predictor.columns, {}).names, *schema.loaded({}).names}
+    for name, alias in config.keep_names().items():
+        if alias in taken:
+            raise SettingRefused(
+                f"--keep {name}: there is already a column {alias!r}; give it another name, "
+                f"as in --keep {name}:own_{name}"
+            )
+        taken.add(alias)
+    if not isinstance(predictor.pixel_format, PixelFormat):
+        raise SettingRefused(
+            f"{type(predictor).__qualname__}.pixel_format is {predictor.pixel_format!r}: it must be a PixelFormat, "
+            'as in PixelFormat("uint8", 3)'
+        )
+    max_batch = predictor.pixel_format.max_batch_size(predictor.transform)
+    if config.batch_size is not None and config.batch_size > max_batch:
+        raise SettingRefused(
+            f"--batch-size is {config.batch_size}: with images of this size it can be at most {max_batch}"
+        )
+    try:
+        inspect.signature(predictor.load).bind(Allotment())
+    except (TypeError, ValueError) as error:
+        raise SettingRefused(
+            f"{type(predictor).__qualname__}.load() must take one argument, the Allotment of its actor (cores, "
+            "batch_size, gpu_share, images): write def load(self, allotment)"
+        ) from error

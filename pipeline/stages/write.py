@@ -1,0 +1,124 @@
+"""rows → one part, its errors, then the commit that makes them count."""
+
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import coverage, schema
+from pipeline.output.commit import Commit
+from pipeline.output.ledger import commit_uri
+from pipeline.output.parts import column_options, count_errors, encode
+from pipeline.stages import usage
+from pipeline.storage import access, uris
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """Writes the parts of one attempt. Called with the rows of one part at a time, in any worker.
+
+    result_schema: of a part. footer: JSON that every part has under the key `nightshift`.
+    """
+
+    output: str
+    attempt: int
+    result_schema: pa.Schema
+    footer: str
+
+    def __call__(self, table: pa.Table) -> str | None:
+        """Write the rows, commit them, and return the commit as JSON; None if there are no rows."""
+        started = time.perf_counter()
+        return self._write(_sorted_once(table), started).to_json() if len(table) else None
+
+    def _write(self, table: pa.Table, started: float) -> Commit:
+        name = f"part-{self.attempt:04d}-{table['shard'][0].as_py():06d}-{table['row'][0].as_py():08d}"
+        file_name = f"{name}-{uuid.uuid4().hex[:8]}.parquet"  # a retry never overwrites an earlier try
+        is_image = pc.is_null(table[schema.SHARD_ROWS])
+        is_error = pc.is_valid(table["error_type"])
+        rows = table.filter(pc.and_(is_image, pc.invert(is_error)))
+        errors = table.filter(is_error)
+        files: dict[str, bytes] = {}
+        if len(rows):
+            files[file_name] = self._part(rows)
+        if len(errors):
+            files[f"_errors/{file_name}"] = self._errors(errors)
+        for file, data in files.items():
+            access.write(uris.join(self.output, file), data)
+        images = table.filter(is_image)
+        commit = Commit(
+            name=name,
+            attempt=self.attempt,
+            part=file_name if len(rows) else None,
+            errors_part=file_name if len(errors) else None,
+            ranges=_ranges(images),
+            totals=_totals(table.filter(pc.invert(is_image))),
+            rows=len(rows),
+            errors=len(errors),
+            errors_by_type=count_errors(errors),
+            seconds={name.removesuffix("_seconds"): _sum(table[name]) for name in schema.SECONDS.names},
+            bytes_read=int(_sum(table["size_bytes"])),
+            networks=dict(Counter(rows["network"].to_pylist())),
+            core_seconds=_sum(table["core_seconds"]) + usage.take_core_seconds(),
+            gpu_seconds=_sum(table["gpu_seconds"]),
+            bytes_written=sum(map(len, files.values())),
+        )
+        commit.seconds["write"] = time.perf_counter() - started
+        return self._commit(commit)
+
+    def _commit(self, commit: Commit) -> Commit:
+        """Create the commit. If an earlier try of the same task has committed this part, keep that commit."""
+        try:
+            access.create(commit_uri(self.output, commit.name), commit.to_json().encode())
+            return commit
+        except FileExistsError:
+            earlier = Commit.from_json(access.read(commit_uri(self.output, commit.name)))
+        if (earlier.part, earlier.errors_part) != (commit.part, commit.errors_part):
+            if commit.part:
+                access.delete(uris.join(self.output, commit.part))
+            if commit.errors_part:
+                access.delete(uris.join(self.output, f"_errors/{commit.errors_part}"))
+        return earlier
+
+    def _part(self, rows: pa.Table) -> bytes:
+        table = rows.select(self.result_schema.names).cast(self.result_schema)
+        return encode(table, self.footer, **column_options(self.result_schema))
+
+    def _errors(self, errors: pa.Table) -> bytes:
+        return encode(errors.select(schema.ERRORS.names).cast(schema.ERRORS), self.footer)
+
+
+def _sorted_once(table: pa.Table) -> pa.Table:
+    """Sort by (shard, row), and keep each image once: a lost block that Ray computes again may come twice."""
+    table = table.sort_by([("shard", "ascending"), ("row", "ascending"), (schema.SHARD_ROWS, "ascending")])
+    keys = np.stack([_int64(table[name]) for name in ("shard", "row", schema.SHARD_ROWS)])
+    is_new = np.ones(len(table), bool)
+    is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+    return table if is_new.all() else table.filter(pa.array(is_new))
+
+
+def _int64(column: pa.ChunkedArray) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy())
+
+
+def _ranges(images: pa.Table) -> dict[int, coverage.Ranges]:
+    shards, rows = _int64(images["shard"]), _int64(images["row"])
+    cuts = np.flatnonzero((np.diff(shards) != 0) | (np.diff(rows) != 1)) + 1
+    ranges: dict[int, coverage.Ranges] = {}
+    for first, last in zip([0, *cuts], [*(cuts - 1), len(rows) - 1], strict=True):
+        if last >= first:
+            shard = int(shards[first])
+            ranges[shard] = (*ranges.get(shard, ()), (int(rows[first]), int(rows[last]) + 1))
+    return ranges
+
+
+def _totals(ends: pa.Table) -> dict[int, int]:
+    return dict(zip(ends["shard"].to_pylist(), ends[schema.SHARD_ROWS].to_pylist(), strict=True))
+
+
+def _sum(column: pa.ChunkedArray) -> float:
+    return float(pc.sum(column.cast(pa.float64())).as_py() or 0.0)

@@ -1,0 +1,125 @@
+"""Local files, including those of mounted network file systems."""
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.storage.base import ObjectInfo, check_etag
+from pipeline.storage.uris import escaped
+
+TEMPORARY = ".nightshift.tmp"
+"""Suffix of the file that a write fills before it takes its final name."""
+
+
+class LocalStore:
+    """Files by absolute path. Writes are atomic and synced to disk."""
+
+    def head(self, path: str) -> ObjectInfo:
+        return self._info(path, os.stat(path))
+
+    def read(self, path: str, etag: str) -> bytes:
+        with self.open_read(path, etag) as file:
+            return file.read()
+
+    def open_read(self, path: str, etag: str) -> BinaryIO:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open() of a pipe would wait for a writer
+            raise OSError(f"{path} is a pipe, a socket or a device, not a file")
+        file = open(path, "rb")  # noqa: SIM115  the caller closes it
+        try:
+            check_etag(self._info(path, os.fstat(file.fileno())), etag)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def write(self, path: str, data: bytes) -> None:
+        temporary = self._temporary(path, data)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        self._sync_folder(path)
+
+    def create(self, path: str, data: bytes) -> None:
+        temporary = self._temporary(path, data)
+        try:
+            os.link(temporary, path)  # unlike rename, link fails if the name exists
+        finally:
+            os.unlink(temporary)
+        self._sync_folder(path)
+
+    def delete(self, path: str) -> None:
+        os.unlink(path)
+
+    def list_objects(self, path: str) -> Iterator[ObjectInfo]:
+        yield from self._walk(path, frozenset())
+
+    def remove_broken_writes(self, path: str) -> None:
+        """Remove the temporary files of killed writers below a folder. No writer may be active there."""
+        for folder, _, names in os.walk(path):
+            for name in names:
+                if name.startswith(".") and name.endswith(TEMPORARY):
+                    Path(folder, name).unlink(missing_ok=True)
+
+    def _walk(self, folder: str, parents: frozenset[str]) -> Iterator[ObjectInfo]:
+        real = os.path.realpath(folder)
+        if real in parents:  # a symbolic link to a parent folder
+            return
+        with os.scandir(folder) as entries:
+            # Folders sort as their name with a slash, so that whole paths are in the order of object stores. Names that
+            # are not UTF-8 sort by their escaped form.
+            visible = (e.name + "/" * _is_folder(e) for e in entries if not e.name.startswith("."))
+            names = sorted(visible, key=escaped)
+        for name in names:
+            path = f"{folder.rstrip('/')}/{name}"
+            if name.endswith("/"):
+                yield from self._walk(path[:-1], parents | {real})
+            else:
+                try:
+                    info = self.head(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):
+                        raise
+                else:  # the file was not removed meanwhile, and is no broken or circular link
+                    yield info
+
+    @staticmethod
+    def _info(path: str, status: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+
+    @staticmethod
+    def _temporary(path: str, data: bytes) -> str:
+        """Write the data to a temporary file in the same folder, and return its path."""
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return temporary
+
+    @staticmethod
+    def _sync_folder(path: str) -> None:
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a symbolic link to itself
+        return False

@@ -1,0 +1,3 @@
+"""The version of Nightshift."""
+
+__version__ = "0.1.0"

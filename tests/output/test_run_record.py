@@ -1,0 +1,119 @@
+"""The record of a run: outputs that earlier versions began must resume."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.config import RunConfig
+from pipeline.output.run_record import RunRecord
+from pipeline.predictors.classify import Classifier
+from pipeline.predictors.embed import Embedder
+from pipeline.predictors.network import NetworkPredictor
+
+OLD_CONFIG_SETTINGS = {
+    "input": ["/data/photos", "s3://bucket/tiles/*.tar"],
+    "keep": ["cls:truth", "text"],
+    "image_column": None,
+    "uri_column": None,
+    "limit": 500,
+    "max_pixels": 200000000,
+    "exif_rotate": True,
+    "decoder": "fast",
+}
+OLD_TRANSFORM = {
+    "resize": 256,
+    "crop": 224,
+    "interpolation": "bilinear",
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "squash": False,
+}
+OLD_EMBEDDER = {
+    "predictor": "Embedder",
+    "model": "resnet18",
+    "precision": "auto",
+    "embedding_dtype": "float16",
+    "weights": "random, seed 3",
+    "transform": OLD_TRANSFORM,
+}
+OLD_CLASSIFIER = {
+    "predictor": "Classifier",
+    "model": "resnet18",
+    "precision": "auto",
+    "embedding_dtype": "float32",
+    "top_k": 3,
+    "embeddings": True,
+    "weights": "random, seed 0",
+    "transform": OLD_TRANSFORM,
+    "labels": "a503810a9d7aabe7",
+}
+"""As Nightshift 0.1 wrote them to `_run.json`."""
+
+
+def record(predictor: NetworkPredictor, **settings: Any) -> RunRecord:
+    values = {
+        "input": ["/data/photos", "s3://user:secret@bucket/tiles/*.tar"],
+        "output": "/data/out",
+        "keep": "cls:truth,text",
+        "limit": 500,
+        **settings,
+    }
+    predictor.prepare()
+    return RunRecord.of(RunConfig(**values), predictor)
+
+
+def embedder(**settings: Any) -> NetworkPredictor:
+    return Embedder(model="resnet18", weights="random", seed=3, embedding_dtype="float16", **settings)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "old_settings", "old_fingerprint"),
+    [
+        (embedder(), OLD_EMBEDDER, "db3be938400ed021"),
+        (Classifier(model="resnet18", weights="random", top_k=3, embeddings=True), OLD_CLASSIFIER, "9267a10384a0959e"),
+    ],
+)
+def test_an_output_of_an_earlier_version_resumes(
+    predictor: NetworkPredictor, old_settings: dict[str, object], old_fingerprint: str
+) -> None:
+    made = record(predictor)
+    assert made.settings == {**OLD_CONFIG_SETTINGS, **old_settings}
+    assert made.fingerprint == old_fingerprint
+    assert json.loads(made.to_json())["settings"] == made.settings, "the same when it is read back"
+
+
+def test_settings_that_do_not_change_results_are_not_in_the_fingerprint() -> None:
+    made = record(embedder())
+    assert record(embedder(compile="off"), output="/other", batch_size=7, actors="2").fingerprint == made.fingerprint
+    assert record(embedder(precision="float32")).fingerprint != made.fingerprint
+
+
+def test_the_footer_of_a_part_names_the_network() -> None:
+    made = record(embedder())
+    footer = json.loads(made.footer)
+    assert footer == json.loads(json.dumps({"fingerprint": made.fingerprint, **made.provenance}))
+    assert (footer["model"], footer["weights"], footer["embedding_dim"]) == ("resnet18", "random", 512)
+
+
+def test_run_json_holds_no_credentials_of_inputs() -> None:
+    text = record(embedder()).to_json().decode()
+    assert "secret" not in text
+    assert list(json.loads(text)) == ["fingerprint", "settings", "provenance", "config", "versions"]
+
+
+def test_a_difference_names_each_setting_and_both_values() -> None:
+    made = record(embedder())
+    earlier = {**made.settings, "limit": None, "model": "resnet50"}
+    assert made.difference(earlier) == 'limit was null and is 500; model was "resnet50" and is "resnet18"'
+
+
+@pytest.mark.parametrize(
+    ("output", "run", "label"),
+    [
+        ("/data/Straße 5/", "Stra-e-5-db3be938", "/data/Stra%C3%9Fe 5"),
+        ("s3://user:secret@bucket/tiles/embeddings", "embeddings-db3be938", "s3://bucket/tiles/embeddings"),
+    ],
+)
+def test_labels_are_ascii_and_hold_no_credentials(output: str, run: str, label: str) -> None:
+    assert record(embedder(), output=output).labels == {"run": run, "output": label}

@@ -1,0 +1,70 @@
+"""Settings that only the predictor's columns and pixels can refuse."""
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import RunConfig
+from pipeline.errors import SettingRefused
+from pipeline.images.pixels import PixelFormat
+from pipeline.predictors.base import Predictor
+from pipeline.stages.load import check_settings
+
+
+class Labels(Predictor):
+    columns = pa.schema([("label", pa.string())])
+
+
+class Radiances(Labels):
+    pixel_format = PixelFormat("uint16", 13)
+
+
+def config(**settings: object) -> RunConfig:
+    return RunConfig(input="a", output="o", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", ["label", "text:width", "a:x,b:x", "text:gpu_seconds"])
+def test_a_kept_column_must_have_a_new_name(keep: str) -> None:
+    with pytest.raises(SettingRefused, match=r"--keep \w+: there is already a column '\w+'; give it another name"):
+        check_settings(config(keep=keep), Labels())
+    check_settings(config(keep="label:truth,text"), Labels())
+
+
+@pytest.mark.parametrize(("predictor", "max_batch"), [(Labels(), 14_266), (Radiances(), 1_646)])
+def test_the_pixels_of_a_batch_fit_into_one_arrow_column(predictor: Predictor, max_batch: int) -> None:
+    check_settings(config(batch_size=max_batch), predictor)
+    said = f"--batch-size is {max_batch + 1}: with images of this size it can be at most {max_batch}"
+    with pytest.raises(SettingRefused, match=said):
+        check_settings(config(batch_size=max_batch + 1), predictor)
+
+
+def test_a_load_without_an_allotment_is_named() -> None:
+    class Old(Labels):
+        def load(self) -> None:  # type: ignore[override]
+            pass
+
+    class Flexible(Labels):
+        def load(self, *given: object) -> None:
+            pass
+
+    check_settings(config(), Flexible())
+    with pytest.raises(SettingRefused, match=r"Old\.load\(\) must take one argument, .* write def load\(self, all"):
+        check_settings(config(), Old())
+
+
+def test_columns_of_an_archive_may_be_called_after_pixels() -> None:
+    check_settings(config(keep="pixel_type,pixel_height,height_px"), Labels())
+
+
+def test_a_pixel_format_of_another_type_is_refused() -> None:
+    class Own(Labels):
+        pixel_format = "uint8"  # type: ignore[assignment]
+
+    with pytest.raises(SettingRefused, match=r"Own\.pixel_format is 'uint8': it must be a PixelFormat"):
+        check_settings(config(), Own())
+
+
+@pytest.mark.parametrize("name", ["threads", "batch_size", "images", "gpu_share"])
+def test_an_attribute_that_moved_to_the_allotment_is_named(name: str) -> None:
+    with pytest.raises(SettingRefused, match=rf"Labels.{name} does not exist: write load\(self, allotment\)"):
+        getattr(Labels(), name)
+    assert not hasattr(Labels(), "anything_else")

@@ -1,0 +1,144 @@
+"""Parts and their commits, also if a task runs twice."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_run import run_python
+
+from pipeline import schema
+from pipeline.errors import OutputRefused
+from pipeline.output.commit import Commit
+from pipeline.output.parts import drop_rows, remove
+from pipeline.stages.write import Sink
+
+COLUMNS = pa.schema([("embedding", pa.list_(pa.float32(), 2))])
+RESULT = schema.result(COLUMNS, {})
+
+
+def rows(*keys: tuple[int, int], errors: tuple[int, ...] = (), ends: dict[int, int] | None = None) -> pa.Table:
+    """Rows of (shard, row). errors: indices of the rows that failed. ends: number of rows by shard."""
+    found = [
+        {
+            "image_id": f"{shard}/{row}", "source": "s", "shard": shard, "row": row, "width": 3, "height": 4,
+            "embedding": None if place in errors else [float(shard), float(row)],
+            "stage": "decode" if place in errors else None,
+            "error_type": "empty" if place in errors else None,
+            "read_seconds": 0.5, "size_bytes": 10, "core_seconds": 100.0, "gpu_seconds": 2.0,
+        }
+        for place, (shard, row) in enumerate(keys)
+    ]  # fmt: skip
+    found += [{"shard": shard, "row": total, schema.SHARD_ROWS: total} for shard, total in (ends or {}).items()]
+    return pa.Table.from_pylist(found, schema=schema.predicted(COLUMNS, {}))
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Sink:
+    return Sink(str(tmp_path), 1, RESULT, json.dumps({"fingerprint": "f"}))
+
+
+def written(sink: Sink, table: pa.Table) -> Commit:
+    return Commit.from_json(sink(table) or "")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_part_is_read_on_one_thread(sink: Sink, tmp_path: Path) -> None:
+    """A thread of Arrow could abort the process while the interpreter exits."""
+    commit = written(sink, rows((0, 0), (0, 1)))
+    code = (
+        "import os\n"
+        "from pipeline.output.parts import read_part\n"
+        "before = os.listdir('/proc/self/task')\n"
+        f"assert len(read_part({str(tmp_path / str(commit.part))!r})) == 2\n"
+        "print(len(os.listdir('/proc/self/task')) - len(before))"
+    )
+    assert run_python("-c", code) == "0\n"
+
+
+def test_a_part_its_errors_and_its_commit(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, rows((1, 3), (0, 8), (0, 9), (1, 2), (1, 5), errors=(3,), ends={1: 6}))
+    assert commit.name == "part-0001-000000-00000008"
+    assert commit.ranges == {0: ((8, 10),), 1: ((2, 4), (5, 6))}
+    assert (commit.totals, commit.rows, commit.errors) == ({1: 6}, 4, 1)
+    assert commit.errors_by_type == {"decode/empty": 1}
+    assert (commit.seconds["read"], commit.bytes_read) == (2.5, 50)
+    assert 500 < commit.core_seconds < 600, "five rows' and the writer's own"
+    assert commit.gpu_seconds == 10
+    part = pq.read_table(tmp_path / str(commit.part))
+    assert part.schema.remove_metadata() == RESULT
+    keys = list(zip(part["shard"].to_pylist(), part["row"].to_pylist(), strict=True))
+    assert keys == [(0, 8), (0, 9), (1, 3), (1, 5)]
+    assert json.loads(part.schema.metadata[b"nightshift"]) == {"fingerprint": "f"}
+    errors = pq.read_table(tmp_path / "_errors" / str(commit.errors_part))
+    assert errors.schema.remove_metadata() == schema.ERRORS
+    sizes = [(tmp_path / name).stat().st_size for name in (str(commit.part), f"_errors/{commit.errors_part}")]
+    assert commit.bytes_written == sum(sizes)
+    assert errors["image_id"].to_pylist() == ["1/2"]
+
+
+def test_vectors_have_no_dictionary_and_no_statistics(sink: Sink, tmp_path: Path) -> None:
+    part = pq.ParquetFile(tmp_path / str(written(sink, rows((0, 0), (0, 1))).part))
+    group = part.metadata.row_group(0)
+    chunks = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    vector = next(chunk for path, chunk in chunks.items() if path.startswith("embedding"))
+    assert (vector.has_dictionary_page, vector.is_stats_set, vector.compression) == (False, False, "ZSTD")
+    assert chunks["row"].is_stats_set
+
+
+def test_the_end_of_an_empty_shard_alone(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, rows(ends={4: 0}))
+    assert (commit.totals, commit.ranges, commit.part, commit.errors_part) == ({4: 0}, {}, None, None)
+    assert files(tmp_path) == [f"_commits/{commit.name}.json"]
+
+
+def test_a_retried_task_leaves_one_part(sink: Sink, tmp_path: Path) -> None:
+    first = written(sink, rows((0, 0), (0, 1), errors=(1,)))
+    second = written(sink, rows((0, 0), (0, 1), errors=(1,)))
+    assert second == first
+    assert files(tmp_path) == sorted([str(first.part), f"_errors/{first.part}", f"_commits/{first.name}.json"])
+
+
+def test_a_block_that_comes_twice_is_written_once(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, pa.concat_tables([rows((0, 0), (0, 1), ends={0: 2})] * 2))
+    assert (commit.rows, commit.ranges) == (2, {0: ((0, 2),)})
+    assert len(pq.read_table(tmp_path / str(commit.part))) == 2
+
+
+def test_a_kill_between_part_and_commit_leaves_no_commit(
+    sink: Sink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stages.write.access.create", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sink(rows((0, 0)))
+    assert [name.split("-")[0] for name in files(tmp_path)] == ["part"]
+    commit = written(sink, rows((0, 0)))
+    assert commit.part in files(tmp_path)
+
+
+def test_remove(sink: Sink, tmp_path: Path) -> None:
+    remove(str(tmp_path), written(sink, rows((0, 0), (0, 1), errors=(0,))))
+    assert files(tmp_path) == []
+
+
+def test_rows_are_dropped_and_the_others_stay(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, rows((0, 0), (0, 1), (0, 2), (0, 3), errors=(1,)))
+    left = drop_rows(sink.output, {0: ((2, 9),)}, commit, 2)
+    assert left is not None
+    assert (left.ranges, left.rows, left.errors) == ({0: ((0, 2),)}, 1, 1)
+    assert pq.read_table(tmp_path / str(left.part))["row"].to_pylist() == [0]
+    assert drop_rows(sink.output, {0: ((0, 9),)}, commit, 2) is None
+    assert drop_rows(sink.output, {1: ((0, 9),)}, commit, 2) is commit
+
+
+def test_no_row_is_copied_from_a_damaged_part(sink: Sink, tmp_path: Path) -> None:
+    commit = written(sink, rows((0, 0), (0, 1)))
+    part = tmp_path / str(commit.part)
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(OutputRefused, match=rf"{commit.part} cannot be read: .*--repair, which removes it"):
+        drop_rows(sink.output, {0: ((1, 2),)}, commit, 2)

@@ -1,0 +1,116 @@
+"""Networks and pixels for tests that run a network in their own process. `--model networks:tiny`, for example."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pipeline.images.transform import Transform
+
+TINY = "networks:tiny"
+SMALL = "shufflenet_v2_x0_5"
+"""The torchvision network that loads fastest."""
+
+
+def draw_pixels(rows: int = 3, size: int = 224) -> np.ndarray:
+    """Random uint8 [rows, size, size, 3]; the same in each call."""
+    return np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8)
+
+
+def draw_input(channels: int = 3, size: int = 64) -> Tensor:
+    """Random normalised input of a network, float32 [2, channels, size, size]; the same in each call."""
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def save(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def trained() -> nn.Module:
+    """SMALL with 7 classes, and batch normalisation that is not the identity."""
+    torch.manual_seed(3)
+    network = torchvision.models.get_model(SMALL, num_classes=7)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def tiny() -> tuple[nn.Module, Transform]:
+    """Quick to compile: one convolution with batch normalisation, 6 classes."""
+    torch.manual_seed(2)
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(convolution, nn.Flatten(), nn.Linear(8, 6)), Transform(40, 32)
+
+
+class Branching(nn.Module):
+    """Data-dependent control flow, so that it cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+def branching() -> nn.Module:
+    return Branching()
+
+
+def small(classes: int = 6) -> nn.Module:
+    convolution = nn.Conv2d(3, 5, 3)
+    return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, classes))
+
+
+def small_with_transform() -> tuple[nn.Module, Transform]:
+    return small(), Transform(40, 32)
+
+
+class Headless(nn.Module):
+    """Its last Linear is as wide as its output, but is not a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 5, 3), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.conv(x).mean((2, 3))
+        return pooled + self.inner(pooled)
+
+
+def headless() -> nn.Module:
+    return Headless()
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def two_outputs() -> nn.Module:
+    return TwoOutputs()
+
+
+generator = random.Random(0)
+
+
+def different_each_time() -> nn.Module:
+    network = small()
+    nn.init.constant_(network[0].weight, generator.random())
+    return network
+
+
+def raises() -> nn.Module:
+    raise ValueError("no such size")
+
+
+def not_a_network() -> str:
+    return "resnet"
