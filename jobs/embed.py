@@ -6,11 +6,16 @@
 Run the same command again after any stop: it continues from there.
 """
 
-import sys
 from collections.abc import Sequence
 
 from pipeline import cli
+from pipeline.config import RunConfig
 from pipeline.predictors.embed import Embedder
+from pipeline.report.messages import MessageFlags
+
+
+def parser() -> cli.Parser:
+    return cli.parser_of(__doc__, (RunConfig, Embedder, MessageFlags))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,4 +23,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

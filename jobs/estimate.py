@@ -6,11 +6,11 @@
 
 Counts shards and bytes, reads and decodes some images of a few shards, and runs the network for ten seconds, all on
 this machine. Takes the rate of a GPU that this machine lacks from the price file. Writes nothing. Without --cluster the
-estimate is for this machine. Takes the flags of jobs/embed.py, and assumes that the job chooses its actors itself.
+estimate is for this machine. The other flags of jobs/embed.py are accepted and change nothing, except for --actors and
+--gpus-per-actor, which are refused: the estimate assumes that the job chooses its actors itself.
 """
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pipeline import cli
 from pipeline.config import RunConfig
 from pipeline.predictors.embed import Embedder
+from pipeline.report.messages import MessageFlags
 
 
 @dataclass
@@ -27,9 +28,22 @@ class EstimateFlags:
     json: bool = field(default=False, metadata={"help": "print all figures as JSON"})
 
 
+HIDDEN = {
+    "output", "rows_per_part", "actors", "gpus_per_actor", "max_error_rate", "overwrite", "update", "dry_run",
+    "embedding_dtype",
+}  # fmt: skip
+"""Flags of jobs/embed.py that do not change an estimate. They are accepted, so that its command needs no edit."""
+
+
+def parser() -> cli.Parser:
+    return cli.parser_of(__doc__, (RunConfig, Embedder, EstimateFlags, MessageFlags), HIDDEN)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
-        run_values, network_values, estimate_values = cli.parse(Embedder, __doc__, arguments, EstimateFlags)
+        parsed = cli.parse(Embedder, __doc__, arguments, EstimateFlags, MessageFlags, hidden=HIDDEN)
+        run_values, network_values, estimate_values, message_values = parsed
+        cli.speak(MessageFlags(**message_values))
         flags = EstimateFlags(**estimate_values)
         from pipeline.estimates.forecast import estimate  # imports Ray and torch, which take seconds
 
@@ -46,4 +60,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

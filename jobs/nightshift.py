@@ -1,20 +1,64 @@
-"""The `nightshift` command: `nightshift embed …`, `… classify …`, `… estimate …`, `… verify OUTPUT`,
-`… submit JOB -- …`."""
+"""Run a network over an image archive of any size, and write the results as Parquet."""
 
+import argparse
+import os
 import sys
 from importlib import import_module
 
-COMMANDS = ("embed", "classify", "estimate", "verify", "submit")
+from pipeline import cli
+from pipeline.version import __version__
+
+COMMANDS = {
+    "embed": "one vector per image",
+    "classify": "label, score and top classes per image",
+    "estimate": "hours, dollars and bottleneck of a run, before it starts",
+    "verify": "proof from the files that no image is missing",
+    "submit": "run a job on a Ray cluster and follow it to its end",
+}
+FOOTER = """\
+start:     nightshift embed --input photos/ --output embeddings/ --model resnet50
+continue:  the same command again, after any stop
+flags:     nightshift COMMAND --help
+complete:  eval "$(register-python-argcomplete nightshift)"   in bash or zsh
+"""
 
 
 def main() -> int:
-    """Run the job that the first argument names; return its exit code."""
-    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    """Run the job that the first argument names, and exit with its exit code."""
+    complete()
+    command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command not in COMMANDS:
-        print(f"usage: nightshift {{{','.join(COMMANDS)}}} …   (nightshift {COMMANDS[0]} --help)", file=sys.stderr)
-        return 0 if command in ("-h", "--help") else 2
+        parser().parse_args([command])  # prints help, the version or an error, and exits
     sys.argv[0] = f"nightshift {command}"
-    return int(import_module(f"jobs.{command}").main(arguments))
+    cli.leave(int(import_module(f"jobs.{command}").main(arguments)))
+
+
+def parser() -> cli.Parser:
+    """The overview: one line per command. The flags of a command are in its own parser."""
+    overview = cli.Parser(
+        prog="nightshift", description=__doc__, epilog=FOOTER, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    overview.add_argument("--version", action="version", version=f"nightshift {__version__}")
+    commands = overview.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return overview
+
+
+def complete() -> None:
+    """Answer a shell that asks for completions, and exit. Otherwise do nothing."""
+    words = os.environ.get("COMP_LINE", "").split()
+    if "_ARGCOMPLETE" not in os.environ:
+        return
+    import argcomplete
+
+    completed = cli.Parser(prog="nightshift")
+    completed.add_argument("--version", action="store_true")
+    commands = completed.add_subparsers()
+    for name in COMMANDS:
+        parents = [import_module(f"jobs.{name}").parser()] if words[1:2] == [name] else []
+        commands.add_parser(name, parents=parents, add_help=not parents)
+    argcomplete.autocomplete(completed)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,15 @@ from pipeline.config import RunConfig
 from pipeline.errors import Interrupted, NightshiftError, SettingRefused
 from pipeline.predictors.classify import Classifier
 from pipeline.predictors.embed import Embedder
+from pipeline.report.messages import MessageFlags
 from pipeline.storage import uris
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICTORS = {"embed": Embedder, "classify": Classifier}
 
 
-def parser() -> argparse.ArgumentParser:
-    submit_parser = argparse.ArgumentParser(
+def parser() -> cli.Parser:
+    submit_parser = cli.Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="submit.py [JOB] [flags] [-- the job's flags]",
@@ -114,7 +115,7 @@ def check(job: str, arguments: Sequence[str], folder: Path) -> None:
     if job not in PREDICTORS:
         return
     with contextlib.chdir(folder):  # the job will look for --config there
-        run_values, predictor_values = cli.parse(PREDICTORS[job], "", arguments)
+        run_values, predictor_values, _ = cli.parse(PREDICTORS[job], "", arguments, MessageFlags)
         RunConfig(**run_values)
         PREDICTORS[job](**predictor_values)
     output = run_values["output"]
@@ -209,4 +210,4 @@ def report(submission_id: str, details: JobDetails) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -9,7 +9,6 @@ the repair ends with 4.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from pipeline import cli
@@ -17,13 +16,17 @@ from pipeline.errors import NotWhole, printable
 from pipeline.output.verify import repair, verify
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", metavar="OUTPUT", help="output directory of a job, local or in a bucket")
-    parser.add_argument(
+def parser() -> cli.Parser:
+    verify_parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verify_parser.add_argument("output", metavar="OUTPUT", help="output directory of a job, local or in a bucket")
+    verify_parser.add_argument(
         "--repair", action="store_true", help="remove damaged parts, so that the same job computes them again"
     )
-    flags = parser.parse_args(arguments)
+    return verify_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = parser().parse_args(arguments)
 
     def work() -> int:
         result = (repair if flags.repair else verify)(flags.output)
@@ -38,4 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -2,13 +2,17 @@
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
+import re
 import signal
 import sys
 import threading
+import time
+import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,34 +20,41 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.config import RunConfig
-from pipeline.errors import Interrupted, NightshiftError, SettingRefused, printable
+from pipeline.errors import Interrupted, NightshiftError, SettingRefused
 from pipeline.predictors.base import Predictor
+from pipeline.report import messages
+from pipeline.report.messages import MessageFlags
+from pipeline.storage import retry, uris
+from pipeline.version import __version__
 
 LIST_FLAGS = ("input",)
 BOOLEANS = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}
 """Boolean in YAML, in any case → prefix of the flag's name."""
+NEGATIVE = re.compile(r"-\.?\d")
+"""The start of a negative number or of a range from one."""
 NULLS = ("", "null", "~")
+MIN_WAIT_SECONDS = 1.0
+RETRY_MESSAGE_SECONDS = 10.0
+"""A fault that passes within MIN_WAIT_SECONDS is not shown."""
 
 
-def job(predictor_class: type, description: str, arguments: Sequence[str] | None = None) -> int:
+def job(predictor_class: type, description: str | None, arguments: Sequence[str] | None = None) -> int:
     """Parse the flags of RunConfig and of the predictor, run the job, print its report, and return its exit code.
 
-    arguments: None for those of this process. After a signal, or if this process started its own Ray cluster for them,
-    it exits here instead of returning.
+    arguments: None for those of this process, which then exits here instead of returning; so it does after a signal.
     """
 
     def work() -> int:
-        _divert_native_stderr()
-        run_values, predictor_values = parse(predictor_class, description, arguments)
+        run_values, predictor_values, message_values = parse(predictor_class, description, arguments, MessageFlags)
+        speak(MessageFlags(**message_values))
         config, predictor = RunConfig(**run_values), predictor_class(**predictor_values)
+        messages.say(f"version {__version__}: looking at the input and at {uris.redact(config.output)}")
+        _divert_native_stderr()
         return _dry_run(config, predictor) if config.dry_run else _run(config, predictor)
 
     code = guarded(work)
-    is_own_cluster = "ray" in sys.modules and os.environ.get("RAY_ADDRESS", "local") == "local"
-    if code > 128 and "ray" in sys.modules and not is_own_cluster:
-        _disconnect()
-    if code > 128 or (is_own_cluster and arguments is None):
-        _exit(code)
+    if arguments is None or code > 128:
+        leave(code)
     return code
 
 
@@ -53,6 +64,8 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except NightshiftError as error:
         log(str(error))
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            messages.detail(line)
         return error.exit_code
     except KeyboardInterrupt:
         log("stopped by SIGINT")
@@ -63,21 +76,81 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def log(message: str) -> None:
-    """Print one line on standard error."""
-    print(f"nightshift: {printable(message)}", file=sys.stderr, flush=True)
+    """Print one line on standard error, also with --quiet."""
+    messages.error(message)
+
+
+def speak(flags: MessageFlags) -> None:
+    """Apply the flags of messages to this process, and show when a store does not answer."""
+    messages.configure(flags)
+    retry.on_retry = _Retries().show
+
+
+class _Retries:
+    """Shows that a request is being repeated, at most once per RETRY_MESSAGE_SECONDS."""
+
+    def __init__(self) -> None:
+        self.shown_at = -RETRY_MESSAGE_SECONDS
+
+    def show(self, fault: str, waited_seconds: float) -> None:
+        now = time.monotonic()
+        if waited_seconds >= MIN_WAIT_SECONDS and now - self.shown_at >= RETRY_MESSAGE_SECONDS:
+            self.shown_at = now
+            messages.say(f"the store does not answer, trying again: {fault}")
 
 
 def parse(
-    predictor_class: type, description: str, arguments: Sequence[str] | None, *more: type
+    predictor_class: type,
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *more: type,
+    hidden: Container[str] = (),
 ) -> tuple[dict[str, Any], ...]:
     """Parse flags. They override `--config FILE.yaml`, which overrides the defaults.
 
-    more: dataclasses with further flags of a job. Returns the given fields of RunConfig, of the predictor and of each
-    of those. Raises SettingRefused for a bad file, and SystemExit for a bad flag.
+    more: dataclasses with further flags of a job. hidden: fields that are accepted and not shown by `--help`. Returns
+    the given fields of RunConfig, of the predictor and of each of those. Raises SettingRefused for a bad file, and
+    SystemExit for a bad flag.
     """
     classes = (RunConfig, predictor_class, *more)
-    flags = {field.name: field for cls in classes for field in fields(cls) if "help" in field.metadata}
-    parser = argparse.ArgumentParser(
+    flags, parser = _flags(classes), parser_of(description, classes, hidden)
+    given = vars(parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments)))
+    values = {**vars(parser.parse_args(_config_words(given.pop("config", None), flags))), **given}
+    return tuple({field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which names the nearest flag or command for an unknown one."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += _did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
+        super().error(message)
+
+    def _nearest(self, unknown: Sequence[str]) -> str:
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        known = [word for action in self._actions for word in action.option_strings if action.help != argparse.SUPPRESS]
+        return _did_you_mean(flags[0], known) if flags else ""
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _flags(classes: Iterable[type]) -> dict[str, "Field[Any]"]:
+    return {field.name: field for cls in classes for field in fields(cls) if "help" in field.metadata}
+
+
+def parser_of(description: str | None, classes: Sequence[type], hidden: Container[str] = ()) -> Parser:
+    """A parser of the flags of dataclasses. hidden: fields that are accepted and not shown by `--help`."""
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -85,22 +158,31 @@ def parse(
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="file with any of these flags; those given here override it"
     )
-    for name, field in flags.items():
-        _add_flag(parser, name, field)
-    given = vars(parser.parse_args(arguments))
-    values = {**vars(parser.parse_args(_config_words(given.pop("config", None), flags))), **given}
-    return tuple({field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes)
+    for name, field in _flags(classes).items():
+        _add_flag(parser, name, field, is_hidden=name in hidden)
+    return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, field: "Field[Any]") -> None:
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Join a flag and a value such as -1:1 with "=". argparse takes the value for a flag."""
+    words: list[str] = []
+    for word in arguments:
+        if NEGATIVE.match(word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: "Field[Any]", *, is_hidden: bool) -> None:
     flag = f"--{name.replace('_', '-')}"
     more = {key: value for key, value in field.metadata.items() if key in ("metavar", "choices")}
     default = field.default if field.default is not MISSING else None
-    help_text = field.metadata["help"]
+    help_text = argparse.SUPPRESS if is_hidden else field.metadata["help"]
     if isinstance(default, bool):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
         return
-    if default not in (None, "", ()):
+    if default not in (None, "", ()) and not is_hidden:
         help_text += f" (default: {default})"
     if name in LIST_FLAGS:
         more["nargs"] = "+"
@@ -162,15 +244,9 @@ def _run(config: RunConfig, predictor: Any) -> int:
 
 
 def _dry_run(config: RunConfig, predictor: Predictor) -> int:
-    from pipeline.output import directory
-    from pipeline.output.run_record import RunRecord
-    from pipeline.planning.archive import Archive
-    from pipeline.stages.load import check_settings
+    from pipeline.runner import preview
 
-    predictor.prepare()
-    check_settings(config, predictor)
-    record = RunRecord.of(config, predictor)
-    print(json.dumps(directory.preview(Archive(config), record, predictor.columns.names), indent=1))
+    print(json.dumps(preview(config, predictor), indent=1))
     return 0
 
 
@@ -187,15 +263,24 @@ def _divert_native_stderr() -> None:
             os.close(devnull)
 
 
-def _disconnect() -> None:
-    """Disconnect from the cluster, in at most half a second. Otherwise its metrics would show the run as killed."""
-    shutdown = threading.Thread(target=sys.modules["ray"].shutdown, daemon=True)
-    shutdown.start()
-    shutdown.join(0.5)
+def leave(code: int) -> NoReturn:
+    """Exit at once, without the interpreter's own shutdown.
 
-
-def _exit(code: int) -> NoReturn:
-    """Exit at once. A local cluster ends with its driver; to stop it first would take 1.5 seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    A background thread may still import torch; the shutdown would stop it inside C++, which aborts the process (134).
+    A local cluster ends with its driver; to stop it first would take 1.5 seconds.
+    """
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        _disconnect(0.5 if code > 128 else 10.0)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # such as a closed pipe
+            stream.flush()
     os._exit(code)
+
+
+def _disconnect(timeout_seconds: float) -> None:
+    """Disconnect from the cluster. Otherwise its metrics would show the run as killed."""
+    shutdown = getattr(sys.modules.get("ray"), "shutdown", None)  # missing while a thread imports Ray
+    if shutdown:
+        thread = threading.Thread(target=shutdown, daemon=True)
+        thread.start()
+        thread.join(timeout_seconds)

@@ -1,5 +1,6 @@
 """Settings of a run. They are checked once, when they are made; all other code trusts them."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,10 +18,10 @@ def flag(help: str, default: Any, **more: Any) -> Any:
 
 
 def check_choices(settings: Any) -> None:
-    """Raise SettingRefused if a field of a dataclass has none of the `choices` of its flag."""
+    """Raise SettingRefused if a field of a dataclass has neither its default nor one of the `choices` of its flag."""
     for each in fields(settings):
         choices, value = each.metadata.get("choices"), getattr(settings, each.name)
-        if choices and value not in choices:
+        if choices and value != each.default and value not in choices:
             raise SettingRefused(
                 f"--{each.name.replace('_', '-')} is {value!r}: it must be one of {', '.join(choices)}"
             )
@@ -43,6 +44,7 @@ class RunConfig:
     )
     image_column: str | None = flag("Parquet column with the image bytes (default: detected)", None, metavar="COL")
     uri_column: str | None = flag("Parquet or CSV column with image URIs (default: detected)", None, metavar="COL")
+    any_suffix: bool = flag("read files and members of any name if their first bytes are those of an image", False)
     limit: int | None = flag("only the first N images of the archive", None, metavar="N")
     max_pixels: int = flag("largest image in pixels; guards against decompression bombs", 200_000_000, metavar="N")
     exif_rotate: bool = flag("rotate images upright by their EXIF orientation", True)
@@ -50,6 +52,17 @@ class RunConfig:
         "fast; exact: exactly the pixels of Pillow and torchvision; gpu: decode JPEGs on the GPU of the network",
         "fast",
         choices=("fast", "exact", "gpu"),
+    )
+    bands: str | None = flag(
+        "bands that the network gets: numbers from 1, or names if the file has them (default: all of them)",
+        None,
+        metavar="1,2,3",
+    )
+    scale: str | None = flag(
+        "range of values that becomes black to white, for all pixels of more than 8 bits", None, metavar="MIN:MAX"
+    )
+    nodata_fill: float | None = flag(
+        "value of pixels without data (default: the middle of the scale)", None, metavar="VALUE"
     )
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
@@ -75,6 +88,10 @@ class RunConfig:
             raise SettingRefused("--input is missing: name a folder, a glob or files of images")
         if not self.output:
             raise SettingRefused("--output is missing: name the directory to write to")
+        checks = [("--input", uri, uris.check_uri(uri)) for uri in names]
+        for name, uri, problem in [*checks, ("--output", self.output, uris.check_output(self.output))]:
+            if problem:
+                raise SettingRefused(f"{name} {uris.redact(uri)} {problem}")
         object.__setattr__(self, "output", uris.normalize(self.output))
         keep = [self.keep] if isinstance(self.keep, str) else list(self.keep)
         object.__setattr__(self, "keep", tuple(name for names in keep for name in names.split(",") if name))
@@ -91,6 +108,10 @@ class RunConfig:
             )
         self.actor_range()
         self.gpu_share()
+        self.band_names()
+        low, high = self.scale_range() or (-math.inf, math.inf)
+        if self.nodata_fill is not None and not low <= self.nodata_fill <= high:
+            raise SettingRefused(f"--nodata-fill is {self.nodata_fill:g}: it must be a number within --scale")
 
     def actor_range(self) -> tuple[int, int] | None:
         """(min, max) number of actors, None for auto."""
@@ -119,6 +140,32 @@ class RunConfig:
             )
         return share
 
+    def band_names(self) -> tuple[str, ...]:
+        """Numbers or names of the bands that the network gets, () for all of them."""
+        names = tuple(name.strip() for name in self.bands.split(",")) if self.bands is not None else ()
+        if not all(names) or any(name.isdecimal() and int(name) < 1 for name in names):
+            raise SettingRefused(f"--bands is {self.bands!r}: it must be numbers from 1 or names, as in 3,2,1")
+        return names
+
+    def scale_range(self) -> tuple[float, float] | None:
+        """The values that become black and white, None if they are not set."""
+        if self.scale is None:
+            return None
+        first, _, second = self.scale.partition(":")
+        try:
+            low, high = float(first), float(second)
+        except ValueError:
+            low = high = 0.0
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise SettingRefused(f"--scale is {self.scale!r}: it must be MIN:MAX, two numbers, as in 0:3000")
+        return low, high
+
+    def value_settings(self) -> dict[str, Any]:
+        """The settings of bands and values that are set, as JSON."""
+        bands, scale = self.band_names(), self.scale_range()
+        given = {"bands": list(bands) or None, "scale": scale and list(scale), "nodata_fill": self.nodata_fill}
+        return {name: value for name, value in given.items() if value is not None}
+
     def keep_names(self) -> dict[str, str]:
         """Column of the shard → column of the result."""
         return parse_keep(self.keep)
@@ -134,6 +181,8 @@ class RunConfig:
             "max_pixels": self.max_pixels,
             "exif_rotate": self.exif_rotate,
             "decoder": self.decoder,
+            **self.value_settings(),  # absent by default: outputs of earlier versions have none of them
+            **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
 
 

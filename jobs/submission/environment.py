@@ -1,5 +1,6 @@
 """Environment of a submitted job: its variables, and the packages that the cluster lacks."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from pipeline.storage import uris
 
 PROBE = "jobs/submission/probe.py"
 PROBE_TIMEOUT_SECONDS = 300.0
+REENTRY_SECONDS = 3.0
 FIXED_BY_CLUSTER = {"ray", "python"}
 """Requirements that pip cannot change on a running cluster."""
 
-LOCAL_ONLY = {"pathspec"}
-"""Requirements of jobs/submit.py alone."""
+LOCAL_ONLY = {"argcomplete", "pathspec"}
+"""Requirements of jobs/submit.py and of the shell alone."""
 
 CONSTRAINTS = "constraints.txt"
 
@@ -101,10 +103,26 @@ def missing(client: Client, requirements: Sequence[str], runtime_env: dict[str, 
             )
         time.sleep(0.3)
     lines = client.get_job_logs(submission_id).splitlines()
-    client.delete_job(submission_id)
+    delete(client, submission_id)
     if details.driver_exit_code != 0:
         raise NightshiftError(f"the cluster cannot run Python for this job: {' '.join(lines[-1:]) or details.message}")
     return [*json.loads(lines[-1]), *from_urls]
+
+
+def delete(client: Client, submission_id: str) -> None:
+    """Remove an ended job from Ray's list.
+
+    Ray looks at each of its jobs once per second. If a job was deleted before Ray saw its end, Ray enters it again, as
+    FAILED; then it is deleted again.
+    """
+    client.delete_job(submission_id)
+    deadline = time.monotonic() + REENTRY_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        with contextlib.suppress(RuntimeError):  # it does not exist
+            client.get_job_info(submission_id)
+            client.delete_job(submission_id)
+            return
 
 
 def pip(requirements: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One attempt at a run: passes over what remains of the plan until it is covered."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,7 @@ class Attempt:
     plan: Plan
     ledger: Ledger
     lock: Lock
+    on_commit: Callable[[Commit], object] = lambda commit: None
 
     def work(self, watchers: Sequence[Watcher]) -> None:
         """Compute every image that no commit covers. A later pass does what an earlier one left."""
@@ -50,6 +51,7 @@ class Attempt:
                 self.lock.slow.clear()
                 ledgers.check_newest(self.ledger)
             self._accept(commit)
+            self.on_commit(commit)
             for watcher in watchers:
                 watcher.update()
             if not self.plan.uncounted_shards:

@@ -8,16 +8,29 @@ by averaging blocks of pixels. Imports neither Ray nor torch, so that decode wor
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from pipeline.errors import DecodeError
-from pipeline.images import header
-from pipeline.images.pixels import Decoded, Encoded
-from pipeline.images.resize import Box, as_image, resize_exact, resize_fast
+from pipeline.images import deep, header, tiff
+from pipeline.images.pixels import RGB8, Decoded, Encoded
+from pipeline.images.png import is_text_too_large, without_large_text
+from pipeline.images.raster import Raster
+from pipeline.images.resize import (
+    MAX_WHOLE_RESIZE_PIXELS,
+    Box,
+    as_image,
+    resize_bands,
+    resize_exact,
+    resize_fast,
+    resized_bytes,
+    turned,
+)
 from pipeline.images.transform import Transform
+from pipeline.images.values import DEFAULT, STRIP_VALUES, Values, native, pick, rgb_strips, select
 
 MIN_SCALED_RATIO = 2
 """A JPEG that is decoded at a smaller scale keeps at least this many times `Transform.resize` pixels on its short side.
@@ -77,44 +90,196 @@ def decode(
     exact: bool = True,
     keep_tiles: bool = False,
     reserve: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    values: Values = DEFAULT,
 ) -> Decoded:
-    """Decode the first frame or page of an image to RGB, rotate it upright, and resize and crop it.
+    """Decode the first frame or page of an image, rotate it upright, and resize and crop it.
+
+    The result is RGB, or what `values.pixel_format` asks for.
 
     exact: return the same pixels as Pillow and torchvision, bit for bit. This is slower.
     keep_tiles: do not resize square images of at most half the crop's side; the network's device enlarges them.
     reserve: called with the peak memory of this image in bytes, without its encoded bytes. The context manager that it
     returns is entered before the pixels are decoded.
+    values: the bands that the network gets, and the range of values that becomes 0 to 255.
 
-    Transparent pixels are composited over white. 16-bit grey is scaled to 8 bits. A float image is read as [0, 1] if
-    all its values lie in that range, otherwise as [0, 255]. The ICC profile is not applied, as in torchvision.
+    Transparent pixels are composited over white; an alpha that is 0 everywhere is ignored. Of 16-bit colours the high
+    byte is taken, as Pillow does. The ICC profile is not applied, as in torchvision.
 
     Peak memory per pixel, without the encoded bytes: at most 8 bytes; progressive JPEG 10 (CMYK 12); WebP 16 (exact:
-    20). For large images that are reduced: 4 bytes; grey and palettes 1; 16-bit grey 2; JPEG that is not progressive
-    0.5. A compressed TIFF takes the size of one strip or tile more, and a TIFF that is rotated 4 bytes per pixel more.
+    20). For large images that are reduced: 4 bytes; grey and palettes 1; JPEG that is not progressive 0.5. A compressed
+    TIFF takes the size of one strip or tile more, and a TIFF that is rotated 4 bytes per pixel more. A TIFF of other
+    numbers than bytes takes the size of the bands that are read.
 
-    Raises DecodeError if the bytes cannot be decoded: empty, not_an_image, unsupported (a format or a kind of pixels),
-    truncated, corrupt, too_large (more than `max_pixels`). Raises MemoryError if memory runs out.
+    Raises DecodeError if the bytes cannot be decoded: empty, not_an_image, unsupported (a format, a kind of pixels, or
+    numbers whose range is not known), truncated, corrupt, too_large (more than `max_pixels`). Raises MemoryError if
+    memory runs out.
     """
     if not data:
         raise DecodeError("empty", "the image has no bytes")
+    settings = _Settings(transform, max_pixels, exif_rotate, exact, keep_tiles, reserve, values)
+    try:
+        return _decode(data, settings)
+    except ValueError:  # of a PNG with more text than Pillow accepts; `_as_decode_errors` turns all others into ours
+        return _decode(without_large_text(data), settings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The arguments of `decode`."""
+
+    transform: Transform
+    max_pixels: int
+    exif_rotate: bool
+    exact: bool
+    keep_tiles: bool
+    reserve: Callable[[int], AbstractContextManager[object]]
+    values: Values
+
+    def resized_bytes(self, size: tuple[int, int]) -> int:
+        """Memory of a resized image that is larger than most."""
+        resized = resized_bytes(*size, self.transform) if self.exact else 0
+        return resized if resized > 4 * MAX_WHOLE_RESIZE_PIXELS else 0
+
+    def reduction(self, size: tuple[int, int]) -> int:
+        return 1 if self.exact else _reduction(size, self.transform)
+
+
+def _decode(data: bytes, settings: _Settings) -> Decoded:
     with _as_decode_errors(data):
+        image = _open(data, settings)
+    if isinstance(image, Raster):
+        return _decode_raster(image, data, settings)
+    return _decode_image(image, data, settings)
+
+
+def _open(data: bytes, settings: _Settings) -> ImageFile.ImageFile | Raster:
+    """Open an image, as a Raster if it holds other numbers than Pillow reads correctly."""
+    max_pixels = settings.max_pixels
+    if tiff.is_tiff(data):
+        return _open_tiff(data, max_pixels, settings.values)
+    try:
         image = header.open_image(data)
+    except Exception:
+        raster = deep.jpeg_2000(data, settings.values) if header.is_jpeg_2000(data) else None
+        if raster is None:
+            raise
+    else:
+        if image.format in header.PLAIN_FORMATS:
+            return image
+        raster = deep.raster_of(image, data, settings.values)
+        if raster is None:
+            return image
+        header.check_work(image, data, max_pixels)
+    header.check_size(raster.width, raster.height, max_pixels)
+    return raster
+
+
+def _open_tiff(data: bytes, max_pixels: int, values: Values) -> ImageFile.ImageFile | Raster:
+    try:
+        image = header.open_image(data)
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and not tiff.needs_tifffile(
+            image, as_rgb=values.pixel_format == RGB8 and not values.bands
+        ):
+            return image
+    except MemoryError:
+        raise
+    except Exception:  # Pillow does not know this kind of TIFF, or it is damaged
+        pass
+    try:
+        return tiff.open_raster(data, max_pixels, header.check_size)
+    except DecodeError as error:
+        if error.error_type == "too_large" or not header.is_truncated(data):
+            raise
+        raise DecodeError("truncated", f"the image is cut off after {len(data)} bytes: {error.message}") from error
+
+
+def _decode_image(image: ImageFile.ImageFile, data: bytes, settings: _Settings) -> Decoded:
+    """Decode with Pillow or libjpeg-turbo."""
+    transform, exact = settings.transform, settings.exact
+    with _as_decode_errors(data):
         tiff_orientation = header.tiff_orientation(image)
         width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
-        header.check_size(width, height, max_pixels)
-        header.check_work(image, data, max_pixels)
+        header.check_size(width, height, settings.max_pixels)
+        header.check_work(image, data, settings.max_pixels)
         full_size = image.size
         min_side = 0 if exact else MIN_SCALED_RATIO * transform.resize
-        peak_bytes = header.peak_bytes(image, min_side, 1 if exact else _reduction(full_size, transform))
-    with reserve(peak_bytes), _as_decode_errors(data):
+        peak_bytes = header.peak_bytes(image, min_side, settings.reduction(full_size)) + settings.resized_bytes(
+            full_size
+        )
+        bands = None if settings.values.is_default else _image_bands(image, settings.values)
+    with settings.reserve(peak_bytes), _as_decode_errors(data):
         rgb, extent = _load_rgb(image, data, min_side, transform, exact)
-        transpose = _transpose(image, tiff_orientation, exif_rotate)
+        transpose = _transpose(image, tiff_orientation, settings.exif_rotate)
         del image  # frees its pixels
         upright = rgb if transpose is None else as_image(rgb).transpose(transpose)
         del rgb
-        if keep_tiles and _is_tile(upright, transform):
-            return Decoded(np.asarray(upright), width, height)
-        return Decoded(_crop(upright, extent, full_size, transpose, transform, exact), width, height)
+        return _finished(upright, extent, full_size, (width, height), transpose, bands, settings)
+
+
+def _image_bands(image: Image.Image, values: Values) -> list[int]:
+    """The bands of an image's RGB that the network gets."""
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    return pick(1 if is_grey else 3, values, f"a {image.format} image of mode {image.mode}")
+
+
+def _finished(
+    upright: Image.Image | np.ndarray,
+    extent: tuple[float, float],
+    full_size: tuple[int, int],
+    stored_size: tuple[int, int],
+    transpose: Image.Transpose | None,
+    bands: list[int] | None,
+    settings: _Settings,
+) -> Decoded:
+    """Resize, crop and choose the bands of upright RGB."""
+    transform, format = settings.transform, settings.values.pixel_format
+    if settings.keep_tiles and _is_tile(upright, transform):
+        pixels = np.asarray(upright)
+    else:
+        pixels = _crop(upright, extent, full_size, transpose, transform, settings.exact)
+    if bands is not None and bands != [0, 1, 2]:
+        pixels = np.ascontiguousarray(pixels[..., bands])
+    return Decoded(pixels if format == RGB8 else pixels.astype(format.dtype), *stored_size)
+
+
+def _decode_raster(raster: Raster, data: bytes, settings: _Settings) -> Decoded:
+    """Read the numbers of a raster, and make the network's bands of them."""
+    size, values = (raster.width, raster.height), settings.values
+    is_colour = raster.colour in ("palette", "CMYK", "YCbCr")
+    with _as_decode_errors(data):
+        tiff.check_bytes(raster, settings.max_pixels)
+        samples = select(raster, values)
+        bands = pick(3, values, raster.description) if is_colour else None
+        as_rgb = values.pixel_format == RGB8 or is_colour
+        with_alpha = as_rgb and raster.alpha is not None and not values.bands
+        factor = settings.reduction(size) if as_rgb else 1
+        samples += [raster.alpha] if with_alpha else []  # type: ignore[list-item]
+        converted = header.RGB_BYTES * raster.width * raster.height // factor**2
+        peak_bytes = raster.read_bytes(len(samples)) + 2 * converted + 3 * 8 * STRIP_VALUES
+    transpose = TO_UPRIGHT.get(raster.orientation) if settings.exif_rotate else None
+    with settings.reserve(peak_bytes), _as_decode_errors(data):
+        array = raster.read(samples)
+        if not as_rgb:
+            upright = turned(native(raster, array, values), transpose)
+            return Decoded(resize_bands(upright, settings.transform), *size)
+        alpha = array[..., -1:] if with_alpha else None
+        rgb = _raster_rgb(raster, array[..., : len(samples) - with_alpha], alpha, values, factor)
+        del array, alpha
+        extent = size[0] / factor, size[1] / factor
+        turned_rgb = rgb if transpose is None else rgb.transpose(transpose)
+        del rgb
+        return _finished(turned_rgb, extent, size, size, transpose, bands, settings)
+
+
+def _raster_rgb(
+    raster: Raster, array: np.ndarray, alpha: np.ndarray | None, values: Values, factor: int
+) -> Image.Image:
+    """Convert samples to RGB, and average blocks of `factor` × `factor` pixels."""
+    rgb = Image.new("RGB", (-(-raster.width // factor), -(-raster.height // factor)))
+    for top, strip in rgb_strips(raster, array, alpha, values, factor):
+        converted = _strip_to_rgb(strip)
+        rgb.paste(converted.reduce(factor) if factor > 1 else converted, (0, top // factor))
+    return rgb
 
 
 @contextmanager
@@ -124,12 +289,21 @@ def _as_decode_errors(data: bytes) -> Iterator[None]:
         yield
     except (DecodeError, MemoryError):
         raise
+    except ValueError as error:
+        if is_text_too_large(error):
+            raise
+        raise _decode_error(error, data) from error
     except Exception as error:  # Pillow does not document the errors that its plugins raise for broken data
         raise _decode_error(error, data) from error
 
 
 def leave_encoded(
-    data: bytes, transform: Transform, *, max_pixels: int = 200_000_000, exif_rotate: bool = True
+    data: bytes,
+    transform: Transform,
+    *,
+    max_pixels: int = 200_000_000,
+    exif_rotate: bool = True,
+    values: Values = DEFAULT,
 ) -> Encoded | None:
     """Return a JPEG that a GPU decodes to nearly the same pixels as `decode`, or None for any other image.
 
@@ -137,7 +311,7 @@ def leave_encoded(
     enlarging makes the GPU's different chroma upsampling visible. Returns None for images that `decode` refuses, so
     that `decode` raises the error.
     """
-    if not data.startswith(b"\xff\xd8") or header.is_truncated(data):
+    if not data.startswith(b"\xff\xd8") or header.is_truncated(data) or values.bands:
         return None
     try:
         image = header.open_image(data)
@@ -178,7 +352,7 @@ def _load_rgb(
 
     They are not whole numbers if the last block of a reduced image stands for fewer pixels than the others.
     """
-    jpeg = _jpeg_rgb(image, data, min_side)
+    jpeg, frame = _jpeg_rgb(image, data, min_side), _small_frame(image)
     if jpeg is None:
         _load(image, min_side)
     size = _size(image if jpeg is None else jpeg)
@@ -186,7 +360,24 @@ def _load_rgb(
     extent = size[0] / factor, size[1] / factor
     if jpeg is not None and factor == 1:
         return jpeg, extent
+    if frame is not None:
+        return _on_white(image, frame, factor), extent
     return _to_rgb(image if jpeg is None else as_image(jpeg), factor), extent
+
+
+def _small_frame(image: ImageFile.ImageFile) -> tuple[int, int, int, int] | None:
+    """The box of the first frame of a GIF if it does not cover the canvas, otherwise None."""
+    if image.format != "GIF" or not image.tile:
+        return None
+    box = image.tile[0].extents
+    return box if box is not None and box != (0, 0, *image.size) else None
+
+
+def _on_white(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
+    """Paint a frame on a white canvas. Pillow fills the canvas with the first colour of the palette."""
+    rgb = Image.new("RGB", image.size, (255, 255, 255))
+    rgb.paste(_to_rgb(image.crop(box), 1), box)
+    return rgb.reduce(factor) if factor > 1 else rgb
 
 
 def _size(pixels: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -229,12 +420,24 @@ def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
     if image.mode in ("RGB", "L") and not image.has_transparency_data:
         reduced = image.reduce(factor) if factor > 1 else image
         return reduced if image.mode == "RGB" else reduced.convert("RGB")
-    scale = _float_scale(image) if image.mode == "F" else 1.0
+    is_hidden = _is_hidden(image)
     rgb = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
     for top, strip in _strips(image, factor):
-        converted = _strip_to_rgb(strip, scale)
+        converted = _without_alpha(strip) if is_hidden else _strip_to_rgb(strip)
         rgb.paste(converted.reduce(factor) if factor > 1 else converted, (0, top // factor))
     return rgb
+
+
+def _is_hidden(image: Image.Image) -> bool:
+    """True if the alpha is 0 everywhere, so that it cannot be meant."""
+    if image.mode not in ("RGBA", "LA", "RGBa", "La"):
+        return False
+    return all(strip.getchannel(strip.getbands()[-1]).getextrema() == (0, 0) for _, strip in _strips(image, 1))
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    bands = image.split()[:-1]
+    return Image.merge("RGB", bands if len(bands) == 3 else bands * 3)
 
 
 def _strips(image: Image.Image, multiple: int) -> Iterator[tuple[int, Image.Image]]:
@@ -244,11 +447,7 @@ def _strips(image: Image.Image, multiple: int) -> Iterator[tuple[int, Image.Imag
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _strip_to_rgb(image: Image.Image, float_scale: float) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _grey_16(image).convert("RGB")
-    if image.mode == "F":
-        return _grey_float(image, float_scale).convert("RGB")
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
@@ -256,25 +455,6 @@ def _strip_to_rgb(image: Image.Image, float_scale: float) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _grey_16(image: Image.Image) -> Image.Image:
-    values = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-    grey = ((values + 128) // 257).astype(np.uint8)
-    if "transparency" in image.info:  # the tRNS chunk of a PNG: one grey value that is transparent
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
-
-
-def _float_scale(image: Image.Image) -> float:
-    """The factor that scales a float image to [0, 255]; NaN counts as 0."""
-    strips = (np.nan_to_num(np.asarray(strip), nan=0.0) for _, strip in _strips(image, 1))
-    return 255.0 if all(values.min() >= 0 and values.max() <= 1 for values in strips) else 1.0
-
-
-def _grey_float(image: Image.Image, scale: float) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image), nan=0.0).clip(0, 255) * np.float32(scale)
-    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 def _is_tile(upright: Image.Image | np.ndarray, transform: Transform) -> bool:
@@ -306,10 +486,10 @@ def _extent_box(size: tuple[int, int], extent: tuple[float, float], transpose: I
 
 def _decode_error(error: Exception, data: bytes) -> DecodeError:
     """Classify an error that a decoder raised."""
-    reason = str(error) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     kinds = ("unknown pixel mode", "cannot handle", "unsupported", "not supported")
     if isinstance(error.__cause__, KeyError) or any(words in reason.lower() for words in kinds):
         return DecodeError("unsupported", f"Pillow does not support this kind of pixels or compression: {reason}")
-    if "truncated" in reason.lower() or header.is_truncated(data):
+    if any(words in reason.lower() for words in ("truncated", "not enough image data")) or header.is_truncated(data):
         return DecodeError("truncated", f"the image is cut off after {len(data)} bytes: {reason}")
     return DecodeError("corrupt", f"the image is damaged: {reason}")

@@ -3,16 +3,28 @@
 Decodes no pixels. Imports neither Ray nor torch.
 """
 
+import importlib
 import io
+import logging
 import re
 import warnings
 from typing import Literal
 
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+from PIL import (
+    AvifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,  # noqa: F401
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
 
 from pipeline.errors import DecodeError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's JPEG plugin also opens MPO
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM")  # the JPEG plugin also opens MPO
+PLAIN_FORMATS = ("JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "JXL")
+"""Formats whose pixels Pillow gives as they are meant: always colours or grey of 8 bits."""
 
 MAX_SCANS_OF_LARGEST = 16
 """Limit for the scans of a JPEG of `max_pixels` pixels. It grows in proportion as the image gets smaller. Each scan
@@ -28,17 +40,28 @@ Each plane of a TIFF with separate planes is one pass. Images below SMALL_PIXELS
 size."""
 SMALL_PIXELS = 1 << 20
 
+PYTHON_COST = 64  # Pillow decodes PNMs of text, and of other ranges than 8 and 16 bits, in Python
 RLE_COST = 8  # Pillow decodes run-length encoded BMPs in Python, about this many times slower
 
-STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
+STORED_BYTES = {"1": 1, "L": 1, "P": 1}
 """Mode → bytes per pixel in Pillow's memory. All other modes, RGB included, take RGB_BYTES."""
 
 RGB_BYTES = 4
+OTHER_BYTES = {"JPEG2000": 24, "AVIF": 16, "HEIF": 16, "JXL": 32}
+"""Format → bytes per pixel that its decoder takes with Pillow's image."""
 WEBP_BYTES = 16  # two canvases of libwebp, a copy of one, and Pillow's image
 COEFFICIENT_BYTES = 2  # per sample: libjpeg keeps the coefficients of a progressive JPEG until its last scan
 
-OTHER_FORMATS = {b"\0\0\0\x0cjP  ": "JPEG 2000", b"\0\0\0\x0cJXL ": "JPEG XL", b"8BPS": "Photoshop", b"%PDF": "PDF"}
+OTHER_FORMATS = {b"8BPS": "Photoshop", b"%PDF": "PDF"}
 """First bytes → the name of a format that is not supported."""
+
+PLUGINS = {"HEIF": ("heic", "pillow_heif"), "JXL": ("jxl", "pillow_jxl")}
+"""Pillow's name of a format → the extra of Nightshift that reads it, and the extra's module."""
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+JXL_MAGIC = (b"\0\0\0\x0cJXL ", b"\xff\x0a")
+JPEG_2000_MAGIC = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+LFS_POINTER = b"version https://git-lfs"
+PNM = re.compile(rb"P[1-6f][\s#]")
 
 START_OF_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 """Marker, length and number of components (T.81, B.2.3). Data after the end of a JPEG often holds the marker alone."""
@@ -52,7 +75,26 @@ PNG_DEPTH_OFFSET = 24  # of the bits per sample in the file (PNG, 11.2.1)
 ORIENTATION, TILE_WIDTH, TILE_LENGTH = 0x0112, 322, 323
 BITS_PER_SAMPLE, COMPRESSION, ROWS_PER_STRIP, UNCOMPRESSED = 258, 259, 278, 1
 
-# Together with the two plugins imported above, this registers all of FORMATS. Without it, Image.open() imports every
+TIFF_TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+
+# Together with the plugins imported above, this registers all of FORMATS. Without it, Image.open() imports every
 # plugin of Pillow.
 Image.preinit()
 # The following settings apply to the whole process. Pillow allocates blocks of 16 MiB by default. glibc may keep freed
@@ -61,6 +103,7 @@ Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 # `check_size` enforces `max_pixels` on the header. Pillow's own limit would warn or raise as well.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL + 1)  # it logs what it raises
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
@@ -68,20 +111,49 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
 
     Raises DecodeError (not_an_image, unsupported), and any error of Pillow for a broken header.
     """
+    formats = _formats(data)
     try:
-        return _fix_metadata(Image.open(io.BytesIO(data), formats=FORMATS), data)
+        return _fix_metadata(Image.open(io.BytesIO(data), formats=formats), data)
     except UnidentifiedImageError:
         pass
-    for name in FORMATS:
+    for name in formats:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(data[:16]) is True:
             return _fix_metadata(factory(io.BytesIO(data), ""), data)  # raises the error that Image.open() suppresses
     other = next((name for magic, name in OTHER_FORMATS.items() if data.startswith(magic)), None)
     if data[4:8] == b"ftyp":
-        other = "HEIF, AVIF or video"
+        other = "HEIF or video"
     if other:
         raise DecodeError("unsupported", f"{other} is not supported: convert it to one of {', '.join(FORMATS)}")
+    if data.startswith(LFS_POINTER):
+        raise DecodeError(
+            "not_an_image", "this is a Git LFS pointer, not the image: fetch the images with `git lfs pull`"
+        )
     raise DecodeError("not_an_image", f"the first bytes are {data[:8]!r}, which match none of {', '.join(FORMATS)}")
+
+
+def _formats(data: bytes) -> tuple[str, ...]:
+    """The formats to try. Raises DecodeError (unsupported) if the data need an extra that is not installed."""
+    if data.startswith(b"P"):
+        return FORMATS if PNM.match(data) else tuple(name for name in FORMATS if name != "PPM")
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and b"avif" not in data[:64]
+    name = "HEIF" if is_heif else "JXL" if data.startswith(JXL_MAGIC) else None
+    if name is None:
+        return FORMATS
+    extra, module = PLUGINS[name]
+    try:
+        importlib.import_module(module)
+        if name == "HEIF":
+            importlib.import_module(module).register_heif_opener(thumbnails=False)
+    except ImportError as error:
+        raise DecodeError(
+            "unsupported", f"{name} needs the package {module}: install nightshift[{extra}], or convert it to JPEG"
+        ) from error
+    return (name,)
+
+
+def is_jpeg_2000(data: bytes) -> bool:
+    return data.startswith(JPEG_2000_MAGIC)
 
 
 def _fix_metadata(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
@@ -118,6 +190,12 @@ def check_work(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff(image, max_pixels)
     pixels, max_rle_pixels = image.width * image.height, max_pixels // RLE_COST
+    if any(tile.codec_name in ("ppm", "ppm_plain") for tile in image.tile) and pixels > max_pixels // PYTHON_COST:
+        raise DecodeError(
+            "too_large",
+            f"a PNM of text or of an unusual range has {pixels} pixels; the limit is {max_pixels // PYTHON_COST}; "
+            "raise --max-pixels to accept it, or write it as P5 or P6 of 8 bits",
+        )
     if any(tile.codec_name == "bmp_rle" for tile in image.tile) and pixels > max_rle_pixels:
         raise DecodeError(
             "too_large",
@@ -170,6 +248,7 @@ def peak_bytes(image: ImageFile.ImageFile, min_side: int, factor: int) -> int:
         is_progressive = "progressive" in image.info
         return max(2 * scaled, scaled + COEFFICIENT_BYTES * pixels * len(image.getbands()) * is_progressive)
     stored = pixels * (WEBP_BYTES if image.format == "WEBP" else STORED_BYTES.get(image.mode, RGB_BYTES))
+    stored = pixels * OTHER_BYTES[str(image.format)] if image.format in OTHER_BYTES else stored
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         stored = stored * (1 + (tiff_orientation(image) != 1)) + _tiff_buffer_bytes(image)
     converted = RGB_BYTES * pixels // factor**2
@@ -204,11 +283,41 @@ def is_truncated(data: bytes) -> bool:
         return int.from_bytes(size, "little") + rest > len(data)
     if data.startswith((b"II", b"MM")):
         return _tiff_is_truncated(data, "little" if data.startswith(b"II") else "big")
+    if is_jpeg_2000(data):
+        return b"\xff\x4f\xff\x51" not in data or b"\xff\xd9" not in data[-16:]
+    if data[4:8] == b"ftyp":
+        return _boxes_are_truncated(data)
     return any(data.startswith(first) and last not in data[-16:] for first, last in END_MARKERS.items())
 
 
+def _boxes_are_truncated(data: bytes) -> bool:
+    """True if a box of an ISO media file ends after the last byte (ISO/IEC 14496-12, 4.2); size 0: to the end."""
+    start = 0
+    while start < len(data):
+        size = int.from_bytes(data[start : start + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[start + 8 : start + 16], "big")
+        if size == 0:
+            return False
+        start += max(size, 8)
+    return start > len(data)
+
+
 def _tiff_is_truncated(data: bytes, order: Literal["little", "big"]) -> bool:
-    """True if the first directory, 12 bytes per entry, ends after the last byte (TIFF 6.0, section 2)."""
-    start = int.from_bytes(data[4:8], order)
-    entries = int.from_bytes(data[start : start + 2], order)
-    return start + 2 + 12 * entries > len(data)
+    """True if the first directory, or a value in it, ends after the last byte (TIFF 6.0, section 2; BigTIFF)."""
+    is_big = int.from_bytes(data[2:4], order) == 43
+    word, entry_bytes, count_bytes = (8, 20, 8) if is_big else (4, 12, 2)
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(data[place : place + size], order)
+
+    start = number(8 if is_big else 4, word)
+    entries = start + count_bytes
+    end = entries + entry_bytes * number(start, count_bytes)
+    if end > len(data):
+        return True
+    for entry in range(entries, end, entry_bytes):
+        size = TIFF_TYPE_BYTES.get(number(entry + 2, 2), 1) * number(entry + 4, word)
+        if size > word and number(entry + 4 + word, word) + size > len(data):
+            return True
+    return False

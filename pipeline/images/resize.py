@@ -12,6 +12,7 @@ import math
 import numpy as np
 from PIL import Image
 
+from pipeline.images.strips import resize_part
 from pipeline.images.transform import Transform
 
 try:
@@ -34,9 +35,9 @@ SIMD_FILTERS = {"bilinear": ("bilinear", 1.0), "bicubic": ("catmull_rom", 2.0), 
 """Interpolation → the name of the same filter in the SIMD package, and its support in pixels of the smaller image."""
 
 MAX_WHOLE_RESIZE_PIXELS = 1 << 22
-"""If the resized image has more pixels than this, `resize_exact` resizes only the part inside the crop. A strip of
-1 × 20,000 pixels would become 256 × 5,120,000. Pillow keeps the source box in float32 and chooses the order of its two
-passes by size, so such a strip may differ from torchvision by rounding. Images that are resized whole do not differ."""
+MIN_STRIP_RATIO = 32
+"""If the resized image has more pixels than this, and its sides have at least this ratio, `resize_exact` computes only
+the part inside the crop. A strip of 1 × 20,000 pixels would become 256 × 5,120,000."""
 
 MAX_SIMD_PIXELS = 1 << 21
 """Limit for the source pixels of the SIMD code, because they are copied twice."""
@@ -61,11 +62,28 @@ def resize_exact(
 ) -> np.ndarray:
     """Resize and crop bit for bit as torchvision does. Parameters and result as in `resize_fast`."""
     scaled, (left, top) = scaled_sizes(*full_size, transform)
-    fits = scaled[0] * scaled[1] <= MAX_WHOLE_RESIZE_PIXELS
-    part = (0, 0, *scaled) if fits else _visible_part(scaled, (left, top), transform.crop)
-    resized = _resize_with_pillow(pixels, _source_box(part, extent, scaled), part, transform)
     right, bottom = left + transform.crop, top + transform.crop
-    return np.asarray(resized.crop((left - part[0], top - part[1], right - part[0], bottom - part[1])))
+    if scaled[0] * scaled[1] > MAX_WHOLE_RESIZE_PIXELS and max(scaled) >= MIN_STRIP_RATIO * min(scaled):
+        return _resize_strip(np.asarray(pixels), scaled, (left, top), transform)
+    resized = _resize_with_pillow(pixels, extent, (0, 0, *scaled), transform)
+    return np.asarray(resized.crop((left, top, right, bottom)))
+
+
+def resized_bytes(width: int, height: int, transform: Transform) -> int:
+    """The memory that `resize_exact` takes for the resized image."""
+    (wide, high), _ = scaled_sizes(width, height, transform)
+    is_strip = wide * high > MAX_WHOLE_RESIZE_PIXELS and max(wide, high) >= MIN_STRIP_RATIO * min(wide, high)
+    return 0 if is_strip else 4 * wide * high
+
+
+def _resize_strip(
+    pixels: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int], transform: Transform
+) -> np.ndarray:
+    left, top, right, bottom = _visible_part(scaled, corner, transform.crop)
+    part = resize_part(pixels, scaled, (left, right), (top, bottom), transform.interpolation)
+    result = np.zeros((transform.crop, transform.crop, part.shape[2]), np.uint8)
+    result[top - corner[1] :, left - corner[0] :][: part.shape[0], : part.shape[1]] = part
+    return result
 
 
 def resize_fast(
@@ -90,6 +108,47 @@ def resize_fast(
     padded = np.zeros((crop, crop, 3), np.uint8)
     padded[part[1] - top :, part[0] - left :][: resized.shape[0], : resized.shape[1]] = resized
     return padded
+
+
+TURNS = {
+    Image.Transpose.FLIP_LEFT_RIGHT: (0, True),
+    Image.Transpose.ROTATE_180: (2, False),
+    Image.Transpose.FLIP_TOP_BOTTOM: (2, True),
+    Image.Transpose.TRANSPOSE: (1, True),
+    Image.Transpose.ROTATE_270: (3, False),
+    Image.Transpose.TRANSVERSE: (3, True),
+    Image.Transpose.ROTATE_90: (1, False),
+}
+"""Pillow's transpose → quarter turns against the clock after an optional flip of left and right."""
+
+
+def turned(pixels: np.ndarray, transpose: Image.Transpose | None) -> np.ndarray:
+    """Transpose [height, width, bands] as Pillow transposes an image."""
+    if transpose is None:
+        return pixels
+    quarters, is_flipped = TURNS[transpose]
+    return np.rot90(pixels[:, ::-1] if is_flipped else pixels, quarters)
+
+
+def resize_bands(pixels: np.ndarray, transform: Transform) -> np.ndarray:
+    """Resize and crop [height, width, bands] of uint8, uint16 or float32, each band with Pillow's filters.
+
+    Pillow rounds uint8 after each of its two passes; the other types are computed in float32 and rounded once.
+    """
+    height, width, bands = pixels.shape
+    scaled, (left, top) = scaled_sizes(width, height, transform)
+    part = _visible_part(scaled, (left, top), transform.crop)
+    box = _source_box(part, (0.0, 0.0, float(width), float(height)), scaled)
+    result = np.zeros((transform.crop, transform.crop, bands), pixels.dtype)
+    target = result[part[1] - top :, part[0] - left :][: part[3] - part[1], : part[2] - part[0]]
+    number = np.uint8 if pixels.dtype == np.uint8 else np.float32
+    for band in range(bands):
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., band], number))
+        resized = np.asarray(_resize_with_pillow(image, box, part, transform))
+        if pixels.dtype == np.uint16:
+            resized = np.rint(resized).clip(0, 65535)
+        target[..., band] = resized
+    return result
 
 
 def _visible_part(scaled: tuple[int, int], corner: tuple[int, int], crop: int) -> Part:

@@ -13,18 +13,22 @@ from torch import Tensor, nn
 
 from pipeline.errors import WeightsRefused, first_line
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".safetensors")
 
-_NESTED = ("state_dict", "model", "model_state_dict", "net")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_NESTED = ("state_dict", "model", "model_state_dict", "net", "weights", *_AVERAGED)
+"""Keys under which training scripts save a state dict. If a file has several, the first one is taken."""
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that are used only in training
+_TRAINING = ("criterion.", "loss.", "loss_fn.", "n_averaged")  # tensors of a loss function or a moving average
 _OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)")
 
 
 def read_state(path: str) -> "OrderedDict[str, Tensor]":
     """Read the tensors of a checkpoint by name, on the CPU; memory-mapped if the format allows it.
 
-    Formats: safetensors, or torch.save() of a state dict, alone or under the key state_dict, model, model_state_dict
-    or net. Pickled code is never executed. Raises WeightsRefused.
+    Formats: safetensors, or torch.save() of a state dict, alone or under one of the usual keys: state_dict, model,
+    model_state_dict, net, weights, state_dict_ema, model_ema, ema_state_dict, ema. Pickled code is never executed.
+    Raises WeightsRefused.
     """
     with open(path, "rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
@@ -42,22 +46,35 @@ def read_state(path: str) -> "OrderedDict[str, Tensor]":
             "save the network's state_dict() instead, with torch.save or as .safetensors"
         ) from error
     except Exception as error:  # the exception of a damaged file depends on the place of the damage
+        if "TorchScript" in str(error):
+            raise WeightsRefused(
+                f"weights {path} are TorchScript, a network with its code: save the state_dict() of its network instead"
+            ) from error
         raise WeightsRefused(f"weights {path} cannot be read as a checkpoint: {first_line(error)}") from error
     return _find_state(content, path)
 
 
 def _find_state(content: Any, path: str) -> "OrderedDict[str, Tensor]":
-    nested = [content[name] for name in _NESTED if isinstance(content, Mapping) and name in content]
-    for state in [*nested, content]:
-        if not isinstance(state, Mapping):
-            continue
-        tensors = OrderedDict((name, value) for name, value in state.items() if isinstance(value, Tensor))
-        if tensors:
-            tensors._metadata = dict(getattr(state, "_metadata", None) or {})  # type: ignore[attr-defined]
-            return tensors
+    state = _first_state(content)
+    if state is not None:
+        return state
     is_mapping = isinstance(content, Mapping)
     holds = f"its keys are {_some(map(str, content))}" if is_mapping else f"it is a {type(content).__name__}"
     raise WeightsRefused(f"weights {path} hold no state dict: {holds}; save the network's state_dict()")
+
+
+def _first_state(content: Any) -> "OrderedDict[str, Tensor] | None":
+    """The first mapping with tensors: under one of _NESTED, at any depth, or the content itself."""
+    if not isinstance(content, Mapping):
+        return None
+    for name in _NESTED:
+        if name in content and (nested := _first_state(content[name])) is not None:
+            return nested
+    tensors = OrderedDict((name, value) for name, value in content.items() if isinstance(value, Tensor))
+    if not tensors:
+        return None
+    tensors._metadata = dict(getattr(content, "_metadata", None) or {})  # type: ignore[attr-defined]
+    return tensors
 
 
 def _blocked_global(error: Exception) -> str:
@@ -74,8 +91,8 @@ def align(state: "OrderedDict[str, Tensor]", expected: Iterable[str]) -> "Ordere
     """Rename tensors to the names that the network expects, by removing the prefix that a wrapper has added.
 
     The prefix is the one that makes most names match: module., backbone., model., encoder., _orig_mod. or any other.
-    Heads that only training uses are removed if the network lacks them. Raises WeightsRefused if two tensors would get
-    the same name.
+    Heads and losses that only training uses are removed if the network lacks them. Raises WeightsRefused if
+    two tensors would get the same name.
     """
     names = set(expected)
     renamed = {key: _OLD_DENSENET.sub(r"\1\2", key) for key in state}
@@ -89,7 +106,7 @@ def align(state: "OrderedDict[str, Tensor]", expected: Iterable[str]) -> "Ordere
             )
         aligned[own] = state[key]
     for name in list(aligned):
-        if name.startswith(_AUXILIARY) and name not in names:
+        if name.startswith(_AUXILIARY + _TRAINING) and name not in names:
             del aligned[name]
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     aligned._metadata = {  # type: ignore[attr-defined]
@@ -98,6 +115,29 @@ def align(state: "OrderedDict[str, Tensor]", expected: Iterable[str]) -> "Ordere
         if f"{name}.".startswith(prefix)
     }
     return aligned
+
+
+def unwrap_head(state: "OrderedDict[str, Tensor]", head: str) -> str:
+    """Rename the tensors of a head of several layers, `fc.1.weight`, to those of the network's one layer, `fc.weight`.
+
+    This is only possible if a single layer has tensors: the others are then a dropout, for example. Returns the name of
+    that layer, "" if nothing was renamed. Raises WeightsRefused if several layers have tensors.
+    """
+    if not head or f"{head}.weight" in state:
+        return ""
+    inner = [name.removeprefix(f"{head}.") for name in state if name.startswith(f"{head}.")]
+    layers = sorted({name.rpartition(".")[0] for name in inner})
+    if len(layers) > 1:
+        raise WeightsRefused(
+            f"the weights hold a head of several layers ({_some(f'{head}.{layer}' for layer in layers)}), but the "
+            f"network's {head} is one layer: write a function that builds the network with this head, and give it as "
+            "--model package.module:function"
+        )
+    if not layers or not set(inner) <= {f"{layers[0]}.weight", f"{layers[0]}.bias"}:
+        return ""
+    for name in inner:
+        state[f"{head}.{name.rpartition('.')[2]}"] = state.pop(f"{head}.{name}")
+    return f"{head}.{layers[0]}"
 
 
 def _common_prefix(keys: Iterable[str], names: set[str]) -> str:
@@ -142,6 +182,9 @@ def fit(network: nn.Module, state: "OrderedDict[str, Tensor]", subject: str, hea
         groups = {"missing": missing, "unexpected": unexpected, "of another shape": other_shapes}
         faults = "; ".join(f"{len(names)} {fault} ({_some(names)})" for fault, names in groups.items() if names)
         faults = faults or " ".join(str(refusal).split())[:400]
-        raise WeightsRefused(f"{subject} do not match: {faults}; use the --model that these weights were trained for")
+        raise WeightsRefused(
+            f"{subject} do not match: {faults}; use the --model that these weights were "
+            "trained for, or a package.module:function that builds their network"
+        )
     network.float()
     return has_head

@@ -74,14 +74,24 @@ def find_classifier(network: nn.Module, model: str, crop: int) -> Shape:
 
     The classifier is the last layer, whatever its name: a Linear whose output is the network's output, or a 1 × 1
     convolution that only pooling follows. model: the name for messages.
-    Raises SettingRefused if the network cannot take the image, does not return one tensor [N, width], or ends in
-    several classifiers.
+    Raises SettingRefused if the network cannot take the image, does not return one tensor [N, width], ends in several
+    classifiers, or is TorchScript, whose layers cannot be told apart.
     """
+    if isinstance(network, torch.jit.ScriptModule):
+        raise SettingRefused(
+            f"--model {model} returns TorchScript, whose classifier cannot be separated from the layers before it: "
+            "return the torch.nn.Module that it was made from; if its output is the embedding, return a "
+            "torch.nn.Module that calls it"
+        )
+    if not all(isinstance(value, Tensor) for value in network.state_dict().values()):
+        raise SettingRefused(
+            f"--model {model} has weights that are not tensors, as quantized ones: return it in float32"
+        )
     device = "meta" if any(parameter.is_meta for parameter in network.parameters()) else "cpu"
     channels = first_convolution(network)[1]
     image = torch.zeros(1, channels, crop, crop, device=device)
-    network.to(device).eval()
     try:
+        network.to(device).eval()
         output, (name, layer, result) = _trace(network, image)
     except Exception as error:  # the network may be the user's own and raise anything
         raise SettingRefused(f"--model {model} cannot take a {crop} × {crop} image: {error}") from error
@@ -98,6 +108,19 @@ def find_classifier(network: nn.Module, model: str, crop: int) -> Shape:
             "it, so it has no embedding; name another network, or a package.module:function that returns the embedding"
         )
     return Shape("", output.shape[1], 0, channels)
+
+
+def resize_classifier(network: nn.Module, head: str, classes: int) -> None:
+    """Give a classifier, a Linear or a 1 × 1 convolution, tensors for another number of classes, without values.
+
+    The layer stays the same object, so that a subclass and its hooks are kept.
+    """
+    layer: Any = network.get_submodule(head)
+    layer.weight = nn.Parameter(layer.weight.new_empty(classes, *layer.weight.shape[1:]))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.new_empty(classes))
+    name = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+    setattr(layer, name, classes)
 
 
 def _trace(network: nn.Module, image: Tensor) -> tuple[Any, tuple[str, nn.Module, Any]]:

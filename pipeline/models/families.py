@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline.errors import WeightsRefused
 from pipeline.images.transform import Transform
-from pipeline.models.checkpoint import SUFFIXES, align, fit, read_state
+from pipeline.models.checkpoint import SUFFIXES, align, fit, read_state, unwrap_head
 from pipeline.models.classifier import weightless
 from pipeline.storage import uris
 
@@ -80,6 +80,10 @@ class Family:
         """Add labels and transform to a source if its sha256 is that of the family's own file."""
         return source
 
+    def assumes_transform(self, source: WeightsSource) -> bool:
+        """Whether `transform` may not be that of the training: the weights are a file that was trained elsewhere."""
+        return source.uri is not None and not source.own
+
     def skeleton(self, own: bool, sizes: dict[str, int]) -> nn.Module:
         """Build the network with parameters on the meta device, which takes no memory."""
         with weightless():
@@ -91,11 +95,17 @@ class Family:
             torch.default_generator.manual_seed(self.seed)
             return self.network(own, sizes)
 
+    def resized(self, own: bool, sizes: dict[str, int], head: str) -> nn.Module:
+        """The skeleton with the sizes of a file of weights. head: name of the classifier."""
+        return self.skeleton(own, sizes)
+
     def load(self, source: WeightsSource, path: str, sizes: dict[str, int], head: str) -> nn.Module:
         """Build the network and load a file into it. head: name of a classifier that the file may lack.
 
         Raises WeightsRefused.
         """
-        network = self.skeleton(source.own, sizes)
-        fit(network, align(read_state(path), network.state_dict()), f"{self.model} and {source.name}", head)
+        network = self.resized(source.own, sizes, head)
+        state = align(read_state(path), network.state_dict())
+        unwrap_head(state, head)
+        fit(network, state, f"{self.model} and {source.name}", head)
         return network

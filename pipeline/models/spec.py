@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import WeightsRefused
 from pipeline.images.transform import Transform
-from pipeline.models.checkpoint import align, fit, read_state
+from pipeline.models.checkpoint import align, fit, read_state, unwrap_head
 from pipeline.models.classifier import RGB, Network, Shape, find_classifier, first_convolution
 from pipeline.models.download import fetch_weights
 from pipeline.models.families import Family, WeightsSource
 from pipeline.models.labels import read_labels
+from pipeline.models.overrides import Overrides
 from pipeline.models.python_function import FunctionFamily
 from pipeline.models.timm_models import TimmFamily
 from pipeline.models.torchvision_models import TorchvisionFamily
@@ -32,6 +33,7 @@ class ModelSpec:
     in_channels: 3 (RGB) or 1 (luma).
     labels: num_classes class names; () without a classifier.
     head: name of the classifier among the network's modules; "" without a classifier.
+    notes: sentences for the user about defaults that may not fit these weights.
     """
 
     model: str
@@ -46,31 +48,47 @@ class ModelSpec:
     in_channels: int
     labels: tuple[str, ...]
     head: str
+    notes: tuple[str, ...] = ()
 
 
-def resolve(model: str, weights: str, *, labels: str | None = None, seed: int = 0, need_head: bool = True) -> ModelSpec:
+def resolve(
+    model: str,
+    weights: str,
+    *,
+    labels: str | None = None,
+    seed: int = 0,
+    need_head: bool = True,
+    overrides: Overrides = Overrides(),  # noqa: B008
+) -> ModelSpec:
     """Check a choice of network and weights, without running data or using a GPU. Downloads the weights.
 
     model: a torchvision name, `timm:<name>`, or `package.module:function`, a function that returns a network or a
     tuple of a network and its Transform.
-    weights: DEFAULT, a name of torchvision's weights enum, a path or URI of .pt, .pth, .bin or .safetensors, or random.
+    weights: DEFAULT, a name of torchvision's weights enum, a path or URI of .pt, .pth, .pth.tar, .ckpt, .bin or
+    .safetensors, or random.
     labels: path or URI of class names. None: the names of the weights, or class numbers if they have none.
     seed: of random weights. need_head: False if only the embedding is needed; the weights may then lack a classifier.
+    overrides: of the network's transform.
     Raises SettingRefused and WeightsRefused.
     """
     family = find_family(model, seed)
     source = family.source(weights)
     path, sha256 = fetch_weights(source.uri, family.is_official(source)) if source.uri else ("", "")
     source = family.recognise(source, sha256)
-    sizes = {"image_size": (source.transform or family.transform).crop}
+    sizes = {"image_size": overrides.crop or (source.transform or family.transform).crop}
     network = family.skeleton(source.own, sizes)
-    transform = source.transform or family.transform  # that of a Python function is known only now
+    transform = overrides.apply(source.transform or family.transform)  # that of a function is known only now
     shape = find_classifier(network, model, transform.crop)
+    notes = [_embedding_note(model, shape)] if isinstance(family, FunctionFamily) and not shape.head else []
     if path and not (source.own and family.loads_own):
-        shape = _check_state(family, network, sizes, shape, source, path, need_head)
+        shape, inner_head = _check_state(family, network, sizes, shape, source, path, need_head)
+        notes += [_head_note(source, inner_head, shape.head)] if inner_head else []
     elif source.own and not path:
         sha256 = _digest(network)
     _check_shape(shape, model, source.name, need_head)
+    transform = overrides.for_channels(transform, shape.channels, model)
+    if not (source.transform or overrides.are_complete) and family.assumes_transform(source):
+        notes.append(_transform_note(transform, model, source))
     return ModelSpec(
         model=model,
         weights=source.name,
@@ -78,12 +96,13 @@ def resolve(model: str, weights: str, *, labels: str | None = None, seed: int = 
         own_weights=source.own,
         sha256=sha256,
         seed=seed,
-        transform=_for_channels(transform, shape.channels),
+        transform=transform,
         embedding_dim=shape.width,
         num_classes=shape.classes,
         in_channels=shape.channels,
         labels=_class_names(labels if need_head else None, source.labels, shape.classes),
         head=shape.head,
+        notes=tuple(notes),
     )
 
 
@@ -128,15 +147,20 @@ def _check_state(
     source: WeightsSource,
     path: str,
     need_head: bool,
-) -> Shape:
-    """Shape of the network with the classes and channels of a file of weights; WeightsRefused if they do not match."""
+) -> tuple[Shape, str]:
+    """Shape of the network with the classes and channels of a file of weights; WeightsRefused if they do not match.
+
+    Also returns the name of the head's layer in the file if it has another name there, else "".
+    """
     state = align(read_state(path), network.state_dict())
+    inner_head = unwrap_head(state, shape.head)
     channels = _size(state, f"{first_convolution(network)[0]}.weight", 1, shape.channels)
     classes = _size(state, f"{shape.head}.weight", 0, shape.classes)
     if (classes, channels) != (shape.classes, shape.channels):
-        network = family.skeleton(source.own, sizes | {"num_classes": classes, "in_channels": channels})
+        new_sizes = {"num_classes": classes, "in_channels": channels}
+        network = family.resized(source.own, sizes | new_sizes, shape.head)
     has_head = fit(network, state, f"{family.model} and {source.name}", "" if need_head else shape.head)
-    return replace(shape, classes=classes if has_head else 0, channels=channels)
+    return replace(shape, classes=classes if has_head else 0, channels=channels), inner_head
 
 
 def _check_shape(shape: Shape, model: str, weights: str, need_head: bool) -> None:
@@ -160,12 +184,29 @@ def _size(state: "OrderedDict[str, Tensor]", name: str, axis: int, default: int)
     return state[name].shape[axis] if name in state and state[name].ndim > axis else default
 
 
-def _for_channels(transform: Transform, channels: int) -> Transform:
-    """For one channel, replace the three means and standard deviations by their mean."""
-    if channels != 1:
-        return transform
-    mean, std = (sum(values) / len(values) for values in (transform.mean, transform.std))
-    return replace(transform, mean=(mean,), std=(std,))
+def _embedding_note(model: str, shape: Shape) -> str:
+    return (
+        f"--model {model} does not end in a classifier that can be removed, so the embedding is its whole output of "
+        f"{shape.width} values; if these are scores of classes, let the network end in a torch.nn.Linear"
+    )
+
+
+def _head_note(source: WeightsSource, inner: str, head: str) -> str:
+    return (
+        f"--weights {source.name} hold the classifier {head} as {inner}: layers beside it that have no weights are "
+        "left out, which is right for a dropout; if there are others, write a function that builds this head, and "
+        "give it as --model package.module:function"
+    )
+
+
+def _transform_note(transform: Transform, model: str, source: WeightsSource) -> str:
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (transform.mean, transform.std))
+    subject = f"--weights {source.name}" if source.uri else f"--model {model}"
+    return (
+        f"{subject} comes without a transform, so the run uses --resize {transform.resize} "
+        f"--crop {transform.crop} --interpolation {transform.interpolation} --mean {mean} --std {std}; set these flags "
+        "to the values of the training if they differ"
+    )
 
 
 def _digest(network: nn.Module) -> str:

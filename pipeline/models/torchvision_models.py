@@ -1,18 +1,17 @@
 """torchvision's networks and weights."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
 
-from pipeline.errors import SettingRefused
 from pipeline.images.transform import Transform
 from pipeline.models.classifier import RGB, first_convolution
 from pipeline.models.download import named_hash, official_uri
 from pipeline.models.families import Family, WeightsSource
 from pipeline.models.lazy_torchvision import torchvision
+from pipeline.models.names import unknown
 
 
 class TorchvisionFamily(Family):
@@ -25,11 +24,7 @@ class TorchvisionFamily(Family):
         super().__init__(model, seed)
         names = torchvision.models.list_models(module=torchvision.models)
         if model not in names:
-            close = difflib.get_close_matches(model, names, 3) or ["resnet50"]
-            raise SettingRefused(
-                f"--model {model!r} is unknown: did you mean {', '.join(close)}? Also possible are timm:<name> and "
-                "package.module:function"
-            )
+            raise unknown(model, names)
         self.builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(model)
         self.enum: Any = torchvision.models.get_model_weights(model)
         self.transform = _transform_of(self.enum.DEFAULT)

@@ -18,6 +18,7 @@ class Commit:
     seconds: wall time by stage, summed over images. networks: how the network ran (device, number format) → images.
     core_seconds: CPU time of the worker processes. gpu_seconds: time in which a GPU had a batch in flight, times the
     share of the GPU. bytes_read: of encoded images. bytes_written: of the two files.
+    nulls: number of null values by column of the results, without the columns that have none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Commit:
     core_seconds: float = 0.0
     gpu_seconds: float = 0.0
     bytes_written: int = 0
+    nulls: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -62,6 +64,7 @@ class Tally:
     core_seconds: float = 0.0
     gpu_seconds: float = 0.0
     bytes_written: int = 0
+    nulls: Counter[str] = field(default_factory=Counter)
 
     def add(self, commit: Commit) -> None:
         self.rows += commit.rows
@@ -74,3 +77,4 @@ class Tally:
         self.core_seconds += commit.core_seconds
         self.gpu_seconds += commit.gpu_seconds
         self.bytes_written += commit.bytes_written
+        self.nulls.update(commit.nulls)

@@ -1,19 +1,26 @@
 """The output directory at the start and at the end of a run: `_run.json`, the plan, `_SUCCESS`."""
 
+import contextlib
+import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipeline import coverage
 from pipeline.config import RunConfig
 from pipeline.coverage import Ranges
-from pipeline.errors import OutputRefused, ReadError
+from pipeline.errors import OutputRefused, ReadError, Refused
 from pipeline.output import ledger as ledgers
+from pipeline.output import lock
 from pipeline.output.lock import LOCK, taken_over
 from pipeline.output.parts import read_committed
 from pipeline.output.run_record import RunRecord
+from pipeline.planning import archive as archives
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
@@ -21,9 +28,14 @@ from pipeline.planning.update import Change
 from pipeline.sources.records import TRANSIENT
 from pipeline.storage import access, uris
 
-RUN, SUCCESS = "_run.json", "_SUCCESS"
+RUN, SUCCESS = lock.RUN, "_SUCCESS"
 EARLY_FILES = (LOCK, f"{ledgers.ATTEMPTS}/", plans.FILES)
 """Prefixes of the files that a run may write before its `_run.json`."""
+
+REMAINS = re.compile(
+    r"(_report\.json|((results/|_errors/)?part-\d{4,}-\d+-\d+(-\w+)?\.parquet|_commits/part-\d{4,}-\d+-\d+\.json))"
+)
+"""Files that a driver and its workers may write after their output was deleted."""
 
 
 def prepare(
@@ -37,17 +49,14 @@ def prepare(
     """
     earlier = _read_run(config.output, config.overwrite)
     if earlier is None:
+        _remove_remains(config.output, check_lock)
         _refuse_foreign(config.output)
     elif not config.overwrite:
         plan = plans.load(config.output)
-        if earlier["settings"] != record.settings and (plan or _has_commits(config.output)):
-            raise OutputRefused(
-                f"{config.output} belongs to a run with other settings: {record.difference(earlier['settings'])}. "
-                "Use another --output or add --overwrite"
-            )
+        _refuse_other_settings(config.output, record, earlier, plan)
         if plan:
             return _update(plan, archive, check_lock) if config.update else (plan, None)
-    plan = plans.make(config.output, archive.shards(), archive.keep_types)
+    plan = plans.make(config.output, archive.shards(), archive.keep_types, archive.left_out.counts)
     check_lock()
     if earlier and config.overwrite:
         _remove_all(plan, check_lock)
@@ -58,6 +67,65 @@ def prepare(
         plans.save(plan, is_first=True)
     _remove_unnamed(plan, check_lock)
     return plan, None
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a directory that is no output of Nightshift, and an input without images. Takes no network.
+
+    The next attempt at a planned run does not list its archive, so the input may be missing.
+    """
+    if uris.is_local(config.output):
+        _refuse_read_only(Path(config.output))
+    try:
+        if _read_run(config.output, config.overwrite) is None:
+            with contextlib.suppress(FileNotFoundError):  # a local directory that does not exist yet
+                _refuse_foreign(config.output)
+        is_planned = plans.load(config.output) is not None
+    except PermissionError as error:
+        raise OutputRefused(
+            f"--output {config.output} cannot be read: {error}; use a directory or bucket with permission"
+        ) from error
+    if config.overwrite or config.update or not is_planned:
+        archives.check(config)
+
+
+def check_settings(config: RunConfig, record: RunRecord) -> None:
+    """Refuse what `prepare` would refuse in an output that exists."""
+    earlier = _read_run(config.output, config.overwrite)
+    if earlier and not config.overwrite:
+        _refuse_other_settings(config.output, record, earlier, plans.load(config.output))
+
+
+def _refuse_read_only(output: Path) -> None:
+    folder = next((path for path in (output, *output.parents) if os.path.exists(path)), Path("/"))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise OutputRefused(f"--output {output} cannot be written: {folder} is no directory with write permission")
+
+
+def _refuse_other_settings(output: str, record: RunRecord, earlier: dict[str, Any], plan: Plan | None) -> None:
+    if earlier["settings"] != record.settings and (plan or _has_commits(output)):
+        raise OutputRefused(
+            f"{output} belongs to a run with other settings: {record.difference(earlier['settings'])}. "
+            "Use another --output or add --overwrite"
+        )
+
+
+@contextmanager
+def without_leftovers(output: str) -> Iterator[None]:
+    """If the context is refused, remove the files and local folders that it made, unless a plan was saved."""
+    missing = [path for path in (Path(output), *Path(output).parents) if uris.is_local(output) and not path.exists()]
+    try:
+        yield
+    except Refused:
+        with contextlib.suppress(OSError, Refused):
+            if plans.load(output) is None:
+                for info in list(access.list_objects(uris.join(output, plans.FOLDER))):
+                    access.delete(info.uri)
+        with contextlib.suppress(OSError):
+            for folder in (Path(output, plans.FOLDER), *missing) if missing else ():
+                if folder.exists():
+                    folder.rmdir()
+        raise
 
 
 @contextmanager
@@ -81,9 +149,15 @@ def _remove_unnamed(plan: Plan, check_lock: Callable[[], object]) -> None:
 def _update(plan: Plan, archive: Archive, check_lock: Callable[[], object]) -> tuple[Plan, Change]:
     """Add new, replaced and unread objects to the plan. If there are any, the output is unfinished again."""
     change = Change(plan, _failed_reads(plan.output))
-    extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.dropped)
+    left_out = archive.left_out.counts
+    extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.dropped, left_out)
+    change.left_out = extended.left_out
     if extended.files == plan.files:
-        return plan, change
+        same_shards = replace(plan, left_out=extended.left_out)
+        if same_shards.left_out != plan.left_out:
+            check_lock()
+            plans.save(same_shards)
+        return same_shards, change
     check_lock()
     access.delete(uris.join(plan.output, SUCCESS))
     plans.save(extended)
@@ -121,7 +195,7 @@ def is_finished(output: str) -> bool:
 def draft(archive: Archive) -> Iterator[Plan]:
     """Plan a run without its output. The plan's files are in a temporary folder, which is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
-        yield plans.make(folder, archive.shards(), archive.keep_types)
+        yield plans.make(folder, archive.shards(), archive.keep_types, archive.left_out.counts)
 
 
 def preview(archive: Archive, record: RunRecord, columns: list[str]) -> dict[str, Any]:
@@ -134,6 +208,7 @@ def preview(archive: Archive, record: RunRecord, columns: list[str]) -> dict[str
         "images": plan.rows,
         "shards_to_be_counted": plan.uncounted_shards,
         "size_bytes": plan.size_bytes,
+        "left_out": plan.left_out,
         "columns": columns,
         "settings": record.settings,
     }
@@ -164,6 +239,20 @@ def _refuse_foreign(output: str) -> None:
                 f"{output} has the file {info.uri} but no {RUN}, so it is not an output of Nightshift; use an empty "
                 "directory"
             )
+
+
+def _remove_remains(output: str, check_lock: Callable[[], object]) -> None:
+    """Remove what a run wrote after its output was deleted: parts and commits without a plan and without attempts.
+
+    A directory with any other file, or with parts but no commits, is left alone: the parts may be a user's copy.
+    """
+    names = {info.uri[len(output) + 1 :]: info.uri for info in access.list_objects(output)}
+    names.pop(LOCK, None)
+    has_commits = any(name.startswith(f"{ledgers.COMMITS}/") for name in names)
+    if has_commits and all(REMAINS.fullmatch(name) for name in names):
+        for uri in names.values():
+            check_lock()
+            access.delete(uri)
 
 
 def _has_commits(output: str) -> bool:

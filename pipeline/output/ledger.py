@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pipeline.coverage import Coverage
 from pipeline.errors import NightshiftError, OutputLocked, OutputRefused, TooManyErrors, first_line
 from pipeline.output.commit import Commit, Tally
-from pipeline.output.lock import taken_over
+from pipeline.output.lock import deleted, taken_over
 from pipeline.planning.plan import Plan
 from pipeline.storage import access, base, uris
 from pipeline.threads import ordered_map
@@ -176,8 +176,14 @@ def sweep(ledger: Ledger) -> int:
 
 
 def check_newest(ledger: Ledger) -> None:
-    """Raise OutputLocked if a later attempt has begun, which then decides which commits count."""
-    if last_attempt(ledger.output) != ledger.attempt:
+    """Raise OutputLocked if a later attempt has begun, which then decides which commits count.
+
+    Raises OutputRefused if this attempt is gone: the output was deleted.
+    """
+    newest = last_attempt(ledger.output)
+    if newest < ledger.attempt:
+        raise deleted(ledger.output)
+    if newest > ledger.attempt:
         raise taken_over(ledger.output)
 
 

@@ -13,14 +13,23 @@ from typing import Any
 from pipeline.errors import OutputLocked, OutputRefused, StorageRefused
 from pipeline.storage import access, uris
 
-LOCK = "_lock.json"
+LOCK, RUN = "_lock.json", "_run.json"
 HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 20.0
+
+UNWRITABLE = (errno.EROFS, errno.ENOTSUP)
 
 
 def taken_over(output: str) -> OutputLocked:
     """The error that ends a driver that has been replaced."""
     return OutputLocked(f"another driver took over {output} while this one was paused; this one stops")
+
+
+def deleted(output: str) -> OutputRefused:
+    """The error that ends a driver whose output has been removed."""
+    return OutputRefused(
+        f"{output} was deleted while this run was writing to it; run the same command again to start anew"
+    )
 
 
 class Lock:
@@ -31,8 +40,9 @@ class Lock:
     compared. Entering raises OutputLocked while another driver holds the lock, and OutputRefused if the output cannot
     be written.
 
-    lost: set when another driver has taken the lock. slow: set when a heartbeat took so long that another driver may
-    have held the lock in between. beat_at: time of the last heartbeat, in seconds since the epoch.
+    lost: set when another driver has taken the lock, or the output was deleted. deleted: set only if it was deleted.
+    slow: set when a heartbeat took so long that another driver may have held the lock in between.
+    beat_at: time of the last heartbeat, in seconds since the epoch.
     """
 
     def __init__(self, output: str) -> None:
@@ -44,8 +54,9 @@ class Lock:
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
         }
-        self.lost, self.slow = threading.Event(), threading.Event()
+        self.lost, self.deleted, self.slow = threading.Event(), threading.Event(), threading.Event()
         self.beat_at = time.time()
+        self._has_run = False  # this driver has seen `_run.json`
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
 
@@ -53,11 +64,12 @@ class Lock:
         try:
             self._acquire()
         except OSError as error:
-            if not isinstance(error, PermissionError | NotADirectoryError) and error.errno != errno.EROFS:
+            if not isinstance(error, PermissionError | NotADirectoryError) and error.errno not in UNWRITABLE:
                 raise
-            raise OutputRefused(
-                f"--output {self.output} cannot be written: {error}; use a directory or bucket with write permission"
-            ) from error
+            remedy = (
+                "use another directory or a bucket" if error.errno in UNWRITABLE else "use one with write permission"
+            )
+            raise OutputRefused(f"--output {self.output} cannot be written: {error}; {remedy}") from error
         self.beat_at = time.time()
         self._thread.start()
         return self
@@ -86,6 +98,8 @@ class Lock:
         """
         if abs(time.time() - self.beat_at) > LEASE_SECONDS / 2 and not self._may_be_mine(self._read()):
             self.lost.set()
+        if self.deleted.is_set():
+            raise deleted(self.output)
         if self.lost.is_set():
             raise taken_over(self.output)
 
@@ -99,10 +113,25 @@ class Lock:
                 if not self._may_be_mine(content):
                     self.lost.set()
                     return
+                if self._is_deleted(bool(content)):
+                    self.deleted.set()
+                    self.lost.set()
+                    return
                 (access.write if content else access.create)(self.uri, self._content(number))
                 self.beat_at = time.time()
             if abs(time.time() - began) > LEASE_SECONDS / 2:
                 self.slow.set()
+
+    def _is_deleted(self, has_lock: bool) -> bool:
+        """True if the lock and a `_run.json` that existed are gone."""
+        if has_lock and self._has_run:
+            return False
+        try:
+            access.head(uris.join(self.output, RUN))
+        except FileNotFoundError:
+            return self._has_run and not has_lock
+        self._has_run = True
+        return False
 
     def _wait_for_stale(self) -> bool:
         """Wait until the existing lock is abandoned; return False if it was removed. Raises OutputLocked."""

@@ -70,6 +70,7 @@ def drop_rows(output: str, dropped: Mapping[int, coverage.Ranges], commit: Commi
         rows=0 if part is None else len(part),
         errors=0 if errors is None else len(errors),
         errors_by_type={} if errors is None else count_errors(errors),
+        nulls={} if part is None else count_nulls(part),
     )
     # An attempt that never began may have left a commit of this name, which does not count.
     access.write(commit_uri(output, name), rewritten.to_json().encode())
@@ -123,6 +124,12 @@ def encode(table: pa.Table, footer: str, **options: Any) -> bytes:
         **options,
     )
     return buffer.getvalue()
+
+
+def count_nulls(rows: pa.Table) -> dict[str, int]:
+    """Count the null values by column. Leaves out the columns that have none."""
+    counts = {name: rows[name].null_count for name in rows.schema.names}
+    return {name: count for name, count in counts.items() if count}
 
 
 def count_errors(errors: pa.Table) -> dict[str, int]:

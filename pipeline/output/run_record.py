@@ -45,7 +45,8 @@ class RunRecord:
         settings = {**config.result_settings(), **predictor.settings()}
         as_read = json.loads(json.dumps(settings))  # equal to the settings that a later attempt reads from `_run.json`
         flags = {**asdict(config), **config.result_settings(), "output": uris.redact(config.output)}
-        return RunRecord(config.output, as_read, predictor.provenance(), flags)
+        provenance = {**predictor.provenance(), **config.value_settings()}
+        return RunRecord(config.output, as_read, provenance, flags)
 
     @cached_property
     def fingerprint(self) -> str:

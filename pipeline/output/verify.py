@@ -20,6 +20,7 @@ from pipeline.output.commit import Commit
 from pipeline.output.directory import RUN, SUCCESS, is_finished
 from pipeline.output.ledger import Ledger
 from pipeline.output.lock import Lock
+from pipeline.planning import left_out
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import Plan
 from pipeline.storage import access, uris
@@ -33,20 +34,26 @@ MAX_PROBLEMS_SHOWN = 20
 class Verification:
     """The result of `verify` and `repair`.
 
-    planned: number of planned images; None while some shards are uncounted. rows, errors: number of rows in the results
-    and in `_errors/`. parts, commits: how many. problems: one sentence each.
+    planned: number of planned images; None while some shards are uncounted. uncounted_shards: how many those are.
+    rows, errors: number of rows in the results and in `_errors/`. parts, commits: how many. problems: one sentence
+    each.
     bad_commits: commits that are damaged, do not match their files, or cover rows that another commit covers. `repair`
     removes them.
+    left_out: numbers of files of the archive that are not read, by suffix. empty_shards: number of tars and zips
+    without an image.
     """
 
     output: str
     planned: int | None = None
+    uncounted_shards: int = 0
     rows: int = 0
     errors: int = 0
     parts: int = 0
     commits: int = 0
     problems: list[str] = field(default_factory=list)
     bad_commits: list[Commit] = field(default_factory=list)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    empty_shards: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -55,8 +62,17 @@ class Verification:
 
     def lines(self) -> Iterator[str]:
         """Describe the result in lines of text, with up to MAX_PROBLEMS_SHOWN problems."""
-        planned = "unknown" if self.planned is None else f"{self.planned:,}"
-        yield f"{self.output}: planned {planned} = {self.rows:,} rows + {self.errors:,} errors, in {self.parts:,} parts"
+        done = f"{self.rows:,} rows + {self.errors:,} errors, in {self.parts:,} parts"
+        if self.planned is not None:
+            yield f"{self.output}: planned {self.planned:,} = {done}"
+        elif self.uncounted_shards:
+            yield f"{self.output}: the images of {self.uncounted_shards:,} shards are not counted yet; so far {done}"
+        else:
+            yield f"{self.output}: not planned yet"
+        if self.left_out:
+            yield f"  left out: {left_out.describe(self.left_out)}"
+        if self.empty_shards:
+            yield f"  empty: {left_out.describe_empty(self.empty_shards)}"
         for problem in self.problems[:MAX_PROBLEMS_SHOWN]:
             yield f"  not whole: {problem}"
         if len(self.problems) > MAX_PROBLEMS_SHOWN:
@@ -78,11 +94,14 @@ def verify(output: str) -> Verification:
     if plan is None:
         result.problems.append("the plan was never finished; run the same command again")
         return result
+    result.left_out = plan.left_out
     part_uris = [info.uri for info in ledgers.parts(output)]  # before the commits: a part is older than its commit
     ledger, commits = _check_ledger(result, plan)
     _check_parts(result, commits, run)
     _check_names(result, commits, part_uris)
     result.planned = plan.images(ledger.coverage.totals)
+    result.empty_shards = plan.empty_shards(ledger.coverage.totals)
+    result.uncounted_shards = plan.uncounted(ledger.coverage.totals)
     if not result.problems and not is_finished(output):
         result.problems.append(f"{SUCCESS} is missing; run the same command again")
     return result

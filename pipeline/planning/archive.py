@@ -1,7 +1,9 @@
 """Turns `--input` into a stream of shards. Runs on the driver before any work and refuses inputs that cannot work."""
 
+import contextlib
 import heapq
 import itertools
+import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,12 +14,14 @@ from braceexpand import braceexpand
 from pipeline import sources
 from pipeline.config import RunConfig
 from pipeline.errors import InputRefused, ReadError
-from pipeline.planning import lists
+from pipeline.planning import left_out, lists
 from pipeline.planning import plan as plans
+from pipeline.planning.left_out import LeftOut
 from pipeline.planning.plan import OBJECTS_PER_SHARD, Plan
 from pipeline.planning.update import Change
 from pipeline.sources import parquet, source_of
-from pipeline.sources.base import Contents, ReadOptions, ShardEnd, Source
+from pipeline.sources.base import MAGIC_BYTES, Contents, NoImages, ReadOptions, ShardEnd, Source, starts_as_image
+from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
 from pipeline.sources.objects import LooseImages
 from pipeline.sources.shard import Shard
 from pipeline.storage import access, credentials, uris
@@ -25,24 +29,30 @@ from pipeline.storage.base import ObjectInfo
 from pipeline.threads import ordered_map
 
 HEADER_THREADS = 16
+WEB = ("http://", "https://")
+LOOK_AHEAD_OBJECTS = 1000
+"""An input is refused at once if it has no images and no more objects than this; a larger one at its end."""
 
 
 @dataclass
 class Archive:
     """All objects that `--input` names.
 
-    keep_types: types of the `--keep` columns by their names in the shards; complete at the end of `shards()`.
+    keep_types: types of the `--keep` columns by their names in the shards. left_out: the files that are not read.
+    Both are complete at the end of `shards()` and `new_shards()`.
     """
 
     config: RunConfig
     keep_types: dict[str, pa.DataType] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def new_shards(self, change: Change) -> Iterator[Shard]:
         """The shards of the objects that an earlier plan does not contain as they are now. There may be none."""
         if names := self._lists():
             raise InputRefused(f"--update cannot compare a list of URIs: use another --output for {names[0]}")
         self.keep_types.update((column.name, column.type) for column in change.plan.keep)
-        objects = _merge([self._checked_objects(name) for name in self._names()])
+        self.left_out.clear()
+        objects = self._listed(self._names())
         yield from self._group(change.new(objects), may_be_broken=True)
 
     def shards(self) -> Iterator[Shard]:
@@ -63,6 +73,7 @@ class Archive:
             tuple(self.config.keep_names()),
             self.config.image_column,
             tuple(credentials.with_credentials(self._names())),
+            self.config.any_suffix,
         )
 
     def keys_with_credentials(self, plan: Plan) -> dict[int, tuple[str, ...]]:
@@ -74,9 +85,9 @@ class Archive:
 
     def _list_shards(self) -> Iterator[Shard]:
         list_names = self._lists()
-        streams = [self._checked_objects(name) for name in self._names() if name not in list_names]
         seen = lists.HashSet64()
-        objects = _merge(streams)
+        self.left_out.clear()
+        objects = self._listed(name for name in self._names() if name not in list_names)
         yield from self._group(_add_to(seen, objects) if list_names else objects)
         for name in list_names:
             yield from lists.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types, seen)
@@ -112,7 +123,8 @@ class Archive:
         """True if the user names a URI column, or if the file has no column of images but one of URIs."""
         if self.config.uri_column or self.config.image_column:
             return self.config.uri_column is not None
-        _existing(name)
+        if _file(name) is None:
+            return False
         try:
             schema = parquet.shard_rows(name)[1]
         except parquet.BAD_BYTES:
@@ -127,25 +139,47 @@ class Archive:
             except InputRefused:
                 return False
 
+    def _listed(self, names: Iterable[str]) -> Iterator[ObjectInfo]:
+        """The images and shards of some inputs, sorted by URI. Counts the other files in `left_out`."""
+        for info in _merge([self._checked_objects(name) for name in names]):
+            if _is_ours(info):
+                yield info
+            else:
+                self.left_out.add(info.uri)
+
     def _checked_objects(self, name: str) -> Iterator[ObjectInfo]:
-        """The objects of one input that are images or shards. Raises InputRefused if there is none."""
-        objects = (_with_utf_8_name(info) for info in _objects(name) if self._is_ours(info.uri))
+        """The objects of one input, outside of the output. Raises InputRefused if none is an image or a shard."""
+        objects = self._objects_to_first_image(name)
         try:
-            first = next(objects, None)
+            first = list(itertools.islice(objects, LOOK_AHEAD_OBJECTS))
         except FileNotFoundError as error:
             raise InputRefused(f"--input {name} does not exist") from error
-        except NotADirectoryError:
-            first = None
         except (OSError, ValueError) as error:  # ValueError: an invalid glob
             raise InputRefused(f"--input {name} cannot be read: {error}") from error
-        if first is None:
-            suffixes = ", ".join(suffix for source in sources.SOURCES.values() for suffix in source.suffixes)
-            raise InputRefused(f"--input {name} matches no images: no file name ends in one of {suffixes}")
-        return itertools.chain([first], objects)
+        return itertools.chain(first, objects)
 
-    def _is_ours(self, uri: str) -> bool:
-        """True for images and shards outside of the output."""
-        return source_of(uri) is not None and not uri.startswith(self.config.output + "/")
+    def _objects_to_first_image(self, name: str) -> Iterator[ObjectInfo]:
+        """The objects of one input. Raises InputRefused at their end if none of them is an image or a shard."""
+        others = LeftOut()
+        is_empty, is_file = True, False
+        for info in self._looked_at(_objects(name)):
+            if info.uri.startswith(self.config.output + "/"):
+                continue
+            is_ours = _is_ours(info)
+            if is_ours:
+                is_empty = False
+            elif is_empty:
+                others.add(info.uri)
+                is_file = info.uri == name
+            yield _with_utf_8_name(info) if is_ours else replace(info, uri=uris.escaped(info.uri))
+        if is_empty:
+            raise _no_images(name, others, is_file=is_file)
+
+    def _looked_at(self, objects: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
+        """With `--any-suffix`, look at the first bytes of the objects whose names say nothing, several at once."""
+        if not self.config.any_suffix:
+            return objects
+        return ordered_map(_by_first_bytes, objects, HEADER_THREADS, 4 * HEADER_THREADS)
 
     def _group(self, objects: Iterator[ObjectInfo], *, may_be_broken: bool = False) -> Iterator[Shard]:
         """Group loose images into virtual shards of OBJECTS_PER_SHARD; each other object is a shard.
@@ -172,20 +206,35 @@ class Archive:
             yield from self._inspect_all(with_headers, may_be_broken)
 
     def _inspect_all(self, objects: list[ObjectInfo], may_be_broken: bool) -> Iterator[Shard]:
-        """Read every header. An object with a broken header is still a shard, and later an error row."""
+        """Read every header. An object with a broken header is still a shard, and later an error row.
+
+        Raises NoImages for an object without images that `--input` names; others are passed over.
+        """
         readable = 0
+        passed_over: NoImages | None = None
+        named = frozenset(self._names())
         results = ordered_map(self._inspect, objects, HEADER_THREADS, 4 * HEADER_THREADS)
         for info, contents in zip(objects, results, strict=True):
+            if isinstance(contents, NoImages):
+                if info.uri in named:
+                    raise contents
+                passed_over = passed_over or contents
+                self.left_out.add(info.uri, "without images")
+                continue
             readable += isinstance(contents, Contents)
             yield self._shard(info, contents if isinstance(contents, Contents) else Contents(None, {}))
         if not readable and not may_be_broken:
+            if passed_over:
+                raise passed_over
             name = objects[0].uri
             raise InputRefused(f"--input {name} cannot be read as {_source(name).kind.capitalize()}: {contents}")
 
-    def _inspect(self, info: ObjectInfo) -> Contents | str:
+    def _inspect(self, info: ObjectInfo) -> Contents | NoImages | str:
         """The contents of an object, or the message of its error."""
         try:
             return _source(info.uri).inspect(info.uri, self._inspect_options)
+        except NoImages as error:
+            return error
         except ReadError as error:
             return error.message
 
@@ -200,10 +249,31 @@ class Archive:
         return ReadOptions(tuple(self.config.keep_names()), self.config.image_column)
 
 
+class _UnnamedImage(ObjectInfo):
+    """A loose image whose name has no suffix of an image."""
+
+    __slots__ = ()
+
+
+def _by_first_bytes(info: ObjectInfo) -> ObjectInfo:
+    """The object as an _UnnamedImage if only its first bytes are those of an image."""
+    if _is_ours(info):
+        return info
+    try:
+        with access.open_read(info.uri) as file:
+            head = getattr(file, "raw", file).read(MAGIC_BYTES)  # without the buffer, which reads more
+    except OSError:  # removed meanwhile, or no file
+        return info
+    return _UnnamedImage(info.uri, info.size_bytes, info.etag) if starts_as_image(head) else info
+
+
+def check(config: RunConfig) -> None:
+    """Look at the start of the archive. Raises InputRefused if `--input` does not exist or has no images."""
+    next(Archive(replace(config, limit=None)).shards())
+
+
 def _source(uri: str) -> Source:
-    source = source_of(uri)
-    assert source, uri
-    return source
+    return source_of(uri) or SOURCE_OF_UNNAMED
 
 
 def _expand(pattern: str) -> list[str]:
@@ -239,27 +309,102 @@ def _existing(name: str) -> ObjectInfo:
         raise InputRefused(f"--input {name} cannot be read: {error}") from error
 
 
+def _is_ours(info: ObjectInfo) -> bool:
+    """True for images and shards."""
+    return isinstance(info, _UnnamedImage) or source_of(info.uri) is not None
+
+
+def _no_images(name: str, others: LeftOut, *, is_file: bool) -> InputRefused:
+    """The error for an input without images. others: its other files. is_file: the input is one file, not a folder."""
+    suffixes = ", ".join(suffix for source in sources.SOURCES.values() for suffix in source.suffixes)
+    if not others.counts:
+        return InputRefused(f"--input {name} matches no images: no file name ends in one of {suffixes}")
+    what = left_out.remedy(others.counts) or f"no file name ends in one of {suffixes}"
+    if is_file:
+        return InputRefused(f"--input {name} cannot be read: {what}")
+    return InputRefused(f"--input {name} has only {left_out.describe(others.counts)}: {what}")
+
+
 def _objects(name: str) -> Iterator[ObjectInfo]:
     """The objects of one input: the matches of a glob, the object itself, or all objects below a folder."""
     if uris.is_glob(name):
-        yield from access.list_glob(name)
-    elif source_of(name) is not None:
-        yield _existing(name)
+        yield from (info for info in access.list_glob(name) if not _is_marker(info))
+    elif info := _file(name):
+        yield info
     else:
-        yield from access.list_objects(name)
+        yield from (info for info in _below(name) if not _is_marker(info))
+
+
+def _is_marker(info: ObjectInfo) -> bool:
+    """True for an empty object such as `a/` that marks a folder. A store lists it as `a`, which does not exist."""
+    if info.size_bytes or uris.is_local(info.uri) or info.uri.startswith(WEB):  # a web server may give no size
+        return False
+    if not _is_ours(info):
+        return left_out.suffix_of(info.uri) == left_out.NO_SUFFIX
+    try:
+        access.head(info.uri)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _file(name: str) -> ObjectInfo | None:
+    """The image or shard that an input names; None for a folder or prefix, whatever suffix its name has."""
+    if source_of(name) is None or (uris.is_local(name) and os.path.isdir(name)):
+        return None
+    try:
+        info = _existing(name)
+    except InputRefused as error:
+        if isinstance(error.__cause__, FileNotFoundError) and _has_objects_below(name):
+            return None
+        raise
+    return info if info.size_bytes or not _has_objects_below(name) else None  # empty: the marker of a folder
+
+
+def _has_objects_below(name: str) -> bool:
+    if uris.is_local(name) or name.startswith(WEB):  # a web server would send the object itself
+        return False
+    try:
+        return next(access.list_objects(name), None) is not None
+    except (OSError, ValueError, NotImplementedError):
+        return False
+
+
+def _below(folder: str) -> Iterator[ObjectInfo]:
+    """The objects below a folder, or the object itself if it is no folder."""
+    try:
+        objects = access.list_objects(folder)
+        first = next(objects, None)
+    except NotADirectoryError:
+        yield access.head(folder)
+        return
+    if first is not None:
+        yield first
+        yield from objects
+    elif not uris.is_local(folder) and left_out.suffix_of(folder) != left_out.NO_SUFFIX:
+        with contextlib.suppress(OSError):  # an empty prefix
+            yield access.head(folder)
 
 
 def _merge(streams: Iterable[Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
-    """Merge sorted streams. Inputs may overlap; each object is yielded once."""
-    last = ""
+    """Merge sorted streams. Inputs may overlap; each object is yielded once.
+
+    Raises InputRefused if images are not sorted. Other objects need not be, such as the marker `a/` of a folder, which
+    a store lists as `a`, but after `a-b/c.jpg`.
+    """
+    last = last_image = ""
     for info in heapq.merge(*streams, key=lambda info: info.uri):
-        if info.uri < last:
-            raise InputRefused(
-                f"{info.uri} was listed after {last}: this store does not list in order; give its folders one by one"
-            )
-        if info.uri != last:
-            yield info
+        if info.uri == last:
+            continue
         last = info.uri
+        if _is_ours(info):
+            if info.uri < last_image:
+                raise InputRefused(
+                    f"{info.uri} was listed after {last_image}: this store does not list in order; give its folders "
+                    "one by one"
+                )
+            last_image = info.uri
+        yield info
 
 
 def _add_to(seen: lists.HashSet64, objects: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
@@ -276,15 +421,9 @@ def _with_utf_8_name(info: ObjectInfo) -> ObjectInfo:
     text = uris.escaped(info.uri)
     if text == info.uri:
         return info
-    if not _is_loose(text) or _exists(text):
+    if not _source(text).is_loose or _exists(text):
         raise _not_utf_8(info.uri)
     return replace(info, uri=text)
-
-
-def _is_loose(uri: str) -> bool:
-    """True for a loose image, False for a shard."""
-    source = source_of(uri)
-    return source is not None and source.is_loose
 
 
 def _not_utf_8(name: str) -> InputRefused:

@@ -5,8 +5,8 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -22,7 +22,9 @@ from pipeline.storage.parquet import open_parquet
 
 log = logging.getLogger(__name__)
 
-LIST_SUFFIXES = (".txt", ".csv")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+DELIMITERS = ",;\t|"
+MAX_HEADER_BYTES = 1 << 20
 URI_NAMES = (
     "uri",
     "url",
@@ -193,9 +195,9 @@ def _rows(uri: str, uri_column: str | None, keep: list[str], keep_types: dict[st
 def _table_rows(
     uri: str, file: Any, uri_column: str | None, keep: list[str], keep_types: dict[str, pa.DataType]
 ) -> Iterator[Row]:
-    schema, batches = _open_table(uri, file)
+    schema, delimiter = _schema(uri, file)
     column = find_uri_column(schema, uri_column, uri)
-    if uri.lower().endswith(".csv") and (is_image(column) or "://" in column):
+    if delimiter and (is_image(column) or "://" in column):
         raise InputRefused(f"the first line of {uri} names an image, {column}: it must name the columns")
     types = _kept_types(schema, keep, uri)
     for name, type_ in types.items():
@@ -203,7 +205,7 @@ def _table_rows(
     check_unique(schema, column, uri)
     text_columns = [name for name, type_ in types.items() if pa.types.is_string(type_)]
     without_uri = 0
-    for batch in _checked(uri, batches):
+    for batch in _batches(uri, file, list(dict.fromkeys([column, *keep])), delimiter):
         kept = rows_of(batch, keep)
         for values in kept if text_columns else ():
             values.update((name, _text(values[name])) for name in text_columns)
@@ -223,26 +225,47 @@ def _kept_types(schema: pa.Schema, keep: list[str], uri: str) -> dict[str, pa.Da
     return {name: _plain(schema.field(name).type) for name in keep}
 
 
-def _open_table(uri: str, file: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Schema and batches of a CSV or Parquet file. Raises InputRefused."""
+def _schema(uri: str, file: Any) -> tuple[pa.Schema, str]:
+    """Schema of a CSV or Parquet file, and the delimiter of a CSV, "" for Parquet. Raises InputRefused."""
     try:
-        if uri.lower().endswith(".csv"):
-            reader = pa_csv.open_csv(
-                file,
-                read_options=pa_csv.ReadOptions(use_threads=False),
-                parse_options=pa_csv.ParseOptions(newlines_in_values=True),
-            )
-            return reader.schema, iter(reader)
-        parquet = open_parquet(file)
-        return parquet.schema_arrow, parquet.iter_batches(batch_size=4096, use_threads=False)
-    except pa.ArrowException as error:
+        if not uri.lower().endswith(".parquet"):
+            delimiter = _delimiter(file)
+            return _open_csv(file, delimiter).schema, delimiter
+        return open_parquet(file).schema_arrow, ""
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(uri, error) from error
 
 
-def _checked(uri: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the batches. Raises InputRefused if one cannot be read."""
+def _delimiter(file: BinaryIO) -> str:
+    """The delimiter of a CSV, from its first line: one that gives a column of URI_NAMES, or else the most frequent."""
+    first = file.readline(MAX_HEADER_BYTES).decode("utf-8", "replace")
+    outside = "".join(first.split('"')[::2])
+
+    def score(delimiter: str) -> tuple[bool, int]:
+        names = (name.strip().lower() for name in outside.split(delimiter))
+        return any(name in URI_NAMES for name in names), outside.count(delimiter)
+
+    return max(DELIMITERS, key=score)
+
+
+def _open_csv(file: BinaryIO, delimiter: str, columns: Sequence[str] = ()) -> pa_csv.CSVStreamingReader:
+    """Open a CSV. columns: to be read, all by default. Other columns are not typed, so their values may be mixed."""
+    file.seek(0)
+    return pa_csv.open_csv(
+        file,
+        read_options=pa_csv.ReadOptions(use_threads=False),
+        parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(include_columns=list(columns)),
+    )
+
+
+def _batches(uri: str, file: BinaryIO, columns: list[str], delimiter: str) -> Iterator[pa.RecordBatch]:
+    """Yield the batches with these columns. Raises InputRefused if one cannot be read."""
     try:
-        yield from batches
+        if delimiter:
+            yield from _open_csv(file, delimiter, columns)
+        else:
+            yield from open_parquet(file).iter_batches(batch_size=4096, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(uri, error) from error
 

@@ -14,7 +14,8 @@ import json
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class Plan:
     shard_rows: int64, planned images by shard index; -1 if only reading can count them, 0 for an unused index.
     dropped: rows by shard that updates dropped because their image was replaced.
     hides_credentials: credentials were removed from the keys of a shard.
+    left_out: numbers of files of the archive that are not read, by suffix.
     """
 
     output: str
@@ -71,6 +73,7 @@ class Plan:
     shard_rows: NDArray[np.int64]
     dropped: Mapping[int, Ranges]
     hides_credentials: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -116,25 +119,45 @@ class Plan:
         )
         return images - sum(count(ranges) for _, ranges in dropped)
 
+    def empty_shards(self, totals: Mapping[int, int]) -> int:
+        """Number of shards that reading showed to have no image, without those that were dropped. totals: as above."""
+        return sum(not rows and bool(self.planned(shard)) for shard, rows in totals.items())
+
+    def uncounted(self, totals: Mapping[int, int]) -> int:
+        """Number of planned shards without a number of images. totals: rows of the shards that were read."""
+        unknown = np.flatnonzero(self.shard_rows < 0).tolist()
+        return sum(shard not in totals and bool(self.planned(shard)) for shard in unknown)
+
     def _rows(self, shard: int, totals: Mapping[int, int]) -> int:
         rows = int(self.shard_rows[shard])
         return totals.get(shard, 0) if rows < 0 else rows
 
 
-def make(output: str, shards: Iterable[Shard], keep_types: Mapping[str, pa.DataType]) -> Plan:
+def make(
+    output: str,
+    shards: Iterable[Shard],
+    keep_types: Mapping[str, pa.DataType],
+    left_out: Mapping[str, int] = MappingProxyType({}),
+) -> Plan:
     """Write the files of a new plan and return it. It has no effect until `save`.
 
-    shards: read as a stream, and numbered here. keep_types: may be filled while `shards` is read.
+    shards: read as a stream, and numbered here. keep_types and left_out may be filled while `shards` is read.
     """
-    return extend(Plan(output, (), 0, 0, pa.schema([]), np.empty(0, np.int64), {}), shards, keep_types, {})
+    empty = Plan(output, (), 0, 0, pa.schema([]), np.empty(0, np.int64), {})
+    return extend(empty, shards, keep_types, {}, left_out)
 
 
 def extend(
-    plan: Plan, shards: Iterable[Shard], keep_types: Mapping[str, pa.DataType], dropped: Mapping[int, Ranges]
+    plan: Plan,
+    shards: Iterable[Shard],
+    keep_types: Mapping[str, pa.DataType],
+    dropped: Mapping[int, Ranges],
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Write files with further shards and return the extended plan. It has no effect until `save`.
 
-    dropped: rows to drop, by shard. keep_types and dropped may be filled while `shards` is read.
+    dropped: rows to drop, by shard. left_out: of the whole archive, as it is now. keep_types, dropped and left_out may
+    be filled while `shards` is read.
     """
     plan_id = uuid.uuid4().hex[:12]
     files = list(plan.files)
@@ -154,7 +177,17 @@ def extend(
         shard: union(plan.dropped.get(shard, ()), dropped.get(shard, ())) for shard in sorted({*plan.dropped, *dropped})
     }
     total = plan.shards + len(rows) - first
-    return Plan(plan.output, tuple(files), total, size_bytes, keep, np.array(rows, np.int64), merged, hides_credentials)
+    return Plan(
+        plan.output,
+        tuple(files),
+        total,
+        size_bytes,
+        keep,
+        np.array(rows, np.int64),
+        merged,
+        hides_credentials,
+        dict(left_out),
+    )
 
 
 def save(plan: Plan, *, is_first: bool = False) -> None:
@@ -169,6 +202,7 @@ def save(plan: Plan, *, is_first: bool = False) -> None:
         "keep": base64.b64encode(plan.keep.serialize()).decode(),
         "retired": plan.dropped,
         "withheld": plan.hides_credentials,
+        "left_out": plan.left_out,
     }
     (access.create if is_first else access.write)(uris.join(plan.output, NAME), json.dumps(record).encode())
 
@@ -185,7 +219,10 @@ def load(output: str) -> Plan | None:
         table = _read_file(uris.join(output, name), ["index", "rows"])
         rows[table["index"].to_numpy()] = table["rows"].fill_null(-1).to_numpy()
     dropped = {int(shard): tuple((a, b) for a, b in ranges) for shard, ranges in record["retired"].items()}
-    return Plan(output, files, record["shards"], record["size_bytes"], keep, rows, dropped, record["withheld"])
+    left_out = record.get("left_out", {})  # older plans do not have it
+    return Plan(
+        output, files, record["shards"], record["size_bytes"], keep, rows, dropped, record["withheld"], left_out
+    )
 
 
 def read_shards(plan: Plan) -> Iterator[Shard]:

@@ -30,6 +30,7 @@ class Change:
     failed: rows by shard whose bytes could not be read; their objects are read again.
     dropped: planned rows by shard whose object passed; complete when `new()` has been read to its end.
     unchanged, removed: numbers of objects.
+    left_out: numbers of files of the archive that are not read, by suffix, as they are now.
     """
 
     plan: Plan
@@ -37,6 +38,7 @@ class Change:
     dropped: dict[int, Ranges] = field(default_factory=dict)
     unchanged: int = 0
     removed: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def new(self, listing: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
         """Yield the objects of a sorted listing that the plan does not contain, or contains with another etag."""

@@ -47,7 +47,8 @@ class Predictor:
     """Base class of predictors. Subclasses define `columns` and `predict`; everything else is optional.
 
     transform: the size that images are decoded to. columns: Arrow schema of the result columns.
-    pixel_format: number type and bands of the pixels that `predict` takes. Image files are decoded to uint8 RGB.
+    pixel_format: number type and bands of the pixels that `predict` takes. Image files of another kind are refused if a
+    conversion would lose something.
     max_concurrency: number of calls of `predict` at the same time in one actor, each on its own thread.
     takes_tiles: `predict` also accepts square images of at most half the crop's side, and enlarges them.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` accepts. Used with --decoder gpu.

@@ -1,5 +1,6 @@
 """NetworkPredictor: the base of Embedder and Classifier. Imports torch when it is prepared."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -8,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import check_choices, flag
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, SettingRefused, printable
 from pipeline.images.pixels import Encoded
+from pipeline.models import names
+from pipeline.models.overrides import INTERPOLATIONS, Overrides, numbers
 from pipeline.predictors.base import Allotment, Columns, Predictor, field_values
 from pipeline.storage import uris
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.inference.jpeg import JpegDecoder
     from pipeline.inference.session import InferenceSession
     from pipeline.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 ANTIALIASED = ("bilinear", "bicubic")
 """Interpolations for which torch has antialiasing on every device."""
@@ -30,7 +35,9 @@ class NetworkPredictor(Predictor):
 
     precision auto: bfloat16 if the hardware computes in it, else float16 on a GPU and float32 on a CPU.
     compile auto: compile if the remaining images save more time than compiling takes.
-    The fingerprint contains hashes of the weights and labels instead of their paths: a file may be moved.
+    resize, crop, interpolation, mean, std: replace values of the network's own transform.
+    The fingerprint contains hashes of the weights and labels instead of their paths: a file may be moved. It contains
+    the resulting transform instead of the flags that change it.
     """
 
     model: str = flag("torchvision name, timm:<name>, or package.module:function", "resnet50", metavar="NAME")
@@ -43,6 +50,24 @@ class NetworkPredictor(Predictor):
     )
     embedding_dtype: str = flag("number format of the embedding column", "float32", choices=("float32", "float16"))
     seed: int = flag("seed of random weights", 0, metavar="N", fingerprint=False)
+    resize: int | None = flag(
+        "short side of the resized image in pixels (default: the network's)", None, metavar="N", fingerprint=False
+    )
+    crop: int | None = flag(
+        "side of the centre crop in pixels (default: the network's)", None, metavar="N", fingerprint=False
+    )
+    interpolation: str | None = flag(
+        "of the resize (default: the network's)", None, choices=INTERPOLATIONS, fingerprint=False
+    )
+    mean: str | float | Sequence[str | float] = flag(
+        "subtracted from pixels of 0 to 1: a number, or one per channel (default: the network's)",
+        (),
+        metavar="R,G,B",
+        fingerprint=False,
+    )
+    std: str | float | Sequence[str | float] = flag(
+        "divisor after the mean (default: the network's)", (), metavar="R,G,B", fingerprint=False
+    )
     _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
     _session: "InferenceSession | None" = field(default=None, init=False, repr=False, compare=False)
     _jpeg_decoder: "JpegDecoder | None" = field(default=None, init=False, repr=False, compare=False)
@@ -53,6 +78,10 @@ class NetworkPredictor(Predictor):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise SettingRefused(f"--seed is {self.seed}: it must be a number of at most 64 bits")
+        self._overrides()
+        names.check(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and ModelSpec are sent to the actors, but no loaded network."""
@@ -71,8 +100,15 @@ class NetworkPredictor(Predictor):
         from pipeline.models.spec import resolve
 
         self._spec = resolve(
-            self.model, self.weights, labels=self._label_file(), seed=self.seed, need_head=self.needs_head
+            self.model,
+            self.weights,
+            labels=self._label_file(),
+            seed=self.seed,
+            need_head=self.needs_head,
+            overrides=self._overrides(),
         )
+        for note in self._spec.notes:
+            log.warning("nightshift: %s", printable(note))
         self.transform = self._spec.transform
         pads = self.transform.resize < self.transform.crop
         self.takes_tiles = self.transform.interpolation == "bilinear" and not pads
@@ -161,6 +197,10 @@ class NetworkPredictor(Predictor):
             return super().lost()
         with self._session.launch_lock:  # synchronising during the recording of a CUDA graph would break it
             return super().lost()
+
+    def _overrides(self) -> Overrides:
+        mean, std = numbers("mean", self.mean), numbers("std", self.std)
+        return Overrides(self.resize, self.crop, self.interpolation, mean, std)
 
     def _label_file(self) -> str | None:
         return None

@@ -1,5 +1,6 @@
 """Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipeline.errors import printable
 from pipeline.output.ledger import Ledger
+from pipeline.planning.left_out import describe
 from pipeline.planning.plan import Plan
+from pipeline.report import messages
 
 PLAIN_LINE_SECONDS = 10.0
+TAR_OVERHEAD_BYTES = 768
+"""Per image: its header, and on average half a block of padding."""
+MAX_ESTIMATED_SHARE = 0.99
+"""An estimated total never says that a run is done."""
 
 
 class Meter:
@@ -35,6 +43,9 @@ class Meter:
             self.first = time.monotonic(), self._images()
         done = self.ledger.rows + self.ledger.errors
         total = self.plan.images({})
+        if total is None:
+            total = self._estimated_total(done)
+        messages.detail(self._line(done, total))
         if self.bar:
             left = f" · {left}" if (left := self._left(done, total)) else ""
             note = f"{self.rate():.1f}/s · {self.ledger.errors} errors{left}"
@@ -42,6 +53,14 @@ class Meter:
         elif time.monotonic() - self.printed_at >= PLAIN_LINE_SECONDS:
             self.printed_at = time.monotonic()
             self.console.print(self._line(done, total), highlight=False)
+
+    def _estimated_total(self, done: int) -> int | None:
+        """Estimated images of shards that only reading can count, such as tars: by the bytes that were read."""
+        earlier, current = self.ledger.earlier, self.ledger.current
+        read_bytes = earlier.bytes_read + current.bytes_read + TAR_OVERHEAD_BYTES * done
+        if not done or not self.plan.size_bytes:
+            return None
+        return round(done / min(MAX_ESTIMATED_SHARE, read_bytes / self.plan.size_bytes))
 
     def rate(self) -> float:
         """Images per second since the first part of this attempt; 0 until there is a second one.
@@ -56,7 +75,8 @@ class Meter:
         return self.ledger.current.rows + self.ledger.current.errors
 
     def _line(self, done: int, total: int | None) -> str:
-        of = f" of {total:,} ({done / max(total, 1):.0%})" if total is not None else ""
+        about = "about " if self.plan.uncounted_shards else ""
+        of = f" of {about}{total:,} ({done / max(total, 1):.0%})" if total is not None else ""
         speed = f", {rate:.1f}/s" if (rate := self.rate()) else ""
         left = f", {left}" if (left := self._left(done, total)) else ""
         return f"{done:,} images{of}{speed}, {self.ledger.errors:,} errors{left}"
@@ -69,10 +89,14 @@ class Meter:
 
 @contextmanager
 def meter(plan: Plan, ledger: Ledger) -> Iterator[Meter]:
-    """Show progress on standard error until the context ends."""
-    console = Console(stderr=True)
+    """Show progress on standard error until the context ends. First name the files that are not read."""
+    console = Console(stderr=True, soft_wrap=True)
+    if plan.left_out:
+        console.print(f"left out: {printable(describe(plan.left_out))}", highlight=False, markup=False)
     progress = Meter(plan, ledger, console)
-    if not console.is_terminal:
+    if messages.is_quiet():
+        progress.printed_at = math.inf
+    if not console.is_terminal or messages.is_quiet():
         yield progress
         return
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,11 +13,12 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from pipeline.config import RunConfig
-from pipeline.errors import Interrupted, NightshiftError, OutputLocked, StorageRefused, printable
+from pipeline.errors import Interrupted, NightshiftError, OutputLocked, OutputRefused, StorageRefused, printable
 from pipeline.estimates.machines import Cluster
 from pipeline.output import ledger as ledgers
 from pipeline.output.ledger import Ledger
 from pipeline.output.run_record import RunRecord
+from pipeline.planning import left_out
 from pipeline.planning.plan import Plan
 from pipeline.planning.update import Change
 from pipeline.storage import access, uris
@@ -38,6 +39,9 @@ class Report:
     networks: how the network ran (device, number format, compiled or not) → images.
     core_seconds: CPU time of the workers. gpu_seconds: time in which a GPU had a batch in flight.
     bytes_read: of encoded images. bytes_written: of results and errors.
+    left_out: numbers of files of the archive that are not read, by suffix.
+    empty_shards: number of tars and zips without an image.
+    null_columns: kept columns without a value in any row.
     unchanged, removed: images or whole shards that the last --update skipped, and that are missing from the archive.
 
     The last attempt alone:
@@ -67,6 +71,9 @@ class Report:
     gpu_seconds: float = 0.0
     bytes_written: int = 0
     cost: dict[str, Any] | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    empty_shards: int = 0
+    null_columns: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(
@@ -77,11 +84,13 @@ class Report:
         wall_seconds: float,
         change: Change | None = None,
         cluster: Cluster | None = None,
+        keep: Iterable[str] = (),
     ) -> "Report":
-        """Sum up the ledger. wall_seconds: of this attempt. cluster: its machines, for the cost."""
+        """Sum up the ledger. wall_seconds: of this attempt. cluster: its machines, for the cost. keep: kept columns."""
         earlier, current = ledger.earlier, ledger.current
         seconds = earlier.seconds + current.seconds
         images = current.rows + current.errors
+        nulls = earlier.nulls + current.nulls
         return Report(
             output=plan.output,
             status=status,
@@ -104,6 +113,9 @@ class Report:
             gpu_seconds=round(earlier.gpu_seconds + current.gpu_seconds, 3),
             bytes_written=earlier.bytes_written + current.bytes_written,
             cost=_cost(cluster, wall_seconds, images),
+            left_out=dict(plan.left_out),
+            null_columns=[name for name in keep if ledger.rows and nulls[name] == ledger.rows],
+            empty_shards=plan.empty_shards(ledger.coverage.totals),
         )
 
     def save(self) -> None:
@@ -115,9 +127,12 @@ class Report:
         """Read `_report.json`. Raises FileNotFoundError, and OutputRefused if it is damaged."""
         return Report(**access.read_record(uris.join(output, NAME)))
 
-    def with_change(self, change: Change | None) -> "Report":
-        """The same report with the counts of an update that found nothing to do."""
-        return replace(self, unchanged=change.unchanged, removed=change.removed) if change else self
+    def already_done(self, change: Change | None) -> "Report":
+        """The report of an attempt that found nothing to do. change: of an update."""
+        report = replace(self, resumed_images=self.rows + self.errors)
+        if change is None:
+            return report
+        return replace(report, unchanged=change.unchanged, removed=change.removed, left_out=dict(change.left_out))
 
     def show(self) -> None:
         """Print a summary on standard output."""
@@ -130,12 +145,19 @@ class Report:
         yield "images", f"{self.rows + self.errors:,}{planned_text}: {self.rows:,} rows, {self.errors:,} errors"
         for kind, count in self.errors_by_type.items():
             yield "", f"{count:,} × {kind}"
+        if self.left_out:
+            yield "left out", left_out.describe(self.left_out)
+        if self.empty_shards:
+            yield "empty", left_out.describe_empty(self.empty_shards)
+        if self.null_columns:
+            yield "keep", f"{', '.join(self.null_columns)}: no image has a value; check the names in --keep"
         if self.unchanged or self.removed:
             missing = (
                 f"; {self.removed:,} are no longer in the archive, see _plan/removed.parquet" if self.removed else ""
             )
-            yield "update", f"{self.unchanged:,} images or shards were done before and are unchanged{missing}"
-        if self.resumed_images:
+            objects = f"{self.unchanged:,} images or shards are unchanged"
+            yield "update", f"{self.resumed_images:,} images were done before; {objects}{missing}"
+        elif self.resumed_images:
             yield "resumed", f"{self.resumed_images:,} images were done before, by earlier attempts"
         yield "speed", f"{self.images_per_second:,.1f} images/s over {self.wall_seconds:,.1f} s"
         yield "stages", " · ".join(f"{name} {seconds:,.1f} s" for name, seconds in self.stage_seconds.items())
@@ -192,9 +214,10 @@ def reported(
         raise
     finally:
         if status != OutputLocked.__name__:
-            report = Report.of(plan, ledger, record.model, status, time.monotonic() - started, change, cluster)
+            seconds, kept = time.monotonic() - started, config.keep_names().values()
+            report = Report.of(plan, ledger, record.model, status, seconds, change, cluster, kept)
             # If the work failed, raise its error and not that of a store to which this report cannot be written.
-            suppressed = () if status == "done" else (OSError, StorageRefused, OutputLocked)
+            suppressed = () if status == "done" else (OSError, StorageRefused, OutputLocked, OutputRefused)
             with contextlib.suppress(*suppressed):
                 ledgers.check_newest(ledger)
                 report.save()

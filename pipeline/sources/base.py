@@ -10,6 +10,7 @@ Rows outside `todo` are skipped as cheaply as the format allows. If a shard ends
 the error and counts as a row.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,10 +20,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.coverage import Ranges
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, InputRefused
 from pipeline.sources.shard import Payload, Shard
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
+    ".jp2", ".j2k", ".avif", ".pgm", ".ppm", ".pbm", ".pnm", ".heic", ".jxl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +35,14 @@ class ReadOptions:
 
     keep: columns to return with each image; in a tar or zip, extensions of sidecar files such as json, cls or txt.
     image_column: the Parquet column of image bytes; None to find it.
+    any_suffix: read members of any name if their first bytes are those of an image.
     with_credentials: the inputs with credentials, in full; the plan has them without.
     """
 
     keep: tuple[str, ...] = ()
     image_column: str | None = None
     with_credentials: tuple[str, ...] = ()
+    any_suffix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,29 @@ class ShardEnd:
     rows: int
 
 
+class NoImages(InputRefused):
+    """The object is of a kind that is read, and holds no images. Beside other objects it is passed over."""
+
+
+MAGIC_BYTES = 16
+_MAGIC = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"),
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF, BigTIFF
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),  # JPEG 2000, and its code stream alone
+    b"\0\0\0\x0cJXL \r\n\x87\n",
+)
+_BRANDS = (b"avif", b"avis", b"heic", b"heix")
+_PNM = re.compile(rb"P[1-6]\s+(#|\d)")
+
+
+def starts_as_image(head: bytes) -> bool:
+    """True if the first MAGIC_BYTES of a file are those of a format of IMAGE_SUFFIXES."""
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    is_bmp = head[:2] == b"BM" and head[6:10] == bytes(4)  # two reserved numbers, which are zero
+    is_heif = head[4:8] == b"ftyp" and head[8:12] in _BRANDS
+    return head.startswith(_MAGIC) or is_webp or is_bmp or is_heif or _PNM.match(head) is not None
+
+
 def is_image(name: str) -> bool:
     """True if a file name has the suffix of an image, in upper or lower case."""
     return name.lower().endswith(IMAGE_SUFFIXES)
@@ -103,7 +132,7 @@ class Source:
     kind: name in the plan. suffixes: ends of the file names of such shards, in lower case.
     read: the function described at the top of this module.
     inspect: (uri, options) → Contents, without reading the images. Raises ReadError if the header is broken (the shard
-        becomes an error row), and InputRefused if the settings do not fit the shard. None for loose images.
+        becomes an error row), NoImages if it holds none, and InputRefused if the settings do not fit the shard.
     is_loose: each file is one image, and runs of them are virtual shards, which are not inspected.
     reads_header: `inspect` reads from the store, so planning inspects many shards at once.
     estimate_rows: (shard, options) → approximate number of rows of a shard with `rows` None; None if unknown.

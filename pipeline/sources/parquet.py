@@ -1,8 +1,8 @@
-"""Parquet files: each row is an image, in a column of bytes or of Hugging Face structs {bytes, path}."""
+"""Parquet files: each row is an image, in a column of bytes or of structs with bytes, as Hugging Face writes them."""
 
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from pipeline.coverage import Ranges
 from pipeline.errors import InputRefused, ReadError, message_line
-from pipeline.sources.base import Contents, ReadOptions, Record, ShardEnd, Source
-from pipeline.sources.records import Rows, check_unique, rows_of, storage_fault, values_of
+from pipeline.sources.base import Contents, NoImages, ReadOptions, Record, ShardEnd, Source
+from pipeline.sources.records import Rows, WatchedFile, check_unique, rows_of, storage_fault, values_of
 from pipeline.sources.shard import Shard
 from pipeline.storage import access
 from pipeline.storage.parquet import open_parquet
@@ -26,14 +26,27 @@ BAD_BYTES = (pa.ArrowException, OSError, ValueError)
 
 
 def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
-    """The column of image bytes: `image_column`, or one with a usual name, or the only one. Raises InputRefused."""
+    """The column of image bytes: `image_column`, or one with a usual name, or the only one.
+
+    Raises NoImages if no column can hold images or if a run of Nightshift wrote the file, and otherwise InputRefused.
+    """
     names: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
+    if b"nightshift" in (schema.metadata or {}) and not image_column:
+        raise NoImages(f"{uri} was written by a run of Nightshift: it holds results, not images")
+    lists = [field.name for field in schema if _holds_list(field.type)]
+    if not names and not lists and image_column not in schema.names:
+        raise NoImages(
+            f"{uri} has no column of image bytes (binary, or a struct with bytes); "
+            f"it has {', '.join(f'{field.name} ({field.type})' for field in schema)}"
+        )
     if image_column:
         if image_column in names:
             return image_column
+        if image_column in lists:
+            raise _several_per_row(uri, image_column)
         reason = f"{uri} has only the columns {', '.join(schema.names)}"
         if image_column in schema.names:
-            reason = f"it is {schema.field(image_column).type} in {uri}, not binary or a struct of bytes and path"
+            reason = f"it is {schema.field(image_column).type} in {uri}, not binary or a struct with bytes"
         raise InputRefused(f"--image-column {image_column}: {reason}")
     by_lower_name = {name.lower(): name for name in reversed(names)}
     for name in IMAGE_NAMES:
@@ -42,11 +55,15 @@ def find_image_column(schema: pa.Schema, image_column: str | None, uri: str) -> 
     if len(names) == 1:
         return names[0]
     if not names:
-        raise InputRefused(
-            f"{uri} has no column of image bytes (binary, or a struct of bytes and path); "
-            f"it has {', '.join(f'{field.name} ({field.type})' for field in schema)}"
-        )
+        raise _several_per_row(uri, lists[0])
     raise InputRefused(f"{uri} has several columns of bytes: choose one of {', '.join(names)} with --image-column")
+
+
+def _several_per_row(uri: str, column: str) -> InputRefused:
+    return InputRefused(
+        f"{uri}: the column {column!r} holds a list of images per row; write one row per image, as UNNEST in SQL or "
+        "explode in pandas does"
+    )
 
 
 def shard_rows(uri: str) -> tuple[int, pa.Schema]:
@@ -84,34 +101,11 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     yield from rows.finish(fault)
 
 
-class _WatchedFile:
-    """A file that remembers its own error, since pyarrow raises OSError for broken bytes as well."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.fault: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self.file.read(size)
-        except OSError as error:
-            self.fault = error
-            raise
-
-    def check(self) -> None:
-        """Raise the error of the storage, if there was one."""
-        if self.fault:
-            raise self.fault
-
-
 class _Reader:
     """One pass over a file. Raises ReadError if the whole file is broken, and OSError if the storage fails."""
 
     def __init__(self, file: BinaryIO, rows: Rows, options: ReadOptions) -> None:
-        self.file = _WatchedFile(file)
+        self.file = WatchedFile(file)
         self.rows = rows
         try:
             if not file.seek(0, os.SEEK_END):
@@ -124,7 +118,9 @@ class _Reader:
             raise ReadError("corrupt", f"{rows.uri} cannot be read as Parquet: {message_line(error)}") from error
         rows.total = self.parquet.metadata.num_rows
         self.column = _column(schema, options.image_column, rows.uri)
-        self.has_paths = pa.types.is_struct(schema.field(self.column).type)
+        type_ = schema.field(self.column).type
+        self.is_struct = pa.types.is_struct(type_)
+        self.has_paths = self.is_struct and type_.get_field_index("path") >= 0
         self.keep = [name for name in options.keep if schema.names.count(name) == 1]
 
     def records(self) -> Iterator[Record]:
@@ -157,6 +153,7 @@ class _Reader:
         images, paths = batch.column(self.column), [None] * len(batch)
         if self.has_paths:
             paths = values_of(pc.struct_field(images, "path"))
+        if self.is_struct:
             images = pc.struct_field(images, "bytes")
         wanted = self.rows.wants(self.rows.row + len(batch))
         kept = rows_of(batch, self.keep) if self.keep and wanted else [{}] * len(batch)
@@ -204,12 +201,19 @@ def _column(schema: pa.Schema, image_column: str | None, uri: str) -> str:
 def _holds_bytes(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         fields = {field.name: field.type for field in type_}
-        return {"bytes", "path"} <= fields.keys() and _holds_bytes(fields["bytes"])
+        return "bytes" in fields and _holds_bytes(fields["bytes"]) and not pa.types.is_struct(fields["bytes"])
+    if pa.types.is_dictionary(type_):
+        return _holds_bytes(type_.value_type)
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))
 
 
+def _holds_list(type_: pa.DataType) -> bool:
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    return bool(is_list and _holds_bytes(type_.value_type))
+
+
 def inspect(uri: str, options: ReadOptions) -> Contents:
-    """Rows and types of kept columns, from the footer. Raises ReadError, and InputRefused if a column is missing."""
+    """Rows and types of kept columns, from the footer. Raises ReadError, NoImages and InputRefused."""
     try:
         rows, schema = shard_rows(uri)
     except BAD_BYTES as error:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 import pyarrow as pa
 
@@ -17,6 +17,9 @@ MAX_MEMBER_BYTES = 1 << 30
 
 TRANSIENT = ("not_found", "changed", "unreadable")
 """error_types of a shard that a later run may be able to read. All others come from its bytes and are permanent."""
+
+
+T = TypeVar("T")
 
 
 class UniqueIds:
@@ -120,6 +123,32 @@ class Rows:
         return self._range < len(self.todo) and self.todo[self._range][0] <= self.row
 
 
+class WatchedFile:
+    """A file that remembers its own error.
+
+    zipfile and pyarrow report a failed read as broken bytes, and bz2 raises OSError for broken bytes.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.fault: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self.file.read(size)
+        except OSError as error:
+            self.fault = error
+            raise
+
+    def check(self) -> None:
+        """Raise the error of the storage, if there was one."""
+        if self.fault:
+            raise self.fault
+
+
 def storage_fault(uri: str, fault: OSError) -> ReadError:
     """The ReadError for an object that could not be opened or read."""
     if isinstance(fault, FileNotFoundError):
@@ -170,8 +199,13 @@ def check_unique(schema: pa.Schema, name: str, uri: str) -> None:
 
 def is_image_member(name: str) -> bool:
     """True if a member is a row: an image, and no resource fork of macOS (`._name`, `__MACOSX/`)."""
+    return is_image(name) and not is_resource_fork(name)
+
+
+def is_resource_fork(name: str) -> bool:
+    """True for the files that macOS adds to an archive."""
     folder, _, base = name.rpartition("/")
-    return is_image(name) and not base.startswith("._") and "__MACOSX" not in folder.split("/")
+    return base.startswith("._") or "__MACOSX" in folder.split("/")
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -184,8 +218,61 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def kept_texts(member: str, keep: tuple[str, ...], find: Callable[[str, str], bytes | None]) -> dict[str, str]:
-    """The text of a member's sidecar files by extension. find: (key, extension) → bytes, or None if there is none."""
-    key, _ = split_key(member)
-    sidecars = {name: find(key, name.lower()) for name in keep}
+def keys_of(member: str) -> Iterator[str]:
+    """The keys under which a member may have sidecars, the most specific first: `d/a.b` and `d/a` for `d/a.b.jpg`."""
+    folder, slash, base = member.rpartition("/")
+    if "." not in base:
+        yield member
+    while "." in base:
+        base = base.rpartition(".")[0]
+        yield folder + slash + base
+
+
+class Groups:
+    """Numbers the samples of an archive as WebDataset does: neighbours with one key, each extension once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._key = ""
+        self._extensions: set[str] = set()
+
+    def add(self, member: str) -> int:
+        """The number of the next member's sample."""
+        key, extension = split_key(member)
+        if key != self._key or extension in self._extensions:
+            self.number += 1
+            self._key, self._extensions = key, set()
+        self._extensions.add(extension)
+        return self.number
+
+
+class Sidecars(Generic[T]):
+    """Where an archive's sidecars are, by key and extension.
+
+    Several members may have one name. An image gets the sidecar of its own sample, or else the nearest one; of two as
+    near, the earlier.
+    """
+
+    def __init__(self, keep: Iterable[str]) -> None:
+        self._extensions = {name.lower() for name in keep}
+        self._places: dict[tuple[str, str], list[tuple[int, T]]] = {}
+
+    def add(self, member: str, group: int, place: T) -> None:
+        """Add a member, if its extension is kept. `a.b.json` is the `json` of `a.b` and the `b.json` of `a`."""
+        for key in keys_of(member):
+            extension = member[len(key) + 1 :].lower()
+            if extension in self._extensions:
+                self._places.setdefault((key, extension), []).append((group, place))
+
+    def find(self, member: str, group: int, extension: str) -> T | None:
+        """The place of an image's sidecar; None if there is none."""
+        for key in keys_of(member):
+            if places := self._places.get((key, extension.lower())):
+                return min(places, key=lambda place: abs(place[0] - group))[1]
+        return None
+
+
+def kept_texts(keep: tuple[str, ...], read: Callable[[str], bytes | None]) -> dict[str, str]:
+    """The text of an image's sidecars by extension. read: extension → bytes, or None if there is none."""
+    sidecars = {name: read(name) for name in keep}
     return {name: data.decode("utf-8", "replace") for name, data in sidecars.items() if data is not None}

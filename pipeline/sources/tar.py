@@ -12,14 +12,24 @@ from typing import IO, Any, BinaryIO, Self, cast
 
 from pipeline.coverage import Ranges
 from pipeline.errors import ReadError
-from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, sidecar_contents
+from pipeline.sources.base import (
+    MAGIC_BYTES,
+    ReadOptions,
+    Record,
+    ShardEnd,
+    Source,
+    sidecar_contents,
+    starts_as_image,
+)
 from pipeline.sources.inflate import Inflated, new_gzip, new_zstd
 from pipeline.sources.records import (
     MAX_MEMBER_BYTES,
+    Groups,
     Rows,
+    Sidecars,
     is_image_member,
+    is_resource_fork,
     kept_texts,
-    split_key,
     storage_fault,
     too_large,
 )
@@ -48,8 +58,8 @@ ESTIMATE_BYTES = 16 << 20
 # tarfile raises the builtin errors for headers with impossible numbers.
 BAD_BYTES = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError)
 
-Sidecars = dict[tuple[str, str], tuple[int, int]]
-"""(key, extension) → offset and size in bytes of a sidecar file."""
+Place = tuple[int, int]
+"""Offset and size in bytes of a sidecar file."""
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
@@ -103,24 +113,58 @@ class _Archive:
     """A tar that is read forward. Raises ReadError if it ends early or is broken, and OSError if the storage fails.
 
     size: in bytes of a seekable file, None for a stream. fault: the error of the compressed stream that was copied to
-    `file`.
+    `file`. any_suffix: members of any name are images if they begin as one. looked_at: the bytes of the current member
+    if they were read for that. group: the number of the current member's sample.
     """
 
-    def __init__(self, file: Any, uri: str, size: int | None, fault: ReadError | None = None) -> None:
+    def __init__(
+        self, file: Any, uri: str, size: int | None, fault: ReadError | None = None, *, any_suffix: bool = False
+    ) -> None:
+        self.any_suffix = any_suffix
         self.file, self.uri, self.size, self.fault = file, uri, size, fault
         self.tar: tarfile.TarFile | None = None
-        self.sidecars: Sidecars = {}
+        self.sidecars: Sidecars[Place] = Sidecars(())
+        self.groups = Groups()
+        self.group = 0
+        self.looked_at: bytes | None = None
 
     def images(self) -> Iterator[tarfile.TarInfo]:
         """The members that are rows, links and devices included."""
-        return (member for member in self.members() if is_image_member(member.name) and not member.isdir())
+        for member in self.members():
+            self.looked_at = None
+            if is_image_member(member.name):
+                if not member.isdir():
+                    yield member
+            elif self.any_suffix and self._starts_as_image(member):
+                yield member
+
+    def _starts_as_image(self, member: tarfile.TarInfo) -> bool:
+        """Look at the first bytes of a member. Keeps an image of a stream, which cannot be read again."""
+        is_too_large = self.size is None and member.size > MAX_MEMBER_BYTES
+        if not member.isreg() or member.issparse() or is_too_large or is_resource_fork(member.name):
+            return False
+        if self._is_plain(member):
+            self.file.seek(member.offset_data)
+            return starts_as_image(self.file.read(min(member.size, MAGIC_BYTES)))
+        assert self.tar is not None
+        try:
+            with cast(IO[bytes], self.tar.extractfile(member)) as file:
+                head = file.read(MAGIC_BYTES)
+                if is_image := starts_as_image(head):
+                    self.looked_at = head + file.read()
+                return is_image
+        except BAD_BYTES as error:
+            raise self._broken(error) from error
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         while (member := self._next()) is not None:
+            self.group = self.groups.add(member.name)
             yield member
 
     def read(self, member: tarfile.TarInfo) -> bytes | ReadError:
         """The bytes of the current member, or its error. Raises ReadError if the archive ends within the member."""
+        if self.looked_at is not None:
+            return self.looked_at
         if not member.isreg():
             return ReadError("unsupported", f"{self.uri}: {member.name} is a link or a device, not a file")
         if member.issparse() and self._sparse_end(member) is None:
@@ -132,6 +176,8 @@ class _Archive:
 
     def skip(self, member: tarfile.TarInfo) -> None:
         """Skip a member. Raises ReadError if it is truncated, as `read` does, so that rows have the same numbers."""
+        if self.looked_at is not None:
+            return
         if member.issparse():
             self._skip_sparse(member)
         elif member.isreg():
@@ -170,14 +216,16 @@ class _Archive:
         return self.size is not None and member.offset_data + member.size <= self.size
 
     def kept(self, member: tarfile.TarInfo, keep: tuple[str, ...]) -> dict[str, str]:
-        return kept_texts(member.name, keep, self._sidecar)
+        """The values of the current member's sidecars."""
 
-    def _sidecar(self, key: str, extension: str) -> bytes | None:
-        offset, size = self.sidecars.get((key, extension), (0, None))
-        if size is None:
-            return None
-        self.file.seek(offset)
-        return cast(bytes, self.file.read(size))
+        def read(extension: str) -> bytes | None:
+            place = self.sidecars.find(member.name, self.group, extension)
+            if place is None:
+                return None
+            self.file.seek(place[0])
+            return cast(bytes, self.file.read(place[1]))
+
+        return kept_texts(keep, read)
 
     def _next(self) -> tarfile.TarInfo | None:
         try:
@@ -250,9 +298,10 @@ def _open(file: BinaryIO, uri: str, options: ReadOptions, stack: contextlib.Exit
     if options.keep and not (is_seekable and uris.is_local(uri)):
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         fault = _copy(stream, spool)
-        archive = _Archive(spool, uri, spool.tell(), fault)
+        archive = _Archive(spool, uri, spool.tell(), fault, any_suffix=options.any_suffix)
     else:
-        archive = _Archive(stream, uri, file.seek(0, os.SEEK_END) if is_seekable else None)
+        size = file.seek(0, os.SEEK_END) if is_seekable else None
+        archive = _Archive(stream, uri, size, any_suffix=options.any_suffix)
     if options.keep:
         archive.sidecars = _find_sidecars(archive, options.keep)
     if archive.size is not None:
@@ -270,15 +319,14 @@ def _copy(stream: BinaryIO | Inflated, target: IO[bytes]) -> ReadError | None:
     return None
 
 
-def _find_sidecars(archive: _Archive, keep: tuple[str, ...]) -> Sidecars:
-    extensions = {name.lower() for name in keep}
-    sidecars = {}
+def _find_sidecars(archive: _Archive, keep: tuple[str, ...]) -> Sidecars[Place]:
+    sidecars: Sidecars[Place] = Sidecars(keep)
     archive.file.seek(0)
     with contextlib.suppress(ReadError):  # the second pass raises it again
-        for member in _Archive(archive.file, archive.uri, archive.size, archive.fault).members():
-            key, extension = split_key(member.name)
-            if extension in extensions and member.isreg() and not member.issparse() and archive.contains(member):
-                sidecars[key, extension] = (member.offset_data, member.size)
+        first_pass = _Archive(archive.file, archive.uri, archive.size, archive.fault)
+        for member in first_pass.members():
+            if member.isreg() and not member.issparse() and archive.contains(member):
+                sidecars.add(member.name, first_pass.group, (member.offset_data, member.size))
     return sidecars
 
 

@@ -7,17 +7,28 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pipeline.coverage import Ranges
 from pipeline.errors import ReadError
-from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, sidecar_contents
+from pipeline.sources.base import (
+    MAGIC_BYTES,
+    ReadOptions,
+    Record,
+    ShardEnd,
+    Source,
+    sidecar_contents,
+    starts_as_image,
+)
 from pipeline.sources.records import (
     MAX_MEMBER_BYTES,
+    Groups,
     Rows,
+    Sidecars,
+    WatchedFile,
     is_image_member,
+    is_resource_fork,
     kept_texts,
-    split_key,
     storage_fault,
     too_large,
 )
@@ -30,25 +41,27 @@ BAD_BYTES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.er
 # A member that needs a newer zip version than Python supports is one error row. By default it is an error of the zip.
 zipfile.MAX_EXTRACT_VERSION = 255  # type: ignore[misc]
 
-Sidecars = dict[tuple[str, str], zipfile.ZipInfo]
-
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
     """Read the members one by one, by their offsets. The contract is in `pipeline.sources.base`."""
     rows = Rows(shard, todo)
     fault = None
     try:
-        with access.open_read(shard.uri, shard.etag) as file, _directory(file, rows.uri) as archive:
+        with (
+            access.open_read(shard.uri, shard.etag) as opened,
+            _directory(file := WatchedFile(opened), rows.uri) as archive,
+        ):
             members = archive.infolist()
-            images = [info for info in members if is_image_member(info.filename)]
-            sidecars = _sidecars(members) if options.keep else {}
+            images = [info for info in members if _is_row(archive, file, info, options)]
+            groups = _groups(members) if options.keep else {}
+            sidecars = _sidecars(members, groups, options.keep)
             rows.total = len(images)
             for info in images:
                 if rows.row >= rows.stop:
                     break
                 if rows.begin(info.filename):
-                    kept = _kept(archive, sidecars, info.filename, options.keep, rows.uri)
-                    yield rows.record(_read_member(archive, info, rows.uri), kept)
+                    kept = _kept(archive, file, sidecars, info, groups, options.keep, rows.uri)
+                    yield rows.record(_read_member(archive, file, info, rows.uri), kept)
                 rows.advance()
     except ReadError as error:
         fault = error
@@ -57,32 +70,73 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     yield from rows.finish(fault)
 
 
-def _directory(file: BinaryIO, uri: str) -> zipfile.ZipFile:
-    """Read the central directory. Raises ReadError."""
+def _directory(file: WatchedFile, uri: str) -> zipfile.ZipFile:
+    """Read the central directory. Raises ReadError, and OSError if the storage fails."""
     if not file.seek(0, os.SEEK_END):
         raise ReadError("empty", f"{uri} has no bytes")
     try:
-        return zipfile.ZipFile(file)
+        return zipfile.ZipFile(cast(BinaryIO, file))
     except BAD_BYTES as error:
+        file.check()
         raise ReadError("corrupt", f"{uri} is not a zip archive, or its directory is broken: {error}") from error
     except NotImplementedError as error:
         raise ReadError("unsupported", f"{uri}: {error}") from error
 
 
-def _sidecars(members: list[zipfile.ZipInfo]) -> Sidecars:
-    return {split_key(info.filename): info for info in members if not is_image_member(info.filename)}
+def _is_row(archive: zipfile.ZipFile, file: WatchedFile, info: zipfile.ZipInfo, options: ReadOptions) -> bool:
+    """True for an image by its name, and with `any_suffix` by its first bytes. Raises OSError if the storage fails."""
+    if is_image_member(info.filename):
+        return True
+    is_link = stat.S_ISLNK(info.external_attr >> 16)
+    if not options.any_suffix or info.is_dir() or is_link or is_resource_fork(info.filename):
+        return False
+    try:
+        with archive.open(info) as member:
+            return starts_as_image(member.read(MAGIC_BYTES))
+    except (*BAD_BYTES, RuntimeError):  # no image that could be read
+        file.check()
+        return False
+    except OSError:
+        file.check()
+        if info.compress_type == zipfile.ZIP_BZIP2:  # bz2 raises OSError for bad data
+            return False
+        raise
 
 
-def _kept(archive: zipfile.ZipFile, sidecars: Sidecars, member: str, keep: tuple[str, ...], uri: str) -> dict[str, str]:
-    def find(key: str, extension: str) -> bytes | None:
-        info = sidecars.get((key, extension))
-        data = _read_member(archive, info, uri) if info else None
+def _groups(members: list[zipfile.ZipInfo]) -> dict[int, int]:
+    """The number of each member's sample, by the offset of the member."""
+    groups = Groups()
+    return {info.header_offset: groups.add(info.filename) for info in members}
+
+
+def _sidecars(
+    members: list[zipfile.ZipInfo], groups: dict[int, int], keep: tuple[str, ...]
+) -> Sidecars[zipfile.ZipInfo]:
+    sidecars: Sidecars[zipfile.ZipInfo] = Sidecars(keep)
+    for info in members if keep else ():
+        if not is_image_member(info.filename):
+            sidecars.add(info.filename, groups[info.header_offset], info)
+    return sidecars
+
+
+def _kept(
+    archive: zipfile.ZipFile,
+    file: WatchedFile,
+    sidecars: Sidecars[zipfile.ZipInfo],
+    image: zipfile.ZipInfo,
+    groups: dict[int, int],
+    keep: tuple[str, ...],
+    uri: str,
+) -> dict[str, str]:
+    def read(extension: str) -> bytes | None:
+        info = sidecars.find(image.filename, groups[image.header_offset], extension)
+        data = _read_member(archive, file, info, uri) if info else None
         return data if isinstance(data, bytes) else None
 
-    return kept_texts(member, keep, find)
+    return kept_texts(keep, read)
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, uri: str) -> bytes | ReadError:
+def _read_member(archive: zipfile.ZipFile, file: WatchedFile, info: zipfile.ZipInfo, uri: str) -> bytes | ReadError:
     """Read a member and check its CRC. Raises OSError only if the storage fails."""
     name = f"{uri}: {info.filename}"
     if info.file_size > MAX_MEMBER_BYTES:
@@ -95,11 +149,12 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, uri: str) -> b
         with archive.open(info) as member:
             return member.read(info.file_size)  # at most the size in the directory
     except BAD_BYTES as error:
+        file.check()
         return ReadError("corrupt", f"{name}: {error or type(error).__name__}")
     except RuntimeError as error:  # encrypted; NotImplementedError is a RuntimeError: an unknown compression
         return ReadError("unsupported", f"{name}: {error}")
     except OSError as error:
-        if info.compress_type == zipfile.ZIP_BZIP2:  # bz2 raises OSError for bad data
+        if info.compress_type == zipfile.ZIP_BZIP2 and not file.fault:  # bz2 raises OSError for bad data
             return ReadError("corrupt", f"{name}: {error}")
         raise
 

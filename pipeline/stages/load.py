@@ -18,6 +18,7 @@ from pipeline.images import pixels
 from pipeline.images.decode import decode, leave_encoded
 from pipeline.images.pixels import RGB8, Decoded, Encoded, PixelFormat
 from pipeline.images.transform import Transform
+from pipeline.images.values import DEFAULT, Values
 from pipeline.predictors.base import Allotment, Predictor
 from pipeline.sources import ReadOptions, Record, ShardEnd
 from pipeline.sources.shard import Shard
@@ -40,6 +41,7 @@ class Loader:
 
     keep: column of the shard → (column of the result, its type). rows_per_table: images in one table.
     decode_bytes: memory for the images that are decoded at once; a larger image is decoded alone.
+    values: the bands, the range of values, and the format of the network's pixels.
     leave_jpegs: leave JPEGs encoded that a GPU can decode.
     """
 
@@ -54,7 +56,11 @@ class Loader:
     threads: int
     decode_bytes: int = 1 << 30
     leave_jpegs: bool = False
-    pixel_format: PixelFormat = RGB8
+    values: Values = DEFAULT
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        return self.values.pixel_format
 
     @staticmethod
     def of(
@@ -81,7 +87,7 @@ class Loader:
             threads=threads,
             decode_bytes=decode_bytes,
             leave_jpegs=config.decoder == "gpu" and predictor.takes_encoded,
-            pixel_format=predictor.pixel_format,
+            values=Values(config.band_names(), config.scale_range(), config.nodata_fill, predictor.pixel_format),
         )
 
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
@@ -129,6 +135,7 @@ class Loader:
             exact=self.exact,
             keep_tiles=self.keep_tiles,
             reserve=budget.reserve,
+            values=self.values,
         )
         self.pixel_format.check(decoded.pixels)
         return decoded
@@ -136,7 +143,9 @@ class Loader:
     def _leave(self, data: bytes) -> Encoded | None:
         if not self.leave_jpegs or len(data) > ENCODED_BATCH_BYTES // self.rows_per_table:
             return None
-        return leave_encoded(data, self.transform, max_pixels=self.max_pixels, exif_rotate=self.exif_rotate)
+        return leave_encoded(
+            data, self.transform, max_pixels=self.max_pixels, exif_rotate=self.exif_rotate, values=self.values
+        )
 
     def _table(self, shard: Shard, batch: "list[_Row]") -> pa.Table:
         columns: dict[str, Any] = {
@@ -207,6 +216,7 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
             f"{type(predictor).__qualname__}.pixel_format is {predictor.pixel_format!r}: it must be a PixelFormat, "
             'as in PixelFormat("uint8", 3)'
         )
+    _check_values(config, predictor.pixel_format)
     max_batch = predictor.pixel_format.max_batch_size(predictor.transform)
     if config.batch_size is not None and config.batch_size > max_batch:
         raise SettingRefused(
@@ -219,3 +229,17 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
             f"{type(predictor).__qualname__}.load() must take one argument, the Allotment of its actor (cores, "
             "batch_size, gpu_share, images): write def load(self, allotment)"
         ) from error
+
+
+def _check_values(config: RunConfig, format: PixelFormat) -> None:
+    """Raise SettingRefused for bands and a range of values that the network cannot get."""
+    bands = len(config.band_names())
+    if bands and bands != format.bands and not (bands == 1 and format == RGB8):
+        counts = "1 or 3 bands" if format == RGB8 else f"{format.bands} bands"
+        raise SettingRefused(f"--bands is {config.bands!r}: the network takes {counts}")
+    if config.scale is not None and format.dtype != "uint8":
+        raise SettingRefused(
+            f"--scale is {config.scale!r}: the network takes {format.dtype}, whose values stay as they are"
+        )
+    if config.nodata_fill is not None and config.scale is None and format.dtype == "uint8":
+        raise SettingRefused("--nodata-fill needs --scale, the range that the value lies in")

@@ -2,6 +2,7 @@
 
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -213,7 +214,11 @@ def _with_usage(table: pa.Table, core_seconds: float, gpu_seconds: float) -> pa.
 
 def _reason(error: Exception) -> tuple[str, str]:
     """error_type and message of an image that cannot be computed."""
-    return OUT_OF_MEMORY if is_out_of_memory(error) else "failed", f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY, f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return "failed", f"{type(error).__name__}: {error}{line}"
 
 
 def _to_arrow(values: Any, type_: pa.DataType) -> pa.Array:

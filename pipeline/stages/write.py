@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline import coverage, schema
 from pipeline.output.commit import Commit
 from pipeline.output.ledger import commit_uri
-from pipeline.output.parts import column_options, count_errors, encode
+from pipeline.output.parts import column_options, count_errors, count_nulls, encode
 from pipeline.stages import usage
 from pipeline.storage import access, uris
 
@@ -66,6 +66,7 @@ class Sink:
             core_seconds=_sum(table["core_seconds"]) + usage.take_core_seconds(),
             gpu_seconds=_sum(table["gpu_seconds"]),
             bytes_written=sum(map(len, files.values())),
+            nulls=count_nulls(rows.select(self.result_schema.names)),
         )
         commit.seconds["write"] = time.perf_counter() - started
         return self._commit(commit)

@@ -23,15 +23,13 @@ from typing import Any, BinaryIO
 import fsspec
 import fsspec.utils
 
-from pipeline.errors import OutputRefused, message_line
+from pipeline.errors import OutputRefused, SettingRefused, message_line
 from pipeline.storage.base import ObjectInfo, Store
 from pipeline.storage.bucket import bucket_store
 from pipeline.storage.credentials import full_uri
-from pipeline.storage.fsspec_store import fsspec_store
+from pipeline.storage.fsspec_store import store_of
 from pipeline.storage.local import LocalStore
-from pipeline.storage.uris import is_local
-
-OBSTORE_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure", "adl")
+from pipeline.storage.uris import BUCKET_SCHEMES, is_local
 
 
 def head(uri: str) -> ObjectInfo:
@@ -108,10 +106,12 @@ def _locate(uri: str) -> tuple[Store, str]:
     scheme, _, rest = uri.partition("://")
     if not rest:
         return _LOCAL, uri
-    if scheme in OBSTORE_SCHEMES:
+    if scheme in BUCKET_SCHEMES:
         bucket, _, path = rest.partition("/")
+        if not bucket:
+            raise SettingRefused(f"{uri} names no bucket: write {scheme}://bucket/path")
         return bucket_store(f"{scheme}://{bucket}"), path
-    return fsspec_store(scheme), uri
+    return store_of(uri), uri
 
 
 _LOCAL = LocalStore()

@@ -28,6 +28,8 @@ from pipeline.storage.base import (
     check_length,
     check_size,
 )
+from pipeline.storage.cloud_settings import HINTS, azure_config, endpoint_of, gcs_config, kind_of
+from pipeline.storage.ranges import Ranges
 from pipeline.storage.retry import Exhausted, permanent_error, refusal_of, status_of, with_retries
 
 UPLOAD_STALL_SECONDS = 20.0
@@ -60,7 +62,7 @@ class BucketStore:
                     raise
                 return obstore.get(self.store, path).meta  # a response to HEAD has no body with the error
 
-        return self._info(self._with_retries(get_meta))
+        return self._info(self.with_retries(get_meta))
 
     def read(self, path: str, etag: str) -> bytes:
         def get() -> bytes:
@@ -69,21 +71,13 @@ class BucketStore:
             check_size(info.uri, info.size_bytes)
             return bytes(check_length(result.bytes(), info.size_bytes))
 
-        return self._with_retries(get)
+        return self.with_retries(get)
 
     def open_read(self, path: str, etag: str) -> BinaryIO:
         info = check_etag(self.head(path), etag)
-        if_match: obstore.GetOptions = {"if_match": info.etag} if info.etag else {}
-
-        def read_range(start: int, stop: int) -> Any:
-            options: obstore.GetOptions = {"range": (start, stop), **if_match}
-
-            def get() -> Any:
-                return check_length(obstore.get(self.store, path, options=options).bytes(), stop - start)
-
-            return self._with_retries(get)
-
-        return cast(BinaryIO, io.BufferedReader(RawReader(read_range, info.size_bytes), BUFFER_BYTES))
+        return cast(
+            BinaryIO, io.BufferedReader(RawReader(Ranges(self, path, info).read, info.size_bytes), BUFFER_BYTES)
+        )
 
     def write(self, path: str, data: bytes) -> None:
         store = self.store if len(data) <= UPLOAD_BYTES else self.uploads
@@ -91,7 +85,7 @@ class BucketStore:
         def put() -> object:
             return obstore.put(store, path, data, chunk_size=UPLOAD_BYTES, max_concurrency=UPLOAD_THREADS)
 
-        self._with_retries(lambda: _retry_not_found(put))
+        self.with_retries(lambda: _retry_not_found(put))
 
     def create(self, path: str, data: bytes) -> None:
         attempts = itertools.count()
@@ -105,10 +99,10 @@ class BucketStore:
                 if not (is_retry and _retry_not_found(lambda: bytes(obstore.get(self.store, path).bytes())) == data):
                     raise
 
-        self._with_retries(put)
+        self.with_retries(put)
 
     def delete(self, path: str) -> None:
-        self._with_retries(lambda: obstore.delete(self.store, path))
+        self.with_retries(lambda: obstore.delete(self.store, path))
 
     def list_objects(self, path: str) -> Iterator[ObjectInfo]:
         prefix = f"{path}/" if path else None
@@ -128,14 +122,14 @@ class BucketStore:
             chunks = stream  # a stream that failed is dropped: the next attempt begins after `last`
             return chunk
 
-        while chunk := self._with_retries(next_chunk):
+        while chunk := self.with_retries(next_chunk):
             for meta in chunk:
                 info = self._info(meta)
                 if "/." not in info.uri[len(self.root) + len(path) :]:
                     yield info
             last = chunk[-1]["path"]
 
-    def _with_retries(self, action: Callable[[], T]) -> T:
+    def with_retries(self, action: Callable[[], T]) -> T:
         """Retry as `with_retries` does. Raises StorageRefused if the fault concerns the whole bucket."""
 
         def attempt() -> T:
@@ -187,21 +181,28 @@ def bucket_store(root: str) -> BucketStore:
 
 
 def _open_bucket(root: str, stall_seconds: float, retries: dict[str, Any]) -> Any:
-    """An obstore client. obstore reads the credentials of gs and az from the environment by itself."""
+    """An obstore client. Raises SettingRefused. obstore itself reads most settings of gs and az."""
     client = {"connect_timeout": CONNECT_SECONDS, "read_timeout": stall_seconds, "timeout": REQUEST_SECONDS}
     options: dict[str, Any] = {
         "retry_config": retries,
         "client_options": {name: timedelta(seconds=seconds) for name, seconds in client.items()},
     }
-    if root.startswith("s3://"):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        config = {"endpoint": endpoint} if endpoint else {}
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _profile_region()
-        options["config"] = {**config, "region": region or "us-east-1"}
-        options["client_options"]["allow_http"] = endpoint.startswith("http://")
-        if provider := _botocore_credentials():
-            options["credential_provider"] = provider
-    return from_url(root, **options)
+    kind = kind_of(root)
+    config = azure_config() if kind == "az" else gcs_config() if kind == "gs" else _s3_config()
+    options["config"] = config
+    options["client_options"]["allow_http"] = endpoint_of(kind, config).startswith("http://")
+    if kind == "s3" and (provider := _botocore_credentials()):
+        options["credential_provider"] = provider
+    try:
+        return from_url(root, **options)
+    except Exception as error:  # each kind of store has its own exceptions for settings that are missing or broken
+        raise SettingRefused(f"{root} cannot be opened: {message_line(error)}; {HINTS[kind]}") from error
+
+
+def _s3_config() -> dict[str, Any]:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _profile_region()
+    return {**({"endpoint": endpoint} if endpoint else {}), "region": region or "us-east-1"}
 
 
 def _profile_region() -> str | None:

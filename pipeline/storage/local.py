@@ -1,5 +1,6 @@
 """Local files, including those of mounted network file systems."""
 
+import ctypes
 import errno
 import os
 import stat
@@ -13,6 +14,13 @@ from pipeline.storage.uris import escaped
 
 TEMPORARY = ".nightshift.tmp"
 """Suffix of the file that a write fills before it takes its final name."""
+
+
+UNSUPPORTED = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EMLINK)
+"""What file systems report for a call that they do not have."""
+
+AT_FDCWD, RENAME_NOREPLACE = -100, 1
+"""From linux/fcntl.h and linux/fs.h."""
 
 
 class LocalStore:
@@ -40,7 +48,7 @@ class LocalStore:
     def write(self, path: str, data: bytes) -> None:
         temporary = self._temporary(path, data)
         try:
-            os.replace(temporary, path)
+            _replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
@@ -49,9 +57,9 @@ class LocalStore:
     def create(self, path: str, data: bytes) -> None:
         temporary = self._temporary(path, data)
         try:
-            os.link(temporary, path)  # unlike rename, link fails if the name exists
+            _publish(temporary, path)
         finally:
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
         self._sync_folder(path)
 
     def delete(self, path: str) -> None:
@@ -114,8 +122,57 @@ class LocalStore:
         descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(descriptor)
+
+
+def _publish(temporary: str, path: str) -> None:
+    """Give a temporary file its final name. Raises FileExistsError if the name exists.
+
+    Hard links are missing on SMB, exFAT and mounts of buckets, and exclusive renames on some of them. The last way
+    takes the name with an empty file first; it exists alone only between two system calls.
+    """
+    try:
+        os.link(temporary, path)  # unlike rename, link fails if the name exists
+        return
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    try:
+        _rename_exclusively(temporary, path)
+        return
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        _replace(temporary, path)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _rename_exclusively(source: str, target: str) -> None:
+    """Rename with RENAME_NOREPLACE of Linux. Raises OSError with an errno of UNSUPPORTED if that does not exist."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), source)
+    if rename(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), source, None, target)
+
+
+def _replace(temporary: str, path: str) -> None:
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+            raise
+        reason = "its file system cannot rename files, as in some mounts of buckets; use the URI of the bucket"
+        raise OSError(errno.ENOTSUP, reason, path) from error
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -1,6 +1,7 @@
 """Retries for all stores. Sorts errors into transient ones, permanent ones, and those of a whole store."""
 
 import contextlib
+import ftplib
 import itertools
 import os
 import random
@@ -22,6 +23,9 @@ FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 10.0
 
 T = TypeVar("T")
+
+on_retry: Callable[[str, float], object] = lambda fault, waited_seconds: None  # noqa: E731
+"""Called before each retry with the fault and the seconds since the first attempt. Jobs show it to the user."""
 
 _BUILTIN_ERRORS: dict[type[Exception], type[OSError]] = {
     obstore.exceptions.NotFoundError: FileNotFoundError,
@@ -88,6 +92,8 @@ def with_retries(action: Callable[[], T], limit_seconds: float | None = None) ->
             waited = time.monotonic() - started
             if attempts > 1 and waited + pause > limit_seconds:
                 raise Exhausted(f"{_one_line(error)} ({attempts} attempts in {waited:.0f} s)") from error
+            fault = error
+        on_retry(_one_line(fault), time.monotonic() - started)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(pause * 2, MAX_PAUSE_SECONDS)
     raise AssertionError
@@ -116,6 +122,11 @@ def permanent_error(error: Exception) -> Exception | None:
         return None
     if type(error) in _BUILTIN_ERRORS:
         return _BUILTIN_ERRORS[type(error)](_one_line(error))
+    if re.search(r"source: (NotPartial|NoContentRange|ParseContentRange|UnexpectedRange)", str(error)):
+        return OSError(f"the server does not support ranges: {_one_line(error)}")
+    if isinstance(error, ftplib.error_perm):
+        kinds = {"530": PermissionError, "550": FileNotFoundError}
+        return kinds.get(str(error)[:3], OSError)(_one_line(error))
     status = status_of(error)
     if status in (401, 403):
         return PermissionError(_one_line(error))

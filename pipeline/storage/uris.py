@@ -6,6 +6,11 @@ A URI is an absolute local path ("/data/a.jpg"), or `scheme://…`.
 import os
 import re
 
+BUCKET_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure", "adl")
+"""Schemes that obstore serves."""
+
+READ_ONLY_SCHEMES = ("http", "https", "data", "git", "github", "gist", "jlab", "jupyter", "libarchive", "reference")
+
 _SECRET_QUERY = re.compile(
     r"\?(?:[^?]*&)?(?:x-amz-|x-goog-|sig=|signature=|token=|key=|secret=|password=)", re.IGNORECASE
 )
@@ -48,6 +53,43 @@ def normalize(uri: str) -> str:
     if scheme == "file":
         return os.path.abspath("/" + rest.lstrip("/"))
     return f"{'s3' if scheme == 's3a' else scheme}://{rest.rstrip('/')}"
+
+
+def check_uri(uri: str) -> str | None:
+    """What is wrong with a URI that a user wrote, or None. Does no I/O; the store may still not exist."""
+    if typed := re.match(r"([a-z][a-z0-9+]+):/(?!/)", uri):
+        return f"is neither a path nor a URI: write {typed[1]}://…, or ./{uri} for a local folder of that name"
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme == "file":
+        return None
+    if not rest.partition("/")[0] and scheme in BUCKET_SCHEMES:
+        return f"names no bucket: write {scheme}://bucket/path"
+    if not rest.strip("/"):
+        return f"is incomplete: write {scheme}://host/path"
+    if scheme in BUCKET_SCHEMES:
+        return None
+    import fsspec  # slow, and needed only for the other schemes
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ValueError, ImportError) as error:
+        return f"has an unsupported scheme: {error}"
+    return None
+
+
+def check_output(uri: str) -> str | None:
+    """What is wrong with the URI of an output, or None."""
+    if problem := check_uri(uri):
+        return problem
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    if scheme == "memory":
+        return "exists only in the memory of one process: use a directory or a bucket"
+    if scheme in READ_ONLY_SCHEMES:
+        return f"cannot be written, {scheme}:// is read only: use a directory or a bucket"
+    path = normalize(uri)
+    if is_local(path) and re.match(r"/(proc|sys|dev)(/|$)", path) and not path.startswith("/dev/shm/"):
+        return "is in a file system of the kernel, which stores no files: use another directory"
+    return None
 
 
 def join(base: str, name: str) -> str:

@@ -98,7 +98,7 @@ def test_machines_for_decoding_and_for_the_network_come_and_go(tmp_path: Path) -
     with head_alone(tmp_path, decode={"CPU": 1}, gpu={"GPU": 1}) as growing:
         jobs, arguments = Jobs(growing.cluster.environment), ("--input", archive, "--output", output, *SETTINGS)
         refused = jobs.run("embed", *arguments, code=2)
-        assert "the cluster has 0 CPUs; say with --actors MIN:MAX" in refused.stderr
+        assert "the cluster has 0 CPUs; set --actors MIN:MAX" in refused.stderr
         job = jobs.start("embed", *arguments, "--gpus-per-actor", "1", "--actors", "1:2")
         seen: list[list[str]] = []
         while job.poll() is None:

@@ -150,7 +150,7 @@ def test_a_full_disk_ends_with_one_line_and_the_job_resumes(
     out = small_disk / "out"
     done = jobs.run("embed", "--input", folder, "--output", out, *SETTINGS, code=1)
     assert "No space left on device" in done.stderr
-    assert done.stderr.count("nightshift: ") == 1
+    assert done.stderr.count("nightshift: ") == 2, "the first line of life, and the error"
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     jobs.run("embed", "--input", folder, "--output", out, *SETTINGS)
     check(out, uninterrupted)

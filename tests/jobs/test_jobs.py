@@ -308,5 +308,5 @@ def test_a_predictor_of_the_user(ray_cluster: RayCluster, tmp_path: Path) -> Non
         assert row.brightness == pytest.approx(pixels.mean(), abs=0.01)
     errors = pd.read_parquet(tmp_path / "out" / "_errors")
     assert errors[["stage", "error_type", "message"]].values.tolist() == [
-        ["predict", "failed", "RuntimeError: too bright"]
+        ["predict", "failed", f"RuntimeError: too bright ({script}:7)"]
     ]

@@ -286,3 +286,28 @@ def test_a_requirement_that_contradicts_a_pin_is_refused(requirement: str, shown
 )  # fmt: skip
 def test_the_probe(text: str, met: bool) -> None:
     assert probe.is_met(probe.Requirement(text)) is met
+
+
+class Dashboard:
+    """Ray's dashboard, which enters a deleted job again once if it had not seen its end."""
+
+    def __init__(self, enters_again: bool) -> None:
+        self.jobs, self.again = {"probe"}, enters_again
+
+    def delete_job(self, submission_id: str) -> None:
+        self.jobs.remove(submission_id)
+
+    def get_job_info(self, submission_id: str) -> None:
+        if self.again:
+            self.again = False
+            self.jobs.add(submission_id)
+        if submission_id not in self.jobs:
+            raise RuntimeError("does not exist")
+
+
+@pytest.mark.parametrize("enters_again", [True, False])
+def test_a_probe_that_ray_enters_again_is_deleted_again(enters_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "REENTRY_SECONDS", 0.5)
+    dashboard = Dashboard(enters_again)
+    environment.delete(dashboard, "probe")  # type: ignore[arg-type]
+    assert not dashboard.jobs

@@ -51,17 +51,70 @@ def check(path: str, trained: nn.Module, tolerance: float = 0) -> None:
         lambda network: {"model": network.state_dict(), "args": __import__("argparse").Namespace(lr=0.1)},
         lambda network: {"model_state_dict": prefixed("model.")(network), "optimizer": {"state": {}}},
         lambda network: {"net": prefixed("_orig_mod.module.")(network)},
+        lambda network: {"ema": network.state_dict(), "epoch": 3},
+        lambda network: {"state_dict_ema": nn.DataParallel(network).state_dict()},
+        lambda network: {"weights": {"state_dict": network.state_dict()}},
+        lambda network: {"ema": {"n_averaged": torch.tensor(5), **prefixed("module.")(network)}},
+        lambda network: {"state_dict": {**prefixed("model.")(network), "criterion.weight": torch.ones(7)}},
         prefixed("backbone."),
         prefixed("encoder.0."),
         lambda network: {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")},
         lambda network: network.half().state_dict(),
     ],
-    ids=["plain", "module", "state_dict", "args", "model", "orig_mod", "backbone", "sequential", "no_counts", "half"],
+    ids=[
+        "plain",
+        "module",
+        "state_dict",
+        "args",
+        "model",
+        "orig_mod",
+        "ema",
+        "state_dict_ema",
+        "weights",
+        "averaged",
+        "criterion",
+        "backbone",
+        "sequential",
+        "no_counts",
+        "half",
+    ],
 )
 def test_wrapped_checkpoints_load(content: Callable[[nn.Module], Any], trained: nn.Module, tmp_path: Path) -> None:
     copy = torchvision.models.get_model(SMALL, num_classes=7)
     copy.load_state_dict(trained.state_dict())
     check(save(tmp_path / "w.pth", content(copy)), trained, tolerance=2e-2 if copy.fc.weight.dtype == torch.half else 0)
+
+
+def test_plain_weights_are_preferred_to_averaged_ones(trained: nn.Module, tmp_path: Path) -> None:
+    state = trained.state_dict()
+    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+    check(save(tmp_path / "w.pth", {"state_dict_ema": zeros, "state_dict": state}), trained)
+
+
+@pytest.mark.parametrize("name", ["w.ckpt", "w.pth.tar", "w.bin"])
+def test_the_usual_suffixes_are_accepted(name: str, trained: nn.Module, tmp_path: Path) -> None:
+    check(save(tmp_path / name, {"state_dict": trained.state_dict()}), trained)
+
+
+def test_a_classifier_inside_a_sequential_is_found(trained: nn.Module, tmp_path: Path) -> None:
+    state = {name.replace("fc.", "fc.1."): value for name, value in trained.state_dict().items()}
+    assert "fc.1.weight" in state
+    path = save(tmp_path / "w.pth", prefixed("model.")(trained) | {f"model.{name}": v for name, v in state.items()})
+    for name in ("model.fc.weight", "model.fc.bias"):
+        content = torch.load(path)
+        del content[name]
+        torch.save(content, path)
+    check(path, trained)
+    assert f"--weights {path} hold the classifier fc as fc.1" in resolve(SMALL, path).notes[0]
+    assert resolve(SMALL, path, need_head=False).num_classes == 7
+
+
+def test_a_head_of_several_layers_is_refused_with_a_remedy(trained: nn.Module, tmp_path: Path) -> None:
+    state = {name: value for name, value in trained.state_dict().items() if not name.startswith("fc.")}
+    state |= {f"fc.{i}.{name}": torch.zeros(7) for i in (0, 3) for name in ("weight", "bias")}
+    for need_head in (True, False):
+        with pytest.raises(WeightsRefused, match=r"several layers \(fc\.0, fc\.3\).*--model package\.module:function"):
+            resolve(SMALL, save(tmp_path / "w.pth", state), need_head=need_head)
 
 
 def test_the_shortest_prefix_is_removed_if_several_fit() -> None:
@@ -168,6 +221,12 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path, trained:
     assert not (tmp_path / "executed").exists()
     with pytest.raises(WeightsRefused, match=r"were not executed.*state_dict\(\)"):
         resolve(SMALL, save(tmp_path / "whole.pt", trained))
+
+
+def test_torchscript_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    networks.scripted().save(tmp_path / "w.pt")
+    with pytest.raises(WeightsRefused, match=r"w\.pt are TorchScript.*state_dict\(\)"):
+        resolve("networks:small", str(tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 cut", b"\x08" + bytes(7) + b"{ broken"])

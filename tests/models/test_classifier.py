@@ -63,6 +63,24 @@ def test_a_network_without_a_classifier_only_embeds() -> None:
         resolve("networks:headless", "random")
 
 
+@pytest.mark.parametrize("model", ["networks:scripted", "networks:traced"])
+def test_torchscript_is_refused_with_a_remedy(model: str) -> None:
+    for need_head in (True, False):
+        with pytest.raises(SettingRefused, match=rf"{model} returns TorchScript.*return the torch\.nn\.Module"):
+            resolve(model, "DEFAULT", need_head=need_head)
+
+
+def test_a_network_with_weights_that_are_not_tensors_is_refused() -> None:
+    with pytest.raises(SettingRefused, match="weights that are not tensors, as quantized ones"):
+        resolve("networks:quantized", "DEFAULT", need_head=False)
+
+
+def test_torchscript_inside_a_module_embeds_its_output() -> None:
+    spec = resolve("networks:scripted_inside", "DEFAULT", need_head=False)
+    assert (spec.embedding_dim, spec.head) == (6, "")
+    assert "embedding is its whole output of 6 values" in spec.notes[0]
+
+
 @pytest.mark.parametrize("model", ["timm:levit_128s", "timm:deit_tiny_distilled_patch16_224"])
 def test_several_classifiers_are_refused(model: str) -> None:
     with pytest.raises(SettingRefused, match="ends in several classifiers"):

@@ -74,8 +74,17 @@ def test_weights_from_a_file_are_loaded_into_the_network_of_a_function(tmp_path:
     network = small()
     path = save(tmp_path / "w.pt", network.state_dict())
     assert torch.equal(build(resolve("networks:small", path))(draw_input())[1], network(draw_input()))
-    with pytest.raises(WeightsRefused, match=r"4.weight \[9, 5\] for \[6, 5\]"):
-        resolve("networks:small", save(tmp_path / "nine.pt", small(9).state_dict()))
+
+
+def test_the_network_of_a_function_takes_the_classes_of_a_file(tmp_path: Path) -> None:
+    network = small(9)
+    spec = resolve("networks:small", save(tmp_path / "nine.pt", network.state_dict()))
+    assert (spec.num_classes, spec.labels[-1], spec.embedding_dim) == (9, "8", 5)
+    features, logits = build(spec)(draw_input())
+    assert torch.equal(logits, network(draw_input()))
+    assert torch.equal(features, network[:4](draw_input()))
+    embedding_only = resolve("networks:small", str(tmp_path / "nine.pt"), need_head=False)
+    assert torch.equal(build(embedding_only).features(draw_input()), features)
 
 
 def test_a_function_with_different_weights_each_time_is_refused() -> None:

@@ -1,6 +1,7 @@
 """The output directory at the start of a run. If the run is refused, nothing in it changes."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,3 +136,35 @@ def test_an_update_may_not_change_the_type_of_a_kept_column(tmp_path: Path) -> N
     pq.write_table(pa.table({"image": [b"1"], "label": pa.array([1], pa.float64())}), folder / "b.parquet")
     with pytest.raises(InputRefused, match=r"--keep label: it is double in \S+b.parquet, but int64"):
         prepare(tmp_path / "out", folder, keep="label", update=True)
+
+
+def test_what_a_run_wrote_after_its_output_was_deleted_does_not_block(photos: Path, finished: Path) -> None:
+    shutil.rmtree(finished)
+    for folder, name in (("_commits", "part-0003-000000-00000000.json"), (".", "part-0003-000000-00000000-x.parquet")):
+        (finished / folder).mkdir(parents=True, exist_ok=True)
+        (finished / folder / name).write_bytes(b"late")
+    (finished / "_lock.json").write_bytes(b"{}")
+    plan = prepare(finished, photos)
+    assert plan.rows == 4
+    assert [name for name in files(finished) if "part-0003" in name] == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "_plan/shards-0.parquet", "_attempts/1.json"])
+def test_parts_beside_other_files_are_never_removed(photos: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "copy"
+    for each in ("_commits/part-0001-000000-00000000.json", "part-0001-000000-00000000-x.parquet", name):
+        (output / each).parent.mkdir(parents=True, exist_ok=True)
+        (output / each).write_bytes(b"kept")
+    before = files(output)
+    with pytest.raises(OutputRefused, match=r"but no _run\.json"):
+        prepare(output, photos)
+    assert files(output) == before
+
+
+def test_a_copy_of_the_parts_alone_is_never_removed(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "copy"
+    output.mkdir()
+    (output / "part-0001-000000-00000000-x.parquet").write_bytes(b"kept")
+    with pytest.raises(OutputRefused, match=r"but no _run\.json"):
+        prepare(output, photos)
+    assert len(files(output)) == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -164,6 +165,24 @@ class TestLock:
             with pytest.raises(OutputLocked, match="another driver took over"):
                 lock.check()
 
+    def test_an_output_that_is_deleted_is_named_as_such(self, tmp_path: Path) -> None:
+        output = tmp_path / "out"
+        with Lock(str(output)) as lock:
+            (output / "_run.json").write_text("{}")
+            time.sleep(0.5)
+            lock.check()
+            shutil.rmtree(output)
+            assert lock.deleted.wait(5)
+            with pytest.raises(OutputRefused, match=r"was deleted while this run was writing to it; run the same"):
+                lock.check()
+        assert not output.exists()
+
+    def test_a_deleted_output_is_not_taken_for_another_driver(self, tmp_path: Path) -> None:
+        ledger = ledgers.begin(str(tmp_path))
+        shutil.rmtree(tmp_path / "_attempts")
+        with pytest.raises(OutputRefused, match="was deleted"):
+            ledgers.check_newest(ledger)
+
     def test_a_directory_that_cannot_be_written_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(OutputRefused, match="cannot be written"), Lock(str(tmp_path / "file")):
@@ -197,7 +216,7 @@ class TestLock:
     def test_a_deleted_lock_is_created_again(self, tmp_path: Path) -> None:
         with Lock(str(tmp_path)) as lock:
             (tmp_path / "_lock.json").unlink()
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while not (tmp_path / "_lock.json").exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

@@ -89,6 +89,17 @@ def test_settings_that_do_not_change_results_are_not_in_the_fingerprint() -> Non
     assert record(embedder(precision="float32")).fingerprint != made.fingerprint
 
 
+def test_bands_and_values_are_recorded_only_if_they_are_set() -> None:
+    plain = record(embedder())
+    assert not {"bands", "scale", "nodata_fill"} & {*plain.settings, *plain.provenance}
+    made = record(embedder(), bands="B04, 3,2", scale="-1:1", nodata_fill=0.0)
+    expected = {"bands": ["B04", "3", "2"], "scale": [-1.0, 1.0], "nodata_fill": 0.0}
+    assert {name: made.settings[name] for name in expected} == expected
+    assert {name: json.loads(made.footer)[name] for name in expected} == expected
+    assert made.fingerprint != plain.fingerprint
+    assert record(embedder(), scale="-1.0:1").settings["scale"] == made.settings["scale"]
+
+
 def test_the_footer_of_a_part_names_the_network() -> None:
     made = record(embedder())
     footer = json.loads(made.footer)

@@ -17,7 +17,7 @@ from pipeline.output import ledger as ledgers
 from pipeline.output import lock as locks
 from pipeline.output.commit import Commit
 from pipeline.output.lock import Lock
-from pipeline.output.verify import repair, verify
+from pipeline.output.verify import Verification, repair, verify
 from pipeline.planning import plan as plans
 from pipeline.sources.shard import Shard
 from pipeline.stages.write import Sink
@@ -280,3 +280,9 @@ def test_repair_creates_no_directory(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="is not an output of Nightshift"):
         repair(str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_an_unfinished_output_says_how_many_shards_are_uncounted() -> None:
+    first = next(Verification("out", uncounted_shards=3, rows=5, parts=1).lines())
+    assert first == "out: the images of 3 shards are not counted yet; so far 5 rows + 0 errors, in 1 parts"
+    assert next(Verification("out").lines()) == "out: not planned yet"

@@ -228,6 +228,30 @@ def test_the_hash_set_uses_little_memory() -> None:
     assert seen.add("https://host/another.jpg")
 
 
+@pytest.mark.parametrize(("delimiter", "suffix"), [(";", "csv"), ("\t", "csv"), ("|", "csv"), ("\t", "tsv")])
+def test_lists_with_other_delimiters(folder: Path, delimiter: str, suffix: str) -> None:
+    rows = [["path", '"a, b, c"'], ["loose/a/1.jpg", "1"], ['"loose/a/2, 3.jpg"', "2"]]
+    path = folder / f"list.{suffix}"
+    path.write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    (shard,) = shards(path)
+    assert shard.payload.keys == (f"{folder}/loose/a/1.jpg", f"{folder}/loose/a/2, 3.jpg")
+
+
+def test_other_delimiters_in_the_names_of_columns(folder: Path) -> None:
+    (folder / "list.csv").write_text("url,a;b;c\nloose/a/1.jpg,1\n")
+    (shard,) = shards(folder / "list.csv", keep="a;b;c")
+    assert shard.payload.keys == (f"{folder}/loose/a/1.jpg",)
+
+
+def test_only_the_columns_that_are_used_have_types(folder: Path) -> None:
+    """The type of a column is that of its first block; a later value may not fit it."""
+    lines = [f"loose/{i}.jpg,{i if i < 200_000 else 'none'},{i}" for i in range(200_001)]
+    (folder / "list.csv").write_text("url,score,n\n" + "\n".join(lines) + "\n")
+    assert sum(shard.rows or 0 for shard in shards(folder / "list.csv", keep="n")) == 200_001
+    with pytest.raises(InputRefused, match="cannot be read as a list of images"):
+        shards(folder / "list.csv", keep="score")
+
+
 def test_kept_columns_of_a_list(folder: Path) -> None:
     path = folder / "list.csv"
     path.write_text("where,n,place\nloose/a/1.jpg,7,north\nloose/a/2.JPEG,8,\n")
@@ -311,7 +335,14 @@ def test_limit_cuts_shards_of_unknown_length(folder: Path) -> None:
     ("names", "settings", "message"),
     [
         (["none"], {}, "none does not exist"),
-        (["loose/notes.md"], {}, "notes.md matches no images"),
+        (["loose/notes.md"], {}, "notes.md cannot be read: no file name ends in one of .*jpg"),
+        (["tiles.mbtiles"], {}, "tiles.mbtiles cannot be read: MBTiles are not read; export the tiles"),
+        (
+            ["other"],
+            {},
+            r"other has only 2 \.npy, 1 \.tar\.xz \(not read\): NumPy files are not read; .*; xz and bzip2",
+        ),
+        (["other/*.npy"], {}, r"npy has only 2 \.npy \(not read\): NumPy files are not read; save the arrays as PNG"),
         (["empty"], {}, "empty matches no images"),
         (["loose/*.tar"], {}, "matches no images"),
         (["loose", "none/*.jpg"], {}, "none"),
@@ -327,16 +358,68 @@ def test_limit_cuts_shards_of_unknown_length(folder: Path) -> None:
 )
 def test_invalid_inputs_are_refused_by_name(folder: Path, names: list[str], settings: dict, message: str) -> None:
     (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    for name in ("tiles.mbtiles", "other/1.npy", "other/2.npy", "other/x.tar.xz"):
+        (folder / name).write_bytes(b"1")
     (folder / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
     (folder / "numbers.csv").write_text("n\n1\n2\n")
     with pytest.raises(InputRefused, match=message):
         shards(*[folder / name for name in names], **settings)
 
 
+def test_a_parquet_file_without_images_is_passed_over(folder: Path) -> None:
+    footer = {b"nightshift": b"{}"}
+    others = {
+        "loose/metadata.parquet": pa.table({"file_name": ["a/1.jpg"], "label": [1]}),
+        "shards/0000.parquet": pa.table({"url": ["u"], "caption": ["c"]}),
+        "out/part-1.parquet": pa.table({"thumbnail": [IMAGE]}).replace_schema_metadata(footer),
+    }
+    expected = ids(shards(folder))
+    for name, table in others.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table, folder / name)
+    archive = Archive(RunConfig(input=str(folder), output="/o"))
+    assert ids(list(archive.shards())) == expected
+    assert archive.left_out.counts[".parquet without images"] == 3
+    with pytest.raises(InputRefused, match=r"0000\.parquet has no column of image bytes"):
+        shards(folder / "loose", folder / "shards/0000.parquet", image_column="image")
+    with pytest.raises(InputRefused, match="was written by a run of Nightshift"):
+        shards(folder / "out")
+
+
+def test_a_folder_named_like_a_file_is_a_folder(folder: Path, s3: S3Server) -> None:
+    (folder / "shards").rename(folder / "x.parquet")
+    assert len(ids(shards(folder / "x.parquet"))) == 11
+    for info in access.list_objects(str(folder / "x.parquet")):
+        access.write(s3.uri(f"named/x.parquet/{info.uri.rpartition('/')[2]}"), access.read(info.uri))
+    assert len(ids(shards(s3.uri("named/x.parquet")))) == 11
+    put(s3, "named/x.parquet/", b"")
+    put(s3, "named/x.jpg/", b"")
+    put(s3, "named/x.jpg/1.jpg")
+    put(s3, "named/x.jpg-2.jpg")
+    put(s3, "named/alone.jpg/", b"")
+    put(s3, "named/empty.jpg", b"")
+    put(s3, "named/sub/", b"")
+    assert len(ids(shards(s3.uri("named/x.parquet")))) == 11
+    archive = Archive(RunConfig(input=s3.uri("named"), output="/o"))
+    assert len(ids(list(archive.shards()))) == 11 + 3
+    assert not archive.left_out.counts
+
+
+def test_an_object_of_another_kind_is_refused_by_its_kind(s3: S3Server) -> None:
+    access.write(s3.uri("other/tiles.mbtiles"), IMAGE)
+    with pytest.raises(InputRefused, match=r"tiles\.mbtiles cannot be read: MBTiles are not read"):
+        shards(s3.uri("other/tiles.mbtiles"))
+    with pytest.raises(InputRefused, match=r"other has only 1 \.mbtiles \(not read\): MBTiles are not read"):
+        shards(s3.uri("other"))
+    with pytest.raises(InputRefused, match=r"none\.mbtiles matches no images"):
+        shards(s3.uri("other/none.mbtiles"))
+
+
 def test_an_unreadable_folder_is_refused(s3: S3Server) -> None:
     with pytest.raises(Refused, match="no-such-bucket"):
         shards("s3://no-such-bucket/images")
-    with pytest.raises(InputRefused, match="nosuch"):
+    with pytest.raises(Refused, match="nosuch"):
         shards("nosuch://host/images")
 
 
@@ -349,9 +432,9 @@ def test_an_s3_prefix_is_found_like_a_folder(s3: S3Server, folder: Path) -> None
     assert len(ids(shards("s3://archive/discover/loose/**/*.jpg"))) == 1
 
 
-def put(s3: S3Server, key: str) -> None:
+def put(s3: S3Server, key: str, data: bytes = IMAGE) -> None:
     """Write by HTTP, since obstore refuses such keys."""
-    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/archive/{key}", data=IMAGE, method="PUT")).close()
+    urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/archive/{key}", data=data, method="PUT")).close()
 
 
 @pytest.mark.parametrize("key", ["a//b.jpg", "a/%2E%2E/b.jpg", "a/%01.jpg"])

@@ -133,7 +133,7 @@ def test_an_update_equals_a_new_run(jobs: Jobs, tmp_path: Path) -> None:
     first = embeddings(out)
 
     done = jobs.run("embed", *settings, "--output", out, "--update")
-    assert "31 images or shards were done before and are unchanged" in done.stdout
+    assert "31 images or shards are unchanged" in done.stdout
     assert len(os.listdir(out / "_attempts")) == 1
 
     (folder / "0003.jpg").write_bytes(jpeg(90))
@@ -142,7 +142,7 @@ def test_an_update_equals_a_new_run(jobs: Jobs, tmp_path: Path) -> None:
     (folder / "0020.jpg").unlink()
     write_tar(folder / "a.tar", {f"{i}.jpg": jpeg(60 + i) for i in range(4)})
     done = jobs.run("embed", *settings, "--output", out, "--update")
-    assert "27 images or shards were done before and are unchanged; 1 are no longer in the archive" in done.stdout
+    assert "27 images or shards are unchanged; 1 are no longer in the archive" in done.stdout
     assert verify(str(out)).is_whole, verify(str(out)).problems
     report = json.loads((out / "_report.json").read_text())
     assert (report["planned"], report["rows"], report["errors"]) == (35, 34, 1)

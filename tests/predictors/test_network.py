@@ -161,6 +161,9 @@ def test_a_pickled_predictor_is_small_and_complete() -> None:
         (Embedder, {"compile": "yes"}, "--compile is 'yes'"),
         (Classifier, {"embedding_dtype": "float64"}, "--embedding-dtype is 'float64'"),
         (Classifier, {"top_k": 0}, "--top-k is 0"),
+        (Embedder, {"resize": -1}, "--resize is -1"),
+        (Embedder, {"interpolation": "cubic"}, "--interpolation is 'cubic': it must be one of nearest, bilinear"),
+        (Embedder, {"mean": "red"}, "--mean is 'red'"),
     ],
 )
 def test_bad_settings_are_refused_at_once(cls: type[NetworkPredictor], values: dict[str, object], message: str) -> None:
@@ -195,6 +198,34 @@ def test_settings_change_only_if_results_change(network: nn.Module, weights: str
     ]
     for index, other in enumerate(others):
         assert other not in [base, *others[:index]]
+
+
+def test_the_transform_is_recorded_only_as_the_resulting_one() -> None:
+    plain = Embedder(model=TINY)
+    assert {"resize", "crop", "interpolation", "mean", "std"}.isdisjoint(plain.settings())
+    assert Embedder(model=TINY, resize=40, crop=32, mean=IMAGENET_MEAN).settings() == plain.settings()
+    changed = Embedder(model=TINY, crop=24, interpolation="bicubic", mean=["0.5", "0.5", "0.5"], std="0.25")
+    expected = {"resize": 40, "crop": 24, "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    assert changed.settings()["transform"] == expected | {"squash": False}
+    assert changed.provenance()["transform"] == changed.settings()["transform"]
+    assert changed.transform == changed.spec.transform
+
+
+def test_mean_and_std_change_the_input_of_the_network(network: nn.Module, weights: str) -> None:
+    predictor = Embedder(model="resnet18", weights=weights, precision="float32", mean=0.5, std="0.2,0.3,0.4")
+    pixels = draw_pixels(2)
+    x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous().float() / 255
+    expected = plain_features(network, (x - 0.5) / torch.tensor((0.2, 0.3, 0.4)).view(3, 1, 1))
+    result = torch.from_numpy(predictor.predict(pixels)["embedding"])
+    torch.testing.assert_close(result, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_an_assumed_transform_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    predictor = Embedder(model="networks:small", weights="random")
+    predictor.prepare()
+    predictor.predict(draw_pixels(1))
+    (message,) = caplog.messages
+    assert message.startswith("nightshift: --model networks:small comes without a transform")
 
 
 def test_an_allotment_is_not_in_the_settings() -> None:

@@ -1,16 +1,20 @@
 """Progress of a run whose commits are minutes apart."""
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 
 from pipeline.output.commit import Commit
 from pipeline.output.ledger import Ledger
+from pipeline.planning import plan as plans
 from pipeline.report import report as reports
-from pipeline.report.progress import Meter
+from pipeline.report.progress import TAR_OVERHEAD_BYTES, Meter
 
 
 class Run:
@@ -19,16 +23,18 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, planned: int | None) -> None:
         self.clock, self.commits = 1_000.0, 0
         monkeypatch.setattr(reports.time, "monotonic", lambda: self.clock)
-        plan = SimpleNamespace(images=lambda totals: planned)
+        plan = SimpleNamespace(images=lambda totals: planned, uncounted_shards=planned is None, size_bytes=0)
         self.ledger, self.screen = Ledger("out", attempt=1), io.StringIO()
         self.meter = Meter(plan, self.ledger, Console(file=self.screen, width=100))  # type: ignore[arg-type]
 
-    def commit(self) -> None:
+    def commit(self, bytes_read: int = 0) -> None:
         self.clock += 60
         first = 100 * self.commits
         self.commits += 1
         done = {0: ((first, first + 100),)}
-        self.ledger.accept(Commit(f"part-1-0-{first}", 1, f"{first}.parquet", None, done, {}, rows=99, errors=1))
+        name = f"part-1-0-{first}"
+        commit = Commit(name, 1, f"{first}.parquet", None, done, {}, rows=99, errors=1, bytes_read=bytes_read)
+        self.ledger.accept(commit)
         self.meter.update()
 
     def bar(self) -> str:
@@ -57,7 +63,30 @@ def test_plain_lines_are_at_least_ten_seconds_apart(monkeypatch: pytest.MonkeyPa
     assert lines == ["100 images of 10,000 (1%), 1 errors", "200 images of 10,000 (2%), 1.7/s, 2 errors, 1:38:00 left"]
 
 
-def test_no_remaining_time_is_shown_while_shards_are_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_column_without_any_value_is_named(tmp_path: Path) -> None:
+    plan = plans.Plan(str(tmp_path), (), 0, 0, pa.schema([]), np.empty(0, np.int64), {})
+    ledger = Ledger(str(tmp_path), attempt=1)
+    for start, nulls in ((0, {"json": 2, "cls": 2, "old": 2}), (2, {"json": 2, "cls": 1})):
+        done = {0: ((start, start + 2),)}
+        ledger.accept(Commit(f"part-1-0-{start}", 1, f"{start}.parquet", None, done, {}, rows=2, errors=0, nulls=nulls))
+    report = reports.Report.of(plan, ledger, "resnet18", "done", 1.0, keep=["json", "cls", "old", "txt"])
+    assert report.null_columns == ["json"]
+    assert ("keep", "json: no image has a value; check the names in --keep") in report._lines()
+
+
+def test_the_total_of_tars_is_estimated_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, planned=None)
+    run.meter.plan.size_bytes = 1_000 * (10_000 + TAR_OVERHEAD_BYTES)
+    run.commit(bytes_read=1_000_000)
+    run.commit(bytes_read=1_000_000)
+    last = run.screen.getvalue().splitlines()[-1]
+    assert last == "200 images of about 1,000 (20%), 1.7/s, 2 errors, 0:08:00 left"
+    for _ in range(10):
+        run.commit(bytes_read=1_000_000)
+    assert "1,200 images of about 1,212 (99%)" in run.screen.getvalue(), "more than expected, and not done"
+
+
+def test_no_remaining_time_is_shown_without_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, planned=None)
     run.commit()
     run.commit()

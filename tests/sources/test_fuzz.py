@@ -19,10 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from pipeline.images.values import Values
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = float(os.environ.get("NIGHTSHIFT_FUZZ_SECONDS", "6"))
@@ -34,7 +38,14 @@ MAX_PIXELS = 4_000_000
 MAX_ROWS = 5000
 """Rows to read at most, since the header of a mutated archive may contain any number of rows."""
 
-MAX_GROWTH_MIB = {"images": 24 * MAX_PIXELS >> 20, "tar": 96, "zip": 96, "parquet": 96, "abort": 96}
+MAX_GROWTH_MIB = {
+    "images": 24 * MAX_PIXELS >> 20,
+    "tiff": 32 * MAX_PIXELS >> 20,
+    "tar": 96,
+    "zip": 96,
+    "parquet": 96,
+    "abort": 96,
+}
 """Limit of the peak memory above that of the seeds: 24 bytes per pixel, or the buffers of the readers."""
 
 KINDS = ("byte", "bit", "word", "cut", "delete", "repeat", "move", "insert")
@@ -87,22 +98,77 @@ def image_seeds() -> list[bytes]:
     odd = [
         c.data for c in cases() if c.size and c.folder == "archive/images" and c.name.startswith(tuple(names.split()))
     ]
-    formats = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+    formats = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM")
     return [data for data in odd if len(data) < 50_000] + [images.encode(images.tile(), name) for name in formats] * 2
 
 
-def check_image(data: bytes, folder: Path) -> str:
+def tiff_seeds() -> list[bytes]:
+    """TIFFs that tifffile reads: number types, layouts, compressions, pages."""
+    import io
+
+    import numpy as np
+    import tifffile
+
+    deep = np.random.default_rng(0).integers(0, 4000, (40, 50, 4)).astype(np.uint16)
+    planes, eight = np.moveaxis(deep, 2, 0), (deep[..., :3] >> 4).astype(np.uint8)
+    plain = {"photometric": "minisblack", "metadata": None}
+    contig, separate = plain | {"planarconfig": "contig"}, plain | {"planarconfig": "separate"}
+    rgb = contig | {"photometric": "rgb"}
+    nodata = [(42113, "s", 0, "-9999", True)]
+    kinds = [
+        *((deep, contig | {"compression": name}) for name in (None, "lzw", "zlib", "zstd", "lzma", "packbits")),
+        *((planes, separate | {"compression": name, "tile": (16, 16)}) for name in (None, "lzw", "zlib")),
+        (deep, contig | {"compression": "zlib", "predictor": True, "rowsperstrip": 7}),
+        (deep[..., 0].astype(np.float32), plain | {"compression": "zlib", "predictor": 3, "extratags": nodata}),
+        (deep[..., 0].astype(np.float64), plain),
+        (deep[..., 0].astype(np.int16), plain | {"photometric": "miniswhite"}),
+        (deep[..., 0], plain | {"bitspersample": 12}), (deep[..., 0], plain | {"compression": "lerc"}),
+        (deep[..., 0], plain | {"compression": "lerc", "compressionargs": {"compression": "deflate"}}),
+        (deep[..., 0], plain | {"compression": "jpeg2000", "tile": (32, 32)}),
+        (eight, rgb | {"compression": "webp"}), (np.moveaxis(eight, 2, 0), separate | {"compression": "jpeg"}),
+        (deep, contig | {"photometric": "separated"}), (deep, rgb | {"extrasamples": [1]}),
+    ]  # fmt: skip
+    seeds = []
+    for number, (array, options) in enumerate(kinds):
+        buffer = io.BytesIO()
+        order = "<" if options.get("compression") in ("lerc", "jpeg2000", "webp", "jpeg") else "<>"[number % 2]
+        with tifffile.TiffWriter(buffer, byteorder=order, bigtiff=number % 3 == 0) as file:
+            if number % 5 == 0:
+                file.write(eight, subfiletype=1, subifds=1 if number % 10 == 0 else None, **rgb)
+            file.write(array, **options)
+        seeds.append(buffer.getvalue())
+    return [data for data in seeds if len(data) < 60_000]
+
+
+def check_tiff(data: bytes, folder: Path) -> str:
+    from pipeline.images.pixels import PixelFormat
+    from pipeline.images.values import Values
+
+    pairs = [
+        Values(scale=(0.0, 4000.0)),
+        Values(("1",), (0.0, 4000.0)),
+        Values(("3", "1", "1"), (-1.0, 9.0), 0.0),
+        Values(pixel_format=PixelFormat("float32", 4)),
+        Values(pixel_format=PixelFormat("uint8", 1)),
+    ]
+    return check_image(data, folder, pairs[len(data) % len(pairs)])
+
+
+def check_image(data: bytes, folder: Path, values: "Values | None" = None) -> str:
     """The error_type, or ok."""
     from pipeline.errors import DecodeError
     from pipeline.images.decode import decode
     from pipeline.images.transform import Transform
+    from pipeline.images.values import DEFAULT
 
+    values = values or DEFAULT
     try:
-        decoded = decode(data, Transform(resize=36, crop=32), max_pixels=MAX_PIXELS)
+        decoded = decode(data, Transform(resize=36, crop=32), max_pixels=MAX_PIXELS, values=values)
     except DecodeError as error:
         error.message.encode()
         return error.error_type
-    assert (decoded.pixels.shape, str(decoded.pixels.dtype)) == ((32, 32, 3), "uint8")
+    format = values.pixel_format
+    assert (decoded.pixels.shape, str(decoded.pixels.dtype)) == ((32, 32, format.bands), format.dtype)
     assert 0 < decoded.width * decoded.height <= MAX_PIXELS
     return "ok"
 
@@ -164,6 +230,7 @@ def abort(data: bytes, folder: Path) -> str:
 
 TARGETS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes, Path], str]]] = {
     "images": (image_seeds, check_image),
+    "tiff": (tiff_seeds, check_tiff),
     "tar": (lambda: archive_seeds("archive/tars"), check_tar),
     "zip": (lambda: archive_seeds("archive/zips"), lambda data, folder: check_archive("zip", ".zip")(data, folder)),
     "parquet": (
@@ -224,7 +291,9 @@ def run_target(target: str, seconds: float, folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.timeout(SECONDS + 300)
-@pytest.mark.parametrize(("target", "share"), [("images", 0.4), ("tar", 0.2), ("zip", 0.2), ("parquet", 0.2)])
+@pytest.mark.parametrize(
+    ("target", "share"), [("images", 0.4), ("tiff", 0.4), ("tar", 0.2), ("zip", 0.2), ("parquet", 0.2)]
+)
 def test_mutations(target: str, share: float, tmp_path: Path) -> None:
     statistics = run_target(target, SECONDS * share, tmp_path)
     print(target, statistics)

@@ -10,7 +10,7 @@ import pytest
 from source_contract import ArchiveContract, Members, error_types, image, numbered, read_all
 
 from pipeline.errors import InputRefused
-from pipeline.sources import parquet
+from pipeline.sources import ReadOptions, parquet
 from pipeline.sources.shard import Shard
 
 
@@ -153,3 +153,28 @@ class TestFindImageColumn:
             self.find({"image": pa.binary()}, "photo")
         with pytest.raises(InputRefused, match=r"image: it is int16 in a\.parquet"):
             self.find({"image": pa.int16()}, "image")
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "struct", "struct of dictionary"])
+def test_other_types_of_bytes_are_read(tmp_path: Path, kind: str) -> None:
+    data = [image(0), image(1), image(0), None]
+    values = pa.array(data, pa.binary())
+    if kind != "struct":
+        values = values.dictionary_encode()
+    if kind != "dictionary":
+        values = pa.StructArray.from_arrays([values], ["bytes"])
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"picture": values}), path)
+    items, total = read_all(Shard(0, "parquet", str(path)))
+    assert [item.data for item in items] == data
+    assert error_types(items) == [None, None, None, "null"]
+    assert total == 4
+    assert parquet.inspect(str(path), ReadOptions()).rows == 4
+
+
+@pytest.mark.parametrize("options", [ReadOptions(), ReadOptions(image_column="frames")])
+def test_a_list_of_images_is_refused_by_name(tmp_path: Path, options: ReadOptions) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"n": [1], "frames": [[image(0), image(1)]]}), path)
+    with pytest.raises(InputRefused, match="column 'frames' holds a list of images per row; write one row per image"):
+        parquet.inspect(str(path), options)

@@ -12,6 +12,7 @@ import pytest
 from pipeline import Allotment, PixelFormat, Predictor, schema, sources
 from pipeline.coverage import END, Ranges
 from pipeline.images.transform import Transform
+from pipeline.images.values import Values
 from pipeline.output import ledger as ledgers
 from pipeline.sources import ReadOptions, Record, ShardEnd
 from pipeline.sources.base import Source
@@ -68,7 +69,18 @@ def run_stages(folder: Path, pixel_format: PixelFormat, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sources.SOURCES, "scene", Source("scene", (".scene",), read))
     predictor = Statistics(pixel_format)
-    loader = Loader(predictor.transform, ReadOptions(), {}, 10**6, True, False, False, 3, 2, pixel_format=pixel_format)
+    loader = Loader(
+        predictor.transform,
+        ReadOptions(),
+        {},
+        10**6,
+        True,
+        False,
+        False,
+        3,
+        2,
+        values=Values(pixel_format=pixel_format),
+    )
     stage = Predict(predictor, {}, Allotment(batch_size=3))
     tables = [stage(table) for table in loader.load(Shard(0, "scene", "a.scene"), ((0, END),))]
     assert len(tables) == 3
@@ -110,7 +122,16 @@ def test_an_encoded_image_for_a_network_of_13_bands_is_an_error_row(tmp_path: Pa
 
     shard = Shard(0, "objects", str(tmp_path), payload=LooseImages(("a.png",)))
     loader = Loader(
-        Transform(), ReadOptions(), {}, 10**6, True, True, False, 3, 1, pixel_format=PixelFormat("uint16", 13)
+        Transform(),
+        ReadOptions(),
+        {},
+        10**6,
+        True,
+        True,
+        False,
+        3,
+        1,
+        values=Values(pixel_format=PixelFormat("uint16", 13)),
     )
     (table,) = loader.load(shard, ((0, 1),))
     row = table.to_pylist()[0]

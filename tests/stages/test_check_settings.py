@@ -29,6 +29,25 @@ def test_a_kept_column_must_have_a_new_name(keep: str) -> None:
     check_settings(config(keep="label:truth,text"), Labels())
 
 
+class Bytes13(Labels):
+    pixel_format = PixelFormat("uint8", 13)
+
+
+def test_bands_and_values_must_fit_the_network() -> None:
+    for bands in ("1,2,3", "B04,B03,B02", "7"):
+        check_settings(config(bands=bands, scale="0:3000", nodata_fill=0), Labels())
+    check_settings(config(bands=",".join("1234567891234"), nodata_fill=0), Radiances())
+    check_settings(config(scale="0:3000"), Bytes13())
+    for settings, predictor, message in (
+        ({"bands": "1,2"}, Labels(), "--bands is '1,2': the network takes 1 or 3 bands"),
+        ({"bands": "1,2,3"}, Radiances(), "the network takes 13 bands"),
+        ({"scale": "0:1"}, Radiances(), "--scale is '0:1': the network takes uint16"),
+        ({"nodata_fill": 0.0}, Labels(), "--nodata-fill needs --scale"),
+    ):
+        with pytest.raises(SettingRefused, match=message):
+            check_settings(config(**settings), predictor)
+
+
 @pytest.mark.parametrize(("predictor", "max_batch"), [(Labels(), 14_266), (Radiances(), 1_646)])
 def test_the_pixels_of_a_batch_fit_into_one_arrow_column(predictor: Predictor, max_batch: int) -> None:
     check_settings(config(batch_size=max_batch), predictor)

@@ -1,13 +1,14 @@
 """One contract for all stores: local disk, a real S3 server, and fsspec's memory."""
 
 import contextlib
+import errno
 import http.server
 import io
 import os
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import pytest
 from servers import S3Server
 
 from jobs.bench.harness import s3
-from pipeline.errors import SettingRefused
+from pipeline.errors import OutputRefused, SettingRefused
+from pipeline.output.lock import Lock
 from pipeline.sources import ReadOptions, Record, objects
 from pipeline.sources.objects import LooseImages
 from pipeline.sources.shard import Shard
-from pipeline.storage import access, bucket, uris
+from pipeline.storage import access, bucket, local, uris
 from pipeline.storage.base import Changed, TooLarge
 from pipeline.threads import ordered_map
 
@@ -105,6 +107,48 @@ class TestLocal(StorageContract):
         with pytest.raises(OSError, match="taken"):
             access.write(f"{base}/taken", b"1")
         assert [name for name in os.listdir(base) if name != "taken"] == []
+
+
+def refuse(code: int) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+class TestLocalWithoutHardLinks(TestLocal):
+    """SMB, exFAT and mounts of buckets."""
+
+    @pytest.fixture(autouse=True)
+    def without_links(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+
+
+class TestLocalWithoutExclusiveRename(TestLocalWithoutHardLinks):
+    """FUSE file systems that have only a plain rename."""
+
+    @pytest.fixture(autouse=True)
+    def without_rename(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(local, "_rename_exclusively", refuse(errno.EINVAL))
+
+    def test_one_of_many_creators_wins(self, base: str) -> None:
+        def create(number: int) -> bool:
+            try:
+                access.create(f"{base}/one", b"%d" % number)
+            except FileExistsError:
+                return False
+            return True
+
+        won = list(ordered_map(create, range(200), 8, 64))
+        assert sum(won) == 1
+        assert access.read(f"{base}/one") == b"%d" % won.index(True)
+        assert os.listdir(base) == ["one"]
+
+    def test_what_is_missing_is_named(self, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "replace", refuse(errno.ENOSYS))
+        with pytest.raises(OutputRefused, match=r"cannot be written: .*cannot rename files"), Lock(base):
+            pass
+        assert os.listdir(base) == []
 
 
 @pytest.mark.timeout(20)

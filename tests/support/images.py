@@ -63,15 +63,23 @@ def bomb(side: int = 60_000) -> bytes:
     return png_of_chunks((b"IHDR", png_header(side, side)), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b""))
 
 
-def text_bomb() -> bytes:
-    """A PNG with a compressed comment that takes 4 MiB when it is unpacked."""
-    comment = b"Comment\0\0" + zlib.compress(b" " * (4 << 20), 9)
+def text_bomb(size: int = 4 << 20) -> bytes:
+    """A PNG with a compressed comment that takes `size` bytes when it is unpacked."""
+    comment = b"Comment\0\0" + zlib.compress(b" " * size, 9)
     rows = zlib.compress((b"\0" + b"\0" * 24) * 8)
     return png_of_chunks((b"IHDR", png_header(8, 8)), (b"zTXt", comment), (b"IDAT", rows), (b"IEND", b""))
 
 
 def grey_16(values: np.ndarray, format: str = "PNG") -> bytes:
     return encode(Image.fromarray(values.astype(np.uint16)), format)
+
+
+def png_16(*bands: np.ndarray) -> bytes:
+    """A 16-bit PNG of 2 bands (grey and alpha), 3 (RGB) or 4 (RGBA)."""
+    values = np.stack(bands, axis=2).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    header = png_header(values.shape[1], values.shape[0], depth=16, colour={2: 4, 3: 2, 4: 6}[len(bands)])
+    return png_of_chunks((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
 
 
 def float_tiff(values: np.ndarray) -> bytes:
@@ -137,9 +145,11 @@ STRANGE: dict[str, tuple[bytes, str]] = {
     "truncated GIF": (truncated("GIF"), "truncated"),
     "PNG with a broken header checksum": (broken_png_header(), "corrupt"),
     "PNG with broken data": (broken_png_data(), "corrupt"),
-    "PNG that unpacks its comment to 4 MiB": (text_bomb(), "corrupt"),
     "bomb": (bomb(), "too_large"),
-    "AVIF": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(100), "unsupported"),
-    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), "unsupported"),
+    "AVIF": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(100), "corrupt"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(100), "unsupported"),
+    "JPEG XL": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "unsupported"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), "truncated"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n", "not_an_image"),
 }
 """Name → bytes, and the error_type of decode."""

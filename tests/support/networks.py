@@ -90,6 +90,22 @@ def headless() -> nn.Module:
     return Headless()
 
 
+def scripted() -> nn.Module:
+    return torch.jit.script(small())
+
+
+def quantized() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(small(), {nn.Linear})
+
+
+def traced() -> nn.Module:
+    return torch.jit.trace(small(), torch.zeros(1, 3, 32, 32))
+
+
+def scripted_inside() -> tuple[nn.Module, Transform]:
+    return nn.Sequential(scripted()), Transform(40, 32)
+
+
 class TwoOutputs(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x

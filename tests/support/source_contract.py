@@ -233,6 +233,18 @@ class ArchiveContract(SourceContract):
         assert total == len(items)
         assert "connection lost" in items[-1].error.message  # type: ignore[union-attr]
 
+    @pytest.mark.parametrize("lost", ["all", "end"])
+    def test_a_shard_that_cannot_be_read_for_the_moment_is_unreadable(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+    ) -> None:
+        """The directory of a zip and of a Parquet file is at its end."""
+        shard = self.make(tmp_path, numbered(20), ["cat"] * 20)
+        self.lose_bytes(monkeypatch, 0 if lost == "all" else shard.size_bytes - 1, shard.size_bytes)
+        for keep in ((), ("txt",)):
+            items, _ = read_all(shard, keep=keep)
+            assert set(error_types(items)) - {None} <= {"unreadable"}
+            assert lost == "end" or error_types(items) == ["unreadable"]
+
     @staticmethod
     def lose_bytes(monkeypatch: pytest.MonkeyPatch, start: int, stop: int) -> None:
         """Let reads of this range of every object fail."""
@@ -296,6 +308,27 @@ class MemberContract(ArchiveContract):
         assert total == 4
         assert sorted(tmp_path.rglob("*")) == [tmp_path / f"shard{self.suffix}"]
 
+    def test_members_of_any_name_are_found_by_their_first_bytes(self, tmp_path: Path) -> None:
+        members = [
+            ("0.img", image(0)),
+            ("0.txt", b"a"),
+            ("1", image(1)),
+            ("1.txt", b"b"),
+            ("2.png", image(2)),
+            ("3.img", image(3)),
+        ]
+        shard = self.make(tmp_path, [*members, ("._3.img", image(4)), ("4.img", b"")])
+        assert [item.member for item in read_all(shard)[0]] == ["2.png"]
+        for keep in ((), ("txt",)):
+            items, total = read_all(shard, any_suffix=True, keep=keep)  # type: ignore[arg-type]
+            assert [item.data for item in items] == [image(number) for number in range(4)]
+            assert total == 4
+            assert [item.kept for item in items[:2]] == ([{"txt": "a"}, {"txt": "b"}] if keep else [{}, {}])
+        for todo in [((1, 2),), ((3, END),), ()]:
+            items, total = read_all(shard, todo, any_suffix=True)  # type: ignore[arg-type]
+            assert [item.data for item in items] == [image(item.row) for item in items]
+            assert total == 4
+
     def test_sidecars_are_found_anywhere_in_the_archive(self, tmp_path: Path) -> None:
         members = [
             ("a.json", b'{"x": 1}'),
@@ -310,12 +343,30 @@ class MemberContract(ArchiveContract):
         ]
         items, total = read_all(self.make(tmp_path, members), keep=("json", "cls"))
         assert [(item.data, dict(item.kept)) for item in items] == [
-            (image(1), {"json": '{"x": 2}'}),
+            (image(1), {"json": '{"x": 1}'}),
             (image(2), {"cls": "7"}),
             (image(3), {"cls": "7"}),
             (image(4), {"cls": "�9"}),
         ]
         assert total == 4
+
+    def test_names_with_dots_have_sidecars(self, tmp_path: Path) -> None:
+        members = [
+            *(("22.00.jpg", image(0)), ("22.00.json", b"zero"), ("22.01.jpg", image(1)), ("22.01.json", b"one")),
+            *(("22.json", b"all"), ("22.02.jpg", image(2)), ("d.1/3.a.jpg", image(3)), ("d.1/3.seg.json", b"other")),
+        ]
+        shard = self.make(tmp_path, members)
+        kept = [dict(item.kept) for item in read_all(shard, keep=("json",))[0]]
+        assert kept == [{"json": "zero"}, {"json": "one"}, {"json": "all"}, {}]
+        kept = [dict(item.kept) for item in read_all(shard, keep=("seg.json",))[0]]
+        assert kept == [{}, {}, {}, {"seg.json": "other"}]
+
+    @pytest.mark.parametrize("first", ["jpg", "txt"])
+    def test_images_with_one_key_have_the_nearest_sidecar(self, tmp_path: Path, first: str) -> None:
+        pairs = [[("k.jpg", image(i)), ("k.txt", str(i).encode())] for i in range(4)]
+        members = [member for pair in pairs for member in (pair if first == "jpg" else pair[::-1])]
+        items, _ = read_all(self.make(tmp_path, members), keep=("txt",))
+        assert [(item.data, item.kept["txt"]) for item in items] == [(image(i), str(i)) for i in range(4)]
 
     def test_a_member_that_is_too_large_is_one_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (tar, zip):

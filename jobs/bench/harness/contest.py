@@ -204,8 +204,11 @@ def _run(name: str, model: str, archive: Archive, peer_batch_size: int | None) -
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         output = Path(folder) / "output"
         line = command(name, model, archive, output, peer_batch_size)
-        checkout = {"PYTHONPATH": name.removeprefix(CHECKOUT)} if name.startswith(CHECKOUT) else {}
-        spent = spend(line, {**os.environ, **quiet, **one_gpu(os.environ), **archive.environment, **checkout})
+        environment = {**os.environ, **quiet, **one_gpu(os.environ), **archive.environment}
+        checkout = Path(name.removeprefix(CHECKOUT)) if name.startswith(CHECKOUT) else None
+        if checkout:  # Ray's workers import from the working directory first
+            environment["PYTHONPATH"] = str(checkout)
+        spent = spend(line, environment, checkout)
         results = list(output.glob("*.parquet"))
         rows = sum(pq.read_metadata(path).num_rows for path in [*results, *output.glob("_errors/*.parquet")])
         if rows != archive.images:

@@ -125,12 +125,15 @@ class Watch:
                     parents.append(child.pid)
 
 
-def spend(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Spent:
-    """Run a command to its end. Raises CommandFailed, with the end of its output, if its exit code is not 0."""
+def spend(command: Sequence[str], environment: Mapping[str, str] | None = None, folder: Path | None = None) -> Spent:
+    """Run a command to its end. Raises CommandFailed, with the end of its output, if its exit code is not 0.
+
+    folder: the working directory.
+    """
     with tempfile.TemporaryFile("w+b") as output:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, cwd=folder
         )
         watch = Watch(psutil.Process(process.pid))
         stop, sampling = threading.Event(), [0.0]

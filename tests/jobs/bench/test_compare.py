@@ -219,7 +219,7 @@ def test_a_command_runs_on_one_gpu(name: str, tmp_path: Path, monkeypatch: pytes
     """The environment is checked; no command runs."""
     caught: list[Mapping[str, str]] = []
 
-    def spend_nothing(line: Sequence[str], environment: Mapping[str, str]) -> Spent:
+    def spend_nothing(line: Sequence[str], environment: Mapping[str, str], folder: Path | None) -> Spent:
         caught.append(environment)
         return Spent(1, 1, 1.0, 0.1)
 

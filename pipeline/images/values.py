@@ -1,0 +1,240 @@
+"""From the numbers of a Raster to the pixels that a network takes: bands, range of values, pixels without data."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import DecodeError
+from pipeline.images.pixels import RGB8, PixelFormat
+from pipeline.images.raster import Raster
+
+STRIP_VALUES = 1 << 20
+"""Numbers are converted in strips of about this many, which bounds the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """How the numbers of a run are read.
+
+    bands: numbers from 1, or names, of the bands that the network gets; () for all of them, which must then be as many
+    as it takes. scale: the range of values that becomes 0 to 255; it applies to all numbers of more than 8 bits.
+    nodata_fill: the value of pixels without data and of NaN; None for the middle of the scale.
+    """
+
+    bands: tuple[str, ...] = ()
+    scale: tuple[float, float] | None = None
+    nodata_fill: float | None = None
+    pixel_format: PixelFormat = RGB8
+
+    @property
+    def is_default(self) -> bool:
+        return self == DEFAULT
+
+    @property
+    def reads_all_bits(self) -> bool:
+        """True if 16-bit pictures must be read with all their bits."""
+        return self.scale is not None or self.pixel_format.dtype != "uint8"
+
+
+DEFAULT = Values()
+
+
+def select(raster: Raster, values: Values) -> list[int]:
+    """The samples that become the network's bands, in order; one alone becomes all three of an RGB network.
+
+    Raises DecodeError (unsupported).
+    """
+    wanted = values.pixel_format.bands
+    if raster.colour in ("palette", "CMYK", "YCbCr"):
+        return list(range({"palette": 1, "CMYK": 4, "YCbCr": 3}[raster.colour]))
+    if values.bands:
+        chosen = [_band(name, raster.samples, raster.names, raster.description) for name in values.bands]
+        if len(chosen) != wanted and not (len(chosen) == 1 and values.pixel_format == RGB8):
+            raise _wrong_count(raster, len(chosen), wanted)
+        return chosen
+    if raster.samples == wanted and wanted != 3:
+        return list(range(raster.samples))
+    bands = raster.bands[:3] if raster.colour == "RGB" and wanted == 3 else raster.bands
+    if len(bands) == wanted:
+        return bands
+    if len(bands) == 1 and values.pixel_format == RGB8:
+        return bands
+    raise _wrong_count(raster, len(bands), wanted)
+
+
+def _wrong_count(raster: Raster, count: int, wanted: int) -> DecodeError:
+    names = [name for name in raster.names if name]
+    named = f" (the file names them {', '.join(names[:20])})" if names else ""
+    example = ",".join(map(str, range(1, wanted + 1))) if count >= wanted else "1"
+    return DecodeError(
+        "unsupported",
+        f"{raster.description} gives {count} bands{named}, and the network takes {wanted}; choose them with --bands, "
+        f"as in --bands {example}",
+    )
+
+
+def _band(name: str, samples: int, names: Sequence[str], description: str) -> int:
+    if name.isdecimal():
+        number = int(name)
+        if 1 <= number <= samples:
+            return number - 1
+        raise DecodeError("unsupported", f"{description} has no band {number}; --bands asks for it")
+    if name in names:
+        return list(names).index(name)
+    known = ", ".join(each for each in names if each) or "none"
+    raise DecodeError("unsupported", f"{description} has no band named {name!r} for --bands; its names: {known}")
+
+
+def pick(count: int, values: Values, description: str) -> list[int]:
+    """The bands of a picture of colours that become the network's: `count` is 3, or 1 for a grey one."""
+    wanted = values.pixel_format.bands
+    chosen = [_band(name, count, (), description) for name in values.bands] or list(range(count))
+    if len(chosen) == 1 and values.pixel_format == RGB8:
+        return chosen * 3
+    if len(chosen) != wanted:
+        raise DecodeError("unsupported", f"{description} gives {len(chosen)} bands, and the network takes {wanted}")
+    return chosen
+
+
+# Numbers → 8 bits
+
+
+def rgb_strips(
+    raster: Raster, array: np.ndarray, alpha: np.ndarray | None, values: Values, multiple: int
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield strips (first row, image of 8 bits per sample) of the selected samples; their heights are multiples of
+    `multiple`, except for the last."""
+    to_8_bits = _to_8_bits(raster, array, values)
+    if alpha is not None and alpha.max() == 0:
+        alpha = None  # an alpha that hides every pixel was never meant
+    for top, rows in row_strips(array, multiple):
+        strip = to_8_bits(rows)
+        opacity = None if alpha is None else _shift(raster, alpha[top : top + len(strip)])
+        yield top, _image(raster, strip, opacity)
+
+
+def row_strips(array: np.ndarray, multiple: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut [height, width, bands] into strips: (first row, rows)."""
+    height, width, bands = array.shape
+    rows = multiple * max(1, STRIP_VALUES // (width * bands * multiple))
+    for top in range(0, height, rows):
+        yield top, array[top : top + rows]
+
+
+def _to_8_bits(raster: Raster, array: np.ndarray, values: Values) -> Callable[[np.ndarray], np.ndarray]:
+    """The function that turns the raster's numbers into uint8. Raises DecodeError if their range is not known."""
+    is_light = raster.colour != "white is zero"
+    if 0 < raster.bits <= 8 or (raster.colour in ("CMYK", "palette", "YCbCr") and raster.bits):
+        convert = (lambda rows: _shift(raster, rows)) if raster.colour != "palette" else (lambda rows: rows)
+    elif values.scale is not None:
+        convert = _scaler(raster, values.scale, values.nodata_fill)
+    elif raster.colour == "RGB" and 8 < raster.bits <= 16:
+        convert = lambda rows: _shift(raster, rows)  # noqa: E731
+    else:
+        raise DecodeError("unsupported", f"{raster.description}: {_range(raster, array)}")
+    return convert if is_light else lambda rows: 255 - convert(rows)
+
+
+def _shift(raster: Raster, rows: np.ndarray) -> np.ndarray:
+    """Unsigned integers of `bits` → uint8. The high byte of 16 bits is what Pillow takes."""
+    if raster.bits == 8:
+        return rows
+    if raster.bits > 8:
+        return (rows >> (raster.bits - 8)).astype(np.uint8)
+    return (rows.astype(np.uint16) * 255 // ((1 << raster.bits) - 1)).astype(np.uint8)
+
+
+def _scaler(raster: Raster, scale: tuple[float, float], fill: float | None) -> Callable[[np.ndarray], np.ndarray]:
+    low, high = scale
+    fill = (low + high) / 2 if fill is None else fill
+    number = np.float32 if raster.dtype.itemsize <= 2 or raster.dtype == np.float32 else np.float64
+
+    def convert(rows: np.ndarray) -> np.ndarray:
+        missing = missing_values(rows, raster.nodata)
+        with np.errstate(all="ignore"):  # infinity becomes an end of the range
+            scaled = rows.astype(number)
+            if missing is not None:
+                scaled[missing] = fill
+            np.subtract(scaled, number(low), out=scaled)
+            np.multiply(scaled, number(255 / (high - low)), out=scaled)
+        np.clip(scaled, 0, 255, out=scaled)
+        rounded: np.ndarray = np.rint(scaled)
+        return rounded.astype(np.uint8)
+
+    return convert
+
+
+def missing_values(rows: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """True where there is no data: NaN, and the nodata value. None if there is no such place."""
+    missing = np.isnan(rows) if rows.dtype.kind == "f" else None
+    if nodata is not None and np.isfinite(nodata):
+        with np.errstate(over="ignore"):
+            stored = np.array(nodata).astype(rows.dtype)
+        if rows.dtype.kind == "f" or float(stored) == nodata:
+            equal = rows == stored
+            missing = equal if missing is None else missing | equal
+    return missing if missing is not None and missing.any() else None
+
+
+def _range(raster: Raster, array: np.ndarray) -> str:
+    """The sentence that shows the picture's own range of values, with the remedy."""
+    lows, highs = [], []
+    for _, rows in row_strips(array, 1):
+        missing = missing_values(rows, raster.nodata)
+        there = rows if missing is None else rows[~missing]
+        there = there[np.isfinite(there)] if there.dtype.kind == "f" else there
+        if there.size:
+            lows.append(there.min())
+            highs.append(there.max())
+    own = f"its values go from {min(lows):g} to {max(highs):g}" if lows else "it holds no values"
+    return (
+        f"{own}, and nothing says which of them are black and white; set one range for the whole run, "
+        "--scale MIN:MAX, or use a network that takes these numbers"
+    )
+
+
+def _image(raster: Raster, strip: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
+    """A Pillow image of uint8 [height, width, bands]."""
+    if raster.colour == "palette":
+        assert raster.palette is not None
+        return Image.fromarray(raster.palette[strip[..., 0]])
+    if raster.colour == "CMYK":
+        return Image.fromarray(np.ascontiguousarray(strip), "CMYK")
+    if raster.colour == "YCbCr":
+        return Image.fromarray(np.ascontiguousarray(strip), "YCbCr")
+    strip = strip if alpha is None else np.concatenate([strip, alpha], axis=2)
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[strip.shape[2]]
+    if alpha is not None and raster.premultiplied:
+        mode = {"LA": "La", "RGBA": "RGBa"}[mode]
+    return Image.frombytes(mode, strip.shape[1::-1], np.ascontiguousarray(strip).tobytes())
+
+
+# Numbers as they are, for networks of other formats than RGB
+
+
+def native(raster: Raster, array: np.ndarray, values: Values) -> np.ndarray:
+    """[height, width, bands] of the network's number type, which holds every number of the raster's type."""
+    format = values.pixel_format
+    if format.dtype == "uint8":
+        to_8_bits = _to_8_bits(raster, array, values)
+        eight = np.empty(array.shape, np.uint8)
+        for top, rows in row_strips(array, 1):
+            eight[top : top + len(rows)] = to_8_bits(rows)
+        return eight
+    if not np.can_cast(raster.dtype, format.dtype):
+        raise DecodeError(
+            "unsupported",
+            f"{raster.description} does not fit without loss into the {format.dtype} that the network takes",
+        )
+    if raster.colour == "white is zero":
+        if not raster.bits:
+            raise DecodeError("unsupported", f"{raster.description}: white is zero, and these numbers have no black")
+        array = ((1 << raster.bits) - 1 - array.astype(np.int64)).astype(raster.dtype)
+    converted = array.astype(format.dtype)
+    if values.nodata_fill is not None:
+        missing = missing_values(array, raster.nodata)
+        if missing is not None:
+            converted[missing] = values.nodata_fill
+    return converted

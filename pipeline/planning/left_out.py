@@ -1,0 +1,103 @@
+"""Files of an archive that are not read: counted by suffix, and described with a remedy."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MAX_SUFFIXES = 100
+MAX_SUFFIXES_SHOWN = 12
+MAX_SUFFIX_CHARACTERS = 16
+NO_SUFFIX = "without a suffix"
+OTHERS = "with other suffixes"
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".br", ".z")
+
+KINDS = {
+    "MBTiles": ((".mbtiles",), "export the tiles to a folder, as `mb-util` does"),
+    "PMTiles": ((".pmtiles",), "export the tiles to a folder with `pmtiles`"),
+    "NumPy files": ((".npy", ".npz"), "save the arrays as PNG"),
+    "TFRecords": ((".tfrecord", ".tfrecords", ".tfrec"), "write the images to tars or Parquet"),
+    "DICOM files": ((".dcm", ".dicom"), "export them as PNG"),
+    "HDF5 files": ((".h5", ".hdf5", ".he5"), "write the images to tars or Parquet"),
+    "Zarr arrays": ((".zarr",), "write the images to tars or Parquet"),
+    "NetCDF files": ((".nc", ".nc4"), "export them as GeoTIFF"),
+    "LMDB databases": ((".mdb", ".lmdb"), "write the images to tars or Parquet"),
+    "SQLite databases": ((".sqlite", ".sqlite3", ".db", ".gpkg"), "write the images to tars or Parquet"),
+    "MXNet records": ((".rec",), "write the images to tars or Parquet"),
+    "pickles": ((".pkl", ".pickle"), "write the images to tars or Parquet"),
+    "Arrow and Feather files": ((".arrow", ".feather"), "convert them to Parquet"),
+    "JSON Lines": ((".jsonl", ".ndjson"), "convert them to Parquet or CSV"),
+    "7z archives": ((".7z",), "extract them, or pack the images as tar or zip"),
+    "RAR archives": ((".rar",), "extract them, or pack the images as tar or zip"),
+    "xz and bzip2 archives": ((".xz", ".txz", ".bz2", ".tbz", ".tbz2"), "compress them with zstd or gzip, as .tar.zst"),
+    "raw photographs": (
+        (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
+        "export them as JPEG or TIFF",
+    ),
+    "videos": ((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), "extract the frames as images"),
+    "PDF files": ((".pdf",), "render the pages as images"),
+    "vector graphics": ((".svg", ".svgz", ".eps", ".ai"), "render them as PNG"),
+    "Photoshop files": ((".psd", ".psb"), "export them as PNG"),
+    "JPEG 2000 images": ((".jpx", ".jpf", ".j2c", ".jpc"), "call them .jp2 or .j2k, or convert them to PNG"),
+    "HEIF images": ((".heif", ".hif"), "call them .heic, or convert them to JPEG"),
+    "OpenEXR and HDR images": ((".exr", ".hdr"), "convert them to TIFF"),
+}
+"""Kind of file → its suffixes, and how to make it readable."""
+
+_KIND_OF_SUFFIX = {suffix: kind for kind, (suffixes, _) in KINDS.items() for suffix in suffixes}
+
+
+@dataclass
+class LeftOut:
+    """Numbers of files by suffix. Memory is flat: files beyond MAX_SUFFIXES suffixes are counted together."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, uri: str, note: str = "") -> None:
+        """Count a file that is not read. note: why, if its suffix is that of a file that is read."""
+        suffix = " ".join(filter(None, (suffix_of(uri), note)))
+        self.counts[suffix if suffix in self.counts or len(self.counts) < MAX_SUFFIXES else OTHERS] += 1
+
+    def clear(self) -> None:
+        """Forget all files, before the archive is listed again."""
+        self.counts.clear()
+
+
+def suffix_of(uri: str) -> str:
+    """The suffix in lower case, with that before a compression: `.npy`, `.tar.xz`."""
+    stem, dot, last = uri.rpartition("/")[2].lower().rpartition(".")
+    suffix = dot + last
+    if not stem or not _is_suffix(suffix):
+        return NO_SUFFIX
+    before = "." + stem.rpartition(".")[2] if "." in stem else ""
+    return before + suffix if suffix in COMPRESSIONS and _is_suffix(before) else suffix
+
+
+def _is_suffix(text: str) -> bool:
+    return 1 < len(text) <= MAX_SUFFIX_CHARACTERS and text[1:].isascii() and text[1:].isalnum()
+
+
+def describe(counts: Mapping[str, int]) -> str:
+    """The numbers as text, the largest first: `12 .npy, 3 .mbtiles (not read)`. "" if there are none."""
+    if not counts:
+        return ""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count:,} {suffix}" for suffix, count in ordered[:MAX_SUFFIXES_SHOWN]]
+    if rest := sum(count for _, count in ordered[MAX_SUFFIXES_SHOWN:]):
+        shown.append(f"{rest:,} {OTHERS}")
+    return f"{', '.join(shown)} (not read)"
+
+
+def remedy(counts: Mapping[str, int]) -> str:
+    """Which kinds of files are not read, and what to do about it: one clause per kind, at most three."""
+    kinds: Counter[str] = Counter()
+    for suffix, count in counts.items():
+        kind = _KIND_OF_SUFFIX.get(suffix) or _KIND_OF_SUFFIX.get("." + suffix.rpartition(".")[2])
+        kinds[kind or ""] += count
+    known = [kind for kind, _ in kinds.most_common() if kind][:3]
+    return "; ".join(f"{kind} are not read; {KINDS[kind][1]}" for kind in known)
+
+
+def describe_empty(shards: int) -> str:
+    """A sentence about shards without an image, with the remedy."""
+    have = "tar or zip has" if shards == 1 else "tars or zips have"
+    return f"{shards:,} {have} no member whose name is that of an image; --any-suffix looks at the first bytes"
