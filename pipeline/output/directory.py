@@ -80,7 +80,7 @@ def check(config: RunConfig) -> None:
         if _read_run(config.output, config.overwrite) is None:
             with contextlib.suppress(FileNotFoundError):  # a local directory that does not exist yet
                 _refuse_foreign(config.output)
-        is_planned = plans.load(config.output) is not None
+        is_planned = plans.is_saved(config.output)
     except PermissionError as error:
         raise OutputRefused(
             f"--output {config.output} cannot be read: {error}; use a directory or bucket with permission"
@@ -118,7 +118,7 @@ def without_leftovers(output: str) -> Iterator[None]:
         yield
     except Refused:
         with contextlib.suppress(OSError, Refused):
-            if plans.load(output) is None:
+            if not plans.is_saved(output):
                 for info in list(access.list_objects(uris.join(output, plans.FOLDER))):
                     access.delete(info.uri)
         with contextlib.suppress(OSError):

@@ -225,6 +225,15 @@ def load(output: str) -> Plan | None:
     )
 
 
+def is_saved(output: str) -> bool:
+    """Whether an output directory has a plan, damaged or not. Reads no file of it."""
+    try:
+        access.head(uris.join(output, NAME))
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_shards(plan: Plan) -> Iterator[Shard]:
     """Yield every shard in order. Holds one file of the plan in memory."""
     for name in plan.files:

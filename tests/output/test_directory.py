@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,3 +169,11 @@ def test_a_copy_of_the_parts_alone_is_never_removed(photos: Path, tmp_path: Path
     with pytest.raises(OutputRefused, match=r"but no _run\.json"):
         prepare(output, photos)
     assert len(files(output)) == 1
+
+
+def test_the_early_check_accepts_a_damaged_plan_that_is_overwritten(photos: Path, finished: Path) -> None:
+    (finished / "_plan" / "plan.json").write_text("{")
+    config = RunConfig(input=str(photos), output=str(finished))
+    directory.check(replace(config, overwrite=True))
+    with pytest.raises(OutputRefused, match=r"plan\.json is damaged"):
+        prepare(finished, photos)
