@@ -20,6 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps daft==0.7.26  # asks for pyarrow<26, which its Parquet reader does not need
 	@touch $@
 
 prometheus: $(PROMETHEUS) ## unpack Debian's Prometheus into .venv, for the tests of infra/observability; needs apt-get

@@ -38,7 +38,8 @@ LOOK_AHEAD_OBJECTS = 1000
 class Archive:
     """All objects that `--input` names.
 
-    keep_types: types of the `--keep` columns by their names in the shards. left_out: the files that are not read.
+    keep_types: types of the `--keep` columns and of the sources' own, by their names in the shards. left_out: the
+    files that are not read.
     Both are complete at the end of `shards()` and `new_shards()`.
     """
 
@@ -64,7 +65,7 @@ class Archive:
         if first is None:
             raise InputRefused(f"--input {' '.join(self.config.input)} contains no images")
         yield from itertools.chain([first], shards)
-        if self.config.keep and not self.keep_types:
+        if self.config.keep and self.keep_types.keys().isdisjoint(self.config.keep_names()):
             raise InputRefused(f"--keep {','.join(self.config.keep)}: loose images have no columns")
 
     def options(self) -> ReadOptions:
@@ -239,10 +240,11 @@ class Archive:
             return error.message
 
     def _shard(self, info: ObjectInfo, contents: Contents) -> Shard:
-        for name, type_ in contents.keep_types.items():
+        source = _source(info.uri)
+        own_columns = {column.name: column.type for column in source.columns}
+        for name, type_ in (*contents.keep_types.items(), *own_columns.items()):
             lists.add_keep_type(self.keep_types, name, type_, info.uri)
-        kind = _source(info.uri).kind
-        return Shard(0, kind, info.uri, contents.rows, info.size_bytes, info.etag, contents.payload)
+        return Shard(0, source.kind, info.uri, contents.rows, info.size_bytes, info.etag, contents.payload)
 
     @property
     def _inspect_options(self) -> ReadOptions:

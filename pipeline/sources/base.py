@@ -53,7 +53,7 @@ class Record:
         member name occurs again in its shard, `#row=<row>` is appended.
     source: URI of the object that holds the image. member: its name in that object, None for a loose image.
     data: the encoded image, or pixels [height, width, bands] from a source that decodes; None if there is an `error`.
-    kept: values of the `--keep` columns by name. A missing name means null.
+    kept: values of the `--keep` columns and of `Source.columns` by name. A missing name means null.
     read_seconds: wall time of reading the bytes.
     """
 
@@ -137,6 +137,7 @@ class Source:
     reads_header: `inspect` reads from the store, so planning inspects many shards at once.
     estimate_rows: (shard, options) → approximate number of rows of a shard with `rows` None; None if unknown.
     payload: class of `Shard.payload`; None if this kind has no payload.
+    columns: result columns that every row of this kind has, beside those of `--keep`.
     """
 
     kind: str
@@ -147,3 +148,4 @@ class Source:
     reads_header: bool = False
     estimate_rows: Callable[[Shard, ReadOptions], float | None] | None = None
     payload: type[Payload] | None = None
+    columns: pa.Schema = field(default_factory=lambda: pa.schema([]))

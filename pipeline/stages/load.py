@@ -78,7 +78,7 @@ class Loader:
         return Loader(
             transform=predictor.transform,
             options=options,
-            keep={column.name: (aliases[column.name], column.type) for column in keep or ()},
+            keep={column.name: (aliases.get(column.name, column.name), column.type) for column in keep or ()},
             max_pixels=config.max_pixels,
             exif_rotate=config.exif_rotate,
             exact=exact,
@@ -203,7 +203,8 @@ def _kept(item: Record | ShardEnd, name: str) -> Any:
 
 def check_settings(config: RunConfig, predictor: Predictor) -> None:
     """Raise SettingRefused for kept columns with taken names, batches too large for an Arrow column, an old load()."""
-    taken = {*schema.predicted(predictor.columns, {}).names, *schema.loaded({}).names}
+    of_sources = {name for source in sources.SOURCES.values() for name in source.columns.names}
+    taken = {*schema.predicted(predictor.columns, {}).names, *schema.loaded({}).names, *of_sources}
     for name, alias in config.keep_names().items():
         if alias in taken:
             raise SettingRefused(
