@@ -88,9 +88,28 @@ def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 
+def vector(element: pa.DataType, size: int) -> pa.DataType:
+    """A vector of numbers without nulls. Some readers, such as chDB, refuse nullable elements."""
+    return pa.list_(pa.field("element", element, nullable=False), size)
+
+
+def is_vector(type_: pa.DataType) -> bool:
+    """True for fixed-size lists of numbers."""
+    return bool(pa.types.is_fixed_size_list(type_) and pa.types.is_primitive(type_.value_type))
+
+
+def dense(columns: pa.Schema) -> pa.Schema:
+    """The same columns, each vector as `vector` declares it."""
+    return pa.schema([each.with_type(_dense(each.type)) for each in columns])
+
+
+def _dense(type_: pa.DataType) -> pa.DataType:
+    return vector(type_.value_type, type_.list_size) if is_vector(type_) else type_
+
+
 def result(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """Schema of a part: identity, result columns, and the `--keep` columns of the shards."""
-    return pa.schema([*IDENTITY, *columns, *_kept(keep)])
+    return pa.schema([*IDENTITY, *dense(columns), *_kept(keep)])
 
 
 def _kept(keep: Mapping[str, pa.DataType]) -> list[pa.Field]:

@@ -192,12 +192,14 @@ def test_python_runs(page: str, user_folder: Path) -> None:
     printed = run_python(script, cwd=user_folder)
     if page == "README.md":
         assert "6 0 {}" in printed, "the counts of the report"
-        brightness = duckdb.sql(f"SELECT brightness FROM '{user_folder}/brightness/part-*.parquet'").fetchall()
+        brightness = duckdb.sql(f"SELECT brightness FROM '{user_folder}/brightness/results/*.parquet'").fetchall()
         assert len(brightness) == 6
         assert all(0.3 < value < 0.7 for (value,) in brightness), "noise is mid-grey"
     if page == "pipeline/README.md":
         assert "whole: every planned image is exactly one row" in printed
-        histograms = duckdb.sql(f"SELECT list_sum(histogram) FROM '{user_folder}/histograms/part-*.parquet'").fetchall()
+        histograms = duckdb.sql(
+            f"SELECT list_sum(histogram) FROM '{user_folder}/histograms/results/*.parquet'"
+        ).fetchall()
         assert [round(total, 3) for (total,) in histograms] == [1.0] * 6
 
 
@@ -213,5 +215,9 @@ def test_sql_runs(page: str, user_folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_output_has_the_files_of_the_table(demo: SmallRun) -> None:
     listed = {name.strip("`").rstrip("/") for name, _ in tables("README.md", "| file | contents |")}
     for output in ("embeddings", "labels"):
-        names = {path.name for path in (demo.folder / output).iterdir()}
-        assert {re.sub(r"^part-.*\.parquet$", "part-….parquet", name) for name in names} == listed - {"_lock.json"}
+        folder = demo.folder / output
+        names = {path.name for path in folder.iterdir() if path.name != "results"}
+        parts = {
+            re.sub(r"part-.*\.parquet", "part-….parquet", f"results/{path.name}") for path in folder.glob("results/*")
+        }
+        assert names | parts == listed - {"_lock.json"}

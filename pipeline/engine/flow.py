@@ -252,9 +252,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:
     """Rows of a part of PART_BYTES; fewer in a small archive, so that a stop costs at most a fiftieth of it."""
     row_bytes = 200 + sum(
-        f.type.list_size * f.type.value_type.bit_width // 8
-        for f in result
-        if pa.types.is_fixed_size_list(f.type) and pa.types.is_primitive(f.type.value_type)
+        f.type.list_size * f.type.value_type.bit_width // 8 for f in result if schema.is_vector(f.type)
     )
     images = plan.rows + _uncounted(plan)
     return int(max(batch_size, min(PART_BYTES // row_bytes, images // 50)))

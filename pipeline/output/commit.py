@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass, field
 
 from pipeline.coverage import Ranges
 
+RESULTS, ERRORS = "results", "_errors"
+"""Folders of the parts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     """The record of one part.
 
     name: `part-<attempt>-<shard>-<row>`, with the first row that the part covers.
-    part, errors_part: file names in the output and in `_errors/`; None if there are no such rows.
+    part, errors_part: the files of results and of errors, as paths in the output; None if there is no such file.
     ranges: the rows covered, by shard. totals: number of rows of the shards whose end was read.
     rows, errors: number of rows in the two files. errors_by_type: `<stage>/<error_type>` → images.
     seconds: wall time by stage, summed over images. networks: how the network ran (device, number format) → images.
@@ -38,6 +41,11 @@ class Commit:
     bytes_written: int = 0
     nulls: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files in the output."""
+        return [path for path in (self.part, self.errors_part) if path]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
@@ -47,6 +55,8 @@ class Commit:
         record = json.loads(text)
         ranges = {int(shard): tuple((a, b) for a, b in pairs) for shard, pairs in record.pop("ranges").items()}
         totals = {int(shard): rows for shard, rows in record.pop("totals").items()}
+        if record["errors_part"]:  # earlier versions stored the name without its folder
+            record["errors_part"] = f"{ERRORS}/{record['errors_part'].removeprefix(f'{ERRORS}/')}"
         return Commit(ranges=ranges, totals=totals, **record)
 
 

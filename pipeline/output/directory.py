@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import coverage
+from pipeline import coverage, schema
 from pipeline.config import RunConfig
 from pipeline.coverage import Ranges
 from pipeline.errors import OutputRefused, ReadError, Refused
 from pipeline.output import ledger as ledgers
 from pipeline.output import lock
+from pipeline.output.commit import ERRORS
 from pipeline.output.lock import LOCK, taken_over
-from pipeline.output.parts import read_committed
-from pipeline.output.run_record import RunRecord
+from pipeline.output.parts import encode_errors, read_committed, write_part
+from pipeline.output.run_record import LAYOUT, RunRecord
 from pipeline.planning import archive as archives
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
@@ -33,7 +34,7 @@ EARLY_FILES = (LOCK, f"{ledgers.ATTEMPTS}/", plans.FILES)
 """Prefixes of the files that a run may write before its `_run.json`."""
 
 REMAINS = re.compile(
-    r"(_report\.json|((results/|_errors/)?part-\d{4,}-\d+-\d+(-\w+)?\.parquet|_commits/part-\d{4,}-\d+-\d+\.json))"
+    r"(_report\.json|((results|_errors)/part-\d{4,}-\d+-\d+(-\w+)?\.parquet|_commits/part-\d{4,}-\d+-\d+\.json))"
 )
 """Files that a driver and its workers may write after their output was deleted."""
 
@@ -63,10 +64,17 @@ def prepare(
     if not earlier or config.overwrite or earlier["settings"] != record.settings:
         with _refuse_existing(config.output):
             (access.write if earlier else access.create)(_run_uri(config.output), record.to_json())
+    _write_empty_errors(record)
     with _refuse_existing(config.output):
         plans.save(plan, is_first=True)
     _remove_unnamed(plan, check_lock)
     return plan, None
+
+
+def _write_empty_errors(record: RunRecord) -> None:
+    """Write a file of errors without rows, so that `_errors/` opens as a table also if there is no error."""
+    no_errors = encode_errors(schema.ERRORS.empty_table(), record.footer)
+    write_part(record.output, f"{ERRORS}/empty.parquet", no_errors)
 
 
 def check(config: RunConfig) -> None:
@@ -171,7 +179,7 @@ def _failed_reads(output: str) -> dict[int, Ranges]:
     for commit in ledgers.valid_commits(output, ledgers.last_attempt(output), with_errors=True):
         if not any(f"{ReadError.stage}/{kind}" in commit.errors_by_type for kind in TRANSIENT):
             continue
-        table = read_committed(output, f"_errors/{commit.errors_part}", ["shard", "row", "stage", "error_type"])
+        table = read_committed(output, str(commit.errors_part), ["shard", "row", "stage", "error_type"])
         for row in table.to_pylist():
             if row["stage"] == ReadError.stage and row["error_type"] in TRANSIENT:
                 rows.setdefault(row["shard"], []).append(row["row"])
@@ -215,15 +223,25 @@ def preview(archive: Archive, record: RunRecord, columns: list[str]) -> dict[str
 
 
 def _read_run(output: str, overwrite: bool) -> dict[str, Any] | None:
-    """Read `_run.json`; None if it does not exist. overwrite: accept a damaged one."""
+    """Read `_run.json`; None if it does not exist. overwrite: accept one that is damaged or of another version.
+
+    Raises OutputRefused.
+    """
     try:
-        return access.read_record(_run_uri(output))
+        record = access.read_record(_run_uri(output))
     except FileNotFoundError:
         return None
     except OutputRefused:
         if not overwrite:
             raise
         return {"settings": None}
+    if record.get("layout", 1) != LAYOUT and not overwrite:
+        raise OutputRefused(
+            f"{output} was written by another version of Nightshift: its layout is {record.get('layout', 1)}, this "
+            f"version writes {LAYOUT}. Reading and `nightshift verify` work, a run cannot go on in it; use another "
+            "--output, or --overwrite to compute everything again"
+        )
+    return record
 
 
 def _run_uri(output: str) -> str:
@@ -269,6 +287,7 @@ def _remove_all(plan: Plan, check_lock: Callable[[], object]) -> None:
     names = {RUN, LOCK, *plan.files}
     keep = {ledgers.close_attempts(output), *(uris.join(output, name) for name in names)}
     for info in list(access.list_objects(output)):  # read at once: a stream could include files of a later driver
-        if info.uri not in keep and info.uri[len(output) + 1 :].startswith(("part-", "_")):
+        path = info.uri[len(output) + 1 :]
+        if info.uri not in keep and (path.startswith("_") or ledgers.PART.fullmatch(path)):
             check_lock()
             access.delete(info.uri)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from pipeline.coverage import Coverage
 from pipeline.errors import NightshiftError, OutputLocked, OutputRefused, TooManyErrors, first_line
-from pipeline.output.commit import Commit, Tally
+from pipeline.output.commit import ERRORS, RESULTS, Commit, Tally
 from pipeline.output.lock import deleted, taken_over
 from pipeline.planning.plan import Plan
 from pipeline.storage import access, base, uris
@@ -23,6 +23,9 @@ from pipeline.threads import ordered_map
 
 COMMITS, ATTEMPTS = "_commits", "_attempts"
 READ_THREADS = 16
+
+PART = re.compile(rf"(({RESULTS}|{ERRORS})/)?part-[^/]*\.parquet")
+"""Paths of parts in an output. Earlier versions wrote results without a folder."""
 
 
 class Ledger:
@@ -129,7 +132,7 @@ def valid_commits(
         if (name := _stem(info.uri)) in accepted or name.startswith(newest)
     }
     if with_errors:
-        files = (_stem(info.uri) for info in _list(output, "_errors"))
+        files = (_stem(info.uri) for info in _list(output, ERRORS))
         uris = {name: uris[name] for file in files if (name := "-".join(file.split("-")[:4])) in uris}
     texts = ordered_map(access.read, uris.values(), READ_THREADS, 8 * READ_THREADS)
     for (name, uri), text in zip(uris.items(), texts, strict=True):
@@ -158,8 +161,7 @@ def sweep(ledger: Ledger) -> int:
     texts = ordered_map(access.read, accepted, READ_THREADS, 8 * READ_THREADS)
     named = {commit_uri(ledger.output, name) for name in ledger.names}
     for commit in map(Commit.from_json, texts):
-        files = commit.part, commit.errors_part and f"_errors/{commit.errors_part}"
-        named.update(uris.join(ledger.output, file) for file in files if file)
+        named.update(uris.join(ledger.output, path) for path in commit.files)
     existing = {*commits, *(info.uri for info in parts(ledger.output))}
     check_newest(ledger)  # otherwise files of the next attempt would look like orphans
     if missing := named - existing:
@@ -212,10 +214,9 @@ def check_error_rate(ledger: Ledger, plan: Plan, max_error_rate: float) -> None:
 
 
 def parts(output: str) -> Iterator[base.ObjectInfo]:
-    """Yield every Parquet file of results or errors, committed or not."""
+    """Yield every part of results or errors, committed or not, those of earlier versions included."""
     for info in _list(output, ""):
-        name = info.uri[len(output) + 1 :]
-        if name.removeprefix("_errors/").startswith("part-") and name.endswith(".parquet"):
+        if PART.fullmatch(info.uri[len(output) + 1 :]):
             yield info
 
 

@@ -3,21 +3,27 @@
 import io
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import coverage
+from pipeline import coverage, schema
 from pipeline.errors import OutputRefused, message_line
-from pipeline.output.commit import Commit
+from pipeline.output.commit import ERRORS, RESULTS, Commit
 from pipeline.output.ledger import commit_uri
 from pipeline.storage import access, uris
 from pipeline.storage.parquet import open_parquet
 
-ROW_GROUP_ROWS = 20_000
+MAX_ROW_GROUP_BYTES = 128 << 20
+"""Limit of a row group in memory. Readers hold whole row groups."""
+
+
+def write_part(output: str, path: str, data: bytes) -> None:
+    """Write a part. Some readers of its folder, such as Daft, would open a temporary file there."""
+    access.write(uris.join(output, path), data, temporary_folder=output)
 
 
 def read_part(uri: str, columns: list[str] | None = None) -> pa.Table:
@@ -57,14 +63,14 @@ def drop_rows(output: str, dropped: Mapping[int, coverage.Ranges], commit: Commi
     shard = min(left)
     name = f"part-{attempt:04d}-{shard:06d}-{left[shard][0][0]:08d}"
     file_name = f"{name}-{uuid.uuid4().hex[:8]}.parquet"
-    part = _without(output, commit.part, file_name, left)
-    errors = _without(output, commit.errors_part and f"_errors/{commit.errors_part}", f"_errors/{file_name}", left)
+    part = _without(output, commit.part, f"{RESULTS}/{file_name}", left)
+    errors = _without(output, commit.errors_part, f"{ERRORS}/{file_name}", left)
     rewritten = replace(
         commit,
         name=name,
         attempt=attempt,
-        part=file_name if part is not None else None,
-        errors_part=file_name if errors is not None else None,
+        part=f"{RESULTS}/{file_name}" if part is not None else None,
+        errors_part=f"{ERRORS}/{file_name}" if errors is not None else None,
         ranges=left,
         totals=totals,
         rows=0 if part is None else len(part),
@@ -87,22 +93,20 @@ def _without(output: str, old: str | None, new: str, left: Mapping[int, coverage
     if not len(kept):
         return None
     footer = table.schema.metadata[b"nightshift"].decode()
-    access.write(uris.join(output, new), encode(kept, footer, **column_options(kept.schema)))
+    write_part(output, new, encode(kept, footer, **column_options(kept.schema)))
     return kept
 
 
 def remove(output: str, commit: Commit) -> None:
     """Remove a commit: first the record, then its files."""
     access.delete(commit_uri(output, commit.name))
-    if commit.part:
-        access.delete(uris.join(output, commit.part))
-    if commit.errors_part:
-        access.delete(uris.join(output, f"_errors/{commit.errors_part}"))
+    for path in commit.files:
+        access.delete(uris.join(output, path))
 
 
 def column_options(result: pa.Schema) -> dict[str, Any]:
     """Options of `encode` for results: no dictionary and no statistics for vectors, because they only cost time."""
-    plain = [f.name for f in result if not _is_vector(f.type)]
+    plain = [f.name for f in result if not schema.is_vector(f.type)]
     strings = [name for name in plain if pa.types.is_string(result.field(name).type)]
     return {"use_dictionary": strings, "write_statistics": plain}
 
@@ -114,16 +118,34 @@ def encode(table: pa.Table, footer: str, **options: Any) -> bytes:
     """
     buffer = io.BytesIO()
     table = table.replace_schema_metadata({"nightshift": footer})
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         buffer,
+        table.schema,
         compression="zstd",
-        row_group_size=ROW_GROUP_ROWS,
         store_schema=True,
+        write_page_index=True,
         write_page_checksum=True,
         **options,
-    )
+    ) as writer:
+        for rows in _row_groups(table):
+            writer.write_table(rows, row_group_size=len(rows))
     return buffer.getvalue()
+
+
+def encode_errors(errors: pa.Table, footer: str) -> bytes:
+    """Encode the columns of `schema.ERRORS` as a part of `_errors/`."""
+    return encode(errors.select(schema.ERRORS.names).cast(schema.ERRORS), footer)
+
+
+def _row_groups(table: pa.Table) -> Iterator[pa.Table]:
+    """Halve a table until each piece is at most MAX_ROW_GROUP_BYTES or one row."""
+    if table.nbytes <= MAX_ROW_GROUP_BYTES or len(table) == 1:
+        if len(table):  # Hugging Face datasets cannot read a row group without rows
+            yield table
+    else:
+        half = len(table) // 2
+        yield from _row_groups(table[:half])
+        yield from _row_groups(table[half:])
 
 
 def count_nulls(rows: pa.Table) -> dict[str, int]:
@@ -136,7 +158,3 @@ def count_errors(errors: pa.Table) -> dict[str, int]:
     """Count the rows of an errors table by `<stage>/<error_type>`."""
     kinds = zip(errors["stage"].to_pylist(), errors["error_type"].to_pylist(), strict=True)
     return dict(Counter(f"{stage}/{error_type}" for stage, error_type in kinds))
-
-
-def _is_vector(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_fixed_size_list(type_))

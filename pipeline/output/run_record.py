@@ -16,6 +16,8 @@ from pipeline.config import RunConfig
 from pipeline.storage import uris
 from pipeline.version import __version__
 
+LAYOUT = 2
+"""Version of the output's layout. Version 1, which has no number in `_run.json`, had its parts beside `_run.json`."""
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow", "numpy")
 
 
@@ -77,6 +79,7 @@ class RunRecord:
     def to_json(self) -> bytes:
         """The content of `_run.json`."""
         record = {
+            "layout": LAYOUT,
             "fingerprint": self.fingerprint,
             "settings": self.settings,
             "provenance": self.provenance,

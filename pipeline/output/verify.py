@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import coverage
+from pipeline import coverage, schema
 from pipeline.config import parse_keep
 from pipeline.errors import InputRefused, first_line, message_line
 from pipeline.output import ledger as ledgers
 from pipeline.output import parts
-from pipeline.output.commit import Commit
+from pipeline.output.commit import ERRORS, RESULTS, Commit
 from pipeline.output.directory import RUN, SUCCESS, is_finished
 from pipeline.output.ledger import Ledger
 from pipeline.output.lock import Lock
@@ -182,13 +182,13 @@ def _check_parts(result: Verification, commits: list[Commit], run: Mapping[str, 
 
 
 def _check_names(result: Verification, commits: list[Commit], part_uris: list[str]) -> None:
-    """Check that every part has a commit, and that the directory has no foreign files."""
-    named = {commit.part for commit in commits} | {f"_errors/{commit.errors_part}" for commit in commits}
+    """Check that every part has a commit, and that readers find no foreign files."""
+    named = {path for commit in commits for path in commit.files}
     start = len(result.output) + 1
     result.problems += [f"{uri} belongs to no commit" for uri in part_uris if uri[start:] not in named]
     for info in access.list_objects(result.output):
-        name = info.uri[start:]
-        if not name.startswith(("_", "part-")):
+        path = info.uri[start:]
+        if not path.startswith("_") and not ledgers.PART.fullmatch(path):
             result.problems.append(
                 f"{info.uri} is not a file of this run, but readers would read it with the results; remove it"
             )
@@ -223,10 +223,9 @@ def _check_commit(output: str, fingerprint: str, kept: Set[str], commit: Commit)
 
 def _check_files(output: str, fingerprint: str, kept: Set[str], commit: Commit, checked: _Checked) -> None:
     tables = []
-    for kind, name, expected in (("part", commit.part, commit.rows), ("_errors", commit.errors_part, commit.errors)):
-        if name is None:
+    for kind, path, expected in ((RESULTS, commit.part, commit.rows), (ERRORS, commit.errors_part, commit.errors)):
+        if path is None:
             continue
-        path = name if kind == "part" else f"_errors/{name}"
         table = _read(uris.join(output, path), path, checked)
         if table is None:
             continue
@@ -258,7 +257,7 @@ def _read(uri: str, name: str, checked: _Checked) -> pa.Table | None:
 def _bad_vectors(table: pa.Table, kept: Set[str]) -> Iterator[str]:
     """Describe nulls, NaN and infinity in vectors. kept: columns of the archive, which may have them."""
     for column in table.schema:
-        if pa.types.is_fixed_size_list(column.type) and column.name not in kept:
+        if schema.is_vector(column.type) and column.name not in kept:
             values = pc.list_flatten(table[column.name])
             if len(values) != len(table) * column.type.list_size:
                 yield f"{column.name} has nulls"

@@ -14,6 +14,7 @@ from pipeline.images.pixels import Encoded
 from pipeline.models import names
 from pipeline.models.overrides import INTERPOLATIONS, Overrides, numbers
 from pipeline.predictors.base import Allotment, Columns, Predictor, field_values
+from pipeline.schema import vector
 from pipeline.storage import uris
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class NetworkPredictor(Predictor):
 
     def _embedding_field(self, spec: "ModelSpec") -> pa.Field:
         value = pa.float16() if self.embedding_dtype == "float16" else pa.float32()
-        return pa.field("embedding", pa.list_(value, spec.embedding_dim))
+        return pa.field("embedding", vector(value, spec.embedding_dim))
 
     def _embedding(self, features: "Tensor") -> np.ndarray:
         """[N, embedding_dim] in embedding_dtype, in this process's memory."""

@@ -20,9 +20,7 @@ def show_first_failure(output: str) -> Callable[[Commit], None]:
             return
         is_shown = True
         try:
-            table = read_committed(
-                output, f"_errors/{commit.errors_part}", ["image_id", "stage", "error_type", "message"]
-            )
+            table = read_committed(output, str(commit.errors_part), ["image_id", "stage", "error_type", "message"])
         except (OSError, OutputRefused):  # the errors are shown by the report at the end
             return
         failed = [row for row in table.to_pylist() if f"{row['stage']}/{row['error_type']}" == FAILED]

@@ -22,7 +22,7 @@ OUT_OF_MEMORY = "out_of_memory"
 MEMORY_PAUSES = (1.0, 5.0, 20.0)
 """Seconds to wait between retries while another process frees memory."""
 
-NOT_FINITE = PredictError("not_finite", "the network's output holds NaN or infinity")
+NOT_FINITE = PredictError("not_finite", "the network's output holds NaN, infinity or null")
 
 Arrays = Mapping[str, pa.Array]
 R = TypeVar("R")
@@ -33,7 +33,8 @@ class Predict:
 
     def __init__(self, predictor: Predictor, keep: Mapping[str, pa.DataType], allotment: Allotment) -> None:
         self.predictor, self.allotment = predictor, allotment
-        self.schema = schema.predicted(predictor.columns, keep)
+        self.columns = schema.dense(predictor.columns)
+        self.schema = schema.predicted(self.columns, keep)
         self.max_images: int | None = None  # per call of the predictor, once a batch has not fitted the memory
         self.busy = usage.BusyClock()
         self.refusal: NightshiftError | None = None
@@ -113,7 +114,7 @@ class Predict:
             one_was_too_large |= is_out_of_memory(error)
             if self._is_others_fault(error):
                 return None
-            columns = {each.name: pa.nulls(1, each.type) for each in self.predictor.columns}
+            columns = {each.name: pa.nulls(1, each.type) for each in self.columns}
             return columns, {0: PredictError(*_reason(error))}
 
         def retry(failure: Failure) -> None:
@@ -138,7 +139,7 @@ class Predict:
             self.predictor.limit_batch(max(len(images), self.allotment.batch_size))
         return {
             field.name: pa.concat_arrays([pa.nulls(0, field.type), *(piece[field.name] for piece in pieces)])
-            for field in self.predictor.columns
+            for field in self.columns
         }, errors
 
     def _is_others_fault(self, error: Exception) -> bool:
@@ -160,7 +161,7 @@ class Predict:
     def _columns(self, images: Images) -> dict[str, pa.Array]:
         given = self.predictor.predict(images.joined(self.predictor.join))
         columns = {}
-        for each in self.predictor.columns:
+        for each in self.columns:
             if each.name not in given or len(given[each.name]) != len(images):
                 sizes = {name: len(values) for name, values in given.items()}
                 raise ValueError(f"predict() must return {len(images)} values of {each.name!r}; it returned {sizes}")
@@ -233,12 +234,23 @@ def _to_arrow(values: Any, type_: pa.DataType) -> pa.Array:
 
 
 def _find_not_finite(columns: Arrays) -> list[int]:
-    """Rows with a NaN or an infinity in any column of floats or vectors of floats."""
+    """Rows with a NaN or an infinity in any column of floats, or with one of these or a null in a vector."""
     bad: set[int] = set()
     for array in columns.values():
-        width = array.type.list_size if pa.types.is_fixed_size_list(array.type) else 1
-        flat = array.flatten() if width > 1 else array
-        if pa.types.is_floating(flat.type) and not flat.null_count:
-            finite = np.isfinite(flat.to_numpy(zero_copy_only=False)).reshape(len(array), width)
-            bad.update(np.flatnonzero(~finite.all(axis=1)).tolist())
+        if schema.is_vector(array.type):
+            bad.update(_find_bad_vectors(array))
+        elif pa.types.is_floating(array.type) and not array.null_count:
+            bad.update(np.flatnonzero(~np.isfinite(array.to_numpy(zero_copy_only=False))).tolist())
     return sorted(bad)
+
+
+def _find_bad_vectors(vectors: pa.FixedSizeListArray) -> list[int]:
+    valid = np.flatnonzero(vectors.is_valid().to_numpy(zero_copy_only=False))
+    flat = vectors.flatten()  # without the vectors that are null
+    good = np.ones(len(flat), bool)
+    if flat.null_count:
+        good = flat.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_floating(flat.type):
+        good = good & np.isfinite(flat.to_numpy(zero_copy_only=False))
+    is_good = good.reshape(len(valid), vectors.type.list_size).all(axis=1)
+    return [int(row) for row in np.setdiff1d(np.arange(len(vectors)), valid[is_good])]

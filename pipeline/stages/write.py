@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import coverage, schema
-from pipeline.output.commit import Commit
+from pipeline.output.commit import ERRORS, RESULTS, Commit
 from pipeline.output.ledger import commit_uri
-from pipeline.output.parts import column_options, count_errors, count_nulls, encode
+from pipeline.output.parts import column_options, count_errors, count_nulls, encode, encode_errors, write_part
 from pipeline.stages import usage
 from pipeline.storage import access, uris
 
@@ -42,19 +42,19 @@ class Sink:
         is_error = pc.is_valid(table["error_type"])
         rows = table.filter(pc.and_(is_image, pc.invert(is_error)))
         errors = table.filter(is_error)
-        files: dict[str, bytes] = {}
-        if len(rows):
-            files[file_name] = self._part(rows)
-        if len(errors):
-            files[f"_errors/{file_name}"] = self._errors(errors)
-        for file, data in files.items():
-            access.write(uris.join(self.output, file), data)
         images = table.filter(is_image)
+        files: dict[str, bytes] = {}
+        if len(images):  # all of them may be errors: the results then are a table without rows
+            files[f"{RESULTS}/{file_name}"] = self._part(rows)
+        if len(errors):
+            files[f"{ERRORS}/{file_name}"] = encode_errors(errors, self.footer)
+        for path, data in files.items():
+            write_part(self.output, path, data)
         commit = Commit(
             name=name,
             attempt=self.attempt,
-            part=file_name if len(rows) else None,
-            errors_part=file_name if len(errors) else None,
+            part=f"{RESULTS}/{file_name}" if len(images) else None,
+            errors_part=f"{ERRORS}/{file_name}" if len(errors) else None,
             ranges=_ranges(images),
             totals=_totals(table.filter(pc.invert(is_image))),
             rows=len(rows),
@@ -78,19 +78,14 @@ class Sink:
             return commit
         except FileExistsError:
             earlier = Commit.from_json(access.read(commit_uri(self.output, commit.name)))
-        if (earlier.part, earlier.errors_part) != (commit.part, commit.errors_part):
-            if commit.part:
-                access.delete(uris.join(self.output, commit.part))
-            if commit.errors_part:
-                access.delete(uris.join(self.output, f"_errors/{commit.errors_part}"))
+        if earlier.files != commit.files:
+            for path in commit.files:
+                access.delete(uris.join(self.output, path))
         return earlier
 
     def _part(self, rows: pa.Table) -> bytes:
         table = rows.select(self.result_schema.names).cast(self.result_schema)
         return encode(table, self.footer, **column_options(self.result_schema))
-
-    def _errors(self, errors: pa.Table) -> bytes:
-        return encode(errors.select(schema.ERRORS.names).cast(schema.ERRORS), self.footer)
 
 
 def _sorted_once(table: pa.Table) -> pa.Table:

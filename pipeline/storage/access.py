@@ -60,10 +60,17 @@ def open_read(uri: str, etag: str = "") -> BinaryIO:
     return store.open_read(path, etag)
 
 
-def write(uri: str, data: bytes) -> None:
-    """Write a whole object atomically: readers see the old one or the new one, never a part."""
+def write(uri: str, data: bytes, temporary_folder: str | None = None) -> None:
+    """Write a whole object atomically: readers see the old one or the new one, never a part.
+
+    temporary_folder: where a local write keeps its temporary file, on the same file system (default: beside the
+    target).
+    """
     store, path = _locate(uri)
-    store.write(path, data)
+    if isinstance(store, LocalStore):
+        store.write(path, data, temporary_folder)
+    else:
+        store.write(path, data)
 
 
 def create(uri: str, data: bytes) -> None:

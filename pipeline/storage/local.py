@@ -45,8 +45,8 @@ class LocalStore:
             raise
         return file
 
-    def write(self, path: str, data: bytes) -> None:
-        temporary = self._temporary(path, data)
+    def write(self, path: str, data: bytes, temporary_folder: str | None = None) -> None:
+        temporary = self._temporary(path, data, temporary_folder)
         try:
             _replace(temporary, path)
         except BaseException:
@@ -102,11 +102,11 @@ class LocalStore:
         return ObjectInfo(path, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
 
     @staticmethod
-    def _temporary(path: str, data: bytes) -> str:
-        """Write the data to a temporary file in the same folder, and return its path."""
+    def _temporary(path: str, data: bytes, temporary_folder: str | None = None) -> str:
+        """Write the data to a temporary file in the same folder or in another one, and return its path."""
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
+        temporary = os.path.join(temporary_folder or folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
             with open(temporary, "xb") as file:
                 file.write(data)

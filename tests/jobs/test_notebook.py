@@ -39,9 +39,9 @@ def test_it_defines_no_logic(notebook: nbformat.NotebookNode) -> None:
 def test_errors_are_counted_where_there_are_some(
     notebook: nbformat.NotebookNode, tmp_path: Path, kinds: list[str]
 ) -> None:
-    if kinds:
-        (tmp_path / "labels" / "_errors").mkdir(parents=True)
-        pd.DataFrame({"stage": "decode", "error_type": kinds}).to_parquet(tmp_path / "labels/_errors/part.parquet")
+    (tmp_path / "labels" / "_errors").mkdir(parents=True)
+    rows = pd.DataFrame({"stage": ["decode"] * len(kinds), "error_type": kinds}, dtype=str)
+    rows.to_parquet(tmp_path / "labels/_errors/part.parquet")
     (source,) = (cell.source for cell in code_cells(notebook) if "_errors" in cell.source)
     *statements, shown = source.splitlines()
     names = {"pd": pd, "DEMO": tmp_path}

@@ -47,7 +47,8 @@ def finished(tmp_path: Path, photos: Path) -> Path:
     output = tmp_path / "out"
     prepare(output, photos)
     ledgers.begin(str(output))
-    (output / "part-0001-000000-00000000-x.parquet").write_bytes(b"rows")
+    (output / "results").mkdir()
+    (output / "results/part-0001-000000-00000000-x.parquet").write_bytes(b"rows")
     directory.finish(str(output))
     return output
 
@@ -82,7 +83,10 @@ def test_an_overwrite_removes_the_earlier_run_and_no_other_file(photos: Path, fi
     (finished / "mine.txt").write_text("not a file of a run")
     plan = prepare(finished, photos, overwrite=True, model="b")
     names = {path.name for path in finished.rglob("*") if path.is_file()}
-    assert names == {"_run.json", "plan.json", "2.json", "mine.txt", *(name.partition("/")[2] for name in plan.files)}
+    assert names == {
+        *("_run.json", "plan.json", "2.json", "mine.txt", "empty.parquet"),
+        *(name.partition("/")[2] for name in plan.files),
+    }
     assert plans.load(str(finished)).files == plan.files  # type: ignore[union-attr]
     with pytest.raises(OutputRefused, match='model was "b" and is "a"'):
         prepare(finished, photos)
@@ -141,7 +145,10 @@ def test_an_update_may_not_change_the_type_of_a_kept_column(tmp_path: Path) -> N
 
 def test_what_a_run_wrote_after_its_output_was_deleted_does_not_block(photos: Path, finished: Path) -> None:
     shutil.rmtree(finished)
-    for folder, name in (("_commits", "part-0003-000000-00000000.json"), (".", "part-0003-000000-00000000-x.parquet")):
+    for folder, name in (
+        ("_commits", "part-0003-000000-00000000.json"),
+        ("results", "part-0003-000000-00000000-x.parquet"),
+    ):
         (finished / folder).mkdir(parents=True, exist_ok=True)
         (finished / folder / name).write_bytes(b"late")
     (finished / "_lock.json").write_bytes(b"{}")
@@ -153,7 +160,7 @@ def test_what_a_run_wrote_after_its_output_was_deleted_does_not_block(photos: Pa
 @pytest.mark.parametrize("name", ["notes.txt", "_plan/shards-0.parquet", "_attempts/1.json"])
 def test_parts_beside_other_files_are_never_removed(photos: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / "copy"
-    for each in ("_commits/part-0001-000000-00000000.json", "part-0001-000000-00000000-x.parquet", name):
+    for each in ("_commits/part-0001-000000-00000000.json", "results/part-0001-000000-00000000-x.parquet", name):
         (output / each).parent.mkdir(parents=True, exist_ok=True)
         (output / each).write_bytes(b"kept")
     before = files(output)
@@ -164,8 +171,8 @@ def test_parts_beside_other_files_are_never_removed(photos: Path, tmp_path: Path
 
 def test_a_copy_of_the_parts_alone_is_never_removed(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "copy"
-    output.mkdir()
-    (output / "part-0001-000000-00000000-x.parquet").write_bytes(b"kept")
+    (output / "results").mkdir(parents=True)
+    (output / "results/part-0001-000000-00000000-x.parquet").write_bytes(b"kept")
     with pytest.raises(OutputRefused, match=r"but no _run\.json"):
         prepare(output, photos)
     assert len(files(output)) == 1

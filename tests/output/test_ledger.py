@@ -26,20 +26,30 @@ from pipeline.storage import access
 def commit(output: str, attempt: int, shard: int, start: int, stop: int, **more: object) -> Commit:
     """Write a part and its commit, as a sink does."""
     name = f"part-{attempt:04d}-{shard:06d}-{start:08d}"
-    record = Commit(name, attempt, f"{name}-x.parquet", None, {shard: ((start, stop),)}, {}, stop - start, 0, **more)  # type: ignore[arg-type]
+    record = Commit(
+        name, attempt, f"results/{name}-x.parquet", None, {shard: ((start, stop),)}, {}, stop - start, 0, **more
+    )  # type: ignore[arg-type]
     access.write(f"{output}/{record.part}", b"rows")
     access.create(ledgers.commit_uri(output, name), record.to_json().encode())
     return record
 
 
 def names(output: str) -> list[str]:
-    return sorted(info.uri.rpartition("/")[2] for info in ledgers.parts(output))
+    return sorted(info.uri[len(output) + 1 :] for info in ledgers.parts(output))
 
 
 class LedgerContract:
     def test_a_commit_is_equal_after_json(self, output: str) -> None:
         record = Commit(
-            "part-0001-000002-00000000", 1, None, "e.parquet", {2: ((0, 3), (5, 6))}, {2: 6}, 0, 4, {"read/null": 4}
+            "part-0001-000002-00000000",
+            1,
+            None,
+            "_errors/e.parquet",
+            {2: ((0, 3), (5, 6))},
+            {2: 6},
+            0,
+            4,
+            {"read/null": 4},
         )
         assert Commit.from_json(record.to_json()) == record
 
@@ -89,7 +99,7 @@ class LedgerContract:
         ledger = ledgers.begin(output)
         kept = commit(output, 1, 0, 0, 10)
         ledger.accept(kept)
-        access.write(f"{output}/part-0001-000000-00000010-dead.parquet", b"rows")
+        access.write(f"{output}/results/part-0001-000000-00000010-dead.parquet", b"rows")
         access.write(f"{output}/_errors/part-0001-000000-00000010-dead.parquet", b"rows")
         assert ledgers.sweep(ledger) == 2
         assert names(output) == [kept.part]
@@ -261,11 +271,13 @@ def test_sweep_keeps_files_of_a_later_attempt(tmp_path: Path, monkeypatch: pytes
         commit(output, attempt, 0, 0, 10)
     monkeypatch.setattr(ledgers, "check_newest", lambda ledger: None)
     assert ledgers.sweep(ledger) == 2
-    assert names(output) == ["part-0002-000000-00000000-x.parquet"]
+    assert names(output) == ["results/part-0002-000000-00000000-x.parquet"]
     assert len(list(tmp_path.glob("_commits/*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["part-0001-000000-00000000-x.parquet", "_commits/part-0001-000000-00000000.json"])
+@pytest.mark.parametrize(
+    "name", ["results/part-0001-000000-00000000-x.parquet", "_commits/part-0001-000000-00000000.json"]
+)
 def test_sweep_raises_if_a_committed_file_is_missing(tmp_path: Path, name: str) -> None:
     ledger = ledgers.begin(str(tmp_path))
     ledger.accept(commit(str(tmp_path), 1, 0, 0, 10))

@@ -110,7 +110,7 @@ def test_the_footer_of_a_part_names_the_network() -> None:
 def test_run_json_holds_no_credentials_of_inputs() -> None:
     text = record(embedder()).to_json().decode()
     assert "secret" not in text
-    assert list(json.loads(text)) == ["fingerprint", "settings", "provenance", "config", "versions"]
+    assert list(json.loads(text)) == ["layout", "fingerprint", "settings", "provenance", "config", "versions"]
 
 
 def test_a_difference_names_each_setting_and_both_values() -> None:

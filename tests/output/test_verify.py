@@ -58,7 +58,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def part(output: Path, number: int = 0) -> Path:
-    return sorted(output.glob("part-*.parquet"))[number]
+    return sorted(output.glob("results/part-*.parquet"))[number]
 
 
 def commit(output: Path, number: int = 0) -> Path:
@@ -129,7 +129,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "the end of a shard was never read": (lambda o: edit(commit(o, 3), totals={}), r"rows 10–\? are missing"),
     "rows are not in the plan": (lambda o: edit(commit(o, 1), ranges={"0": [[6, 12]]}), "are not in the plan"),
     "a foreign Parquet file": (
-        lambda o: (o / "part-9999-mine.parquet").write_bytes(part(o).read_bytes()),
+        lambda o: (o / "results/part-9999-mine.parquet").write_bytes(part(o).read_bytes()),
         "part-9999-mine.parquet belongs to no commit",
     ),
     "a foreign file": (lambda o: (o / "mine.parquet").write_bytes(b"x"), "mine.parquet is not a file of this run"),

@@ -17,6 +17,7 @@ from pipeline.predictors.base import Allotment
 from pipeline.predictors.classify import Classifier
 from pipeline.predictors.embed import Embedder
 from pipeline.predictors.network import NetworkPredictor
+from pipeline.schema import vector
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 
@@ -57,7 +58,7 @@ def plain_features(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_the_embedding_is_that_of_the_plain_network(network: nn.Module, weights: str) -> None:
     predictor = Embedder(model="resnet18", weights=weights, precision="float32")
     predictor.prepare()
-    assert predictor.columns == pa.schema([("embedding", pa.list_(pa.float32(), 512))])
+    assert predictor.columns == pa.schema([("embedding", vector(pa.float32(), 512))])
     pixels = draw_pixels()
     pixels.flags.writeable = False  # as Arrow's memory is
     embedding = predictor.predict(pixels)["embedding"]
@@ -108,7 +109,7 @@ def test_top_k_is_at_most_the_number_of_classes_and_labels_come_from_the_file(tm
 def test_embeddings_in_half_precision() -> None:
     predictor = Embedder(model=TINY, embedding_dtype="float16")
     predictor.prepare()
-    assert predictor.columns.field("embedding").type == pa.list_(pa.float16(), 8)
+    assert predictor.columns.field("embedding").type == vector(pa.float16(), 8)
     assert predictor.transform == Transform(40, 32)
     assert predictor.predict(draw_pixels(2, 32))["embedding"].dtype == np.float16
 

@@ -74,9 +74,9 @@ def test_a_part_its_errors_and_its_commit(sink: Sink, tmp_path: Path) -> None:
     keys = list(zip(part["shard"].to_pylist(), part["row"].to_pylist(), strict=True))
     assert keys == [(0, 8), (0, 9), (1, 3), (1, 5)]
     assert json.loads(part.schema.metadata[b"nightshift"]) == {"fingerprint": "f"}
-    errors = pq.read_table(tmp_path / "_errors" / str(commit.errors_part))
+    errors = pq.read_table(tmp_path / str(commit.errors_part))
     assert errors.schema.remove_metadata() == schema.ERRORS
-    sizes = [(tmp_path / name).stat().st_size for name in (str(commit.part), f"_errors/{commit.errors_part}")]
+    sizes = [(tmp_path / name).stat().st_size for name in commit.files]
     assert commit.bytes_written == sum(sizes)
     assert errors["image_id"].to_pylist() == ["1/2"]
 
@@ -100,7 +100,7 @@ def test_a_retried_task_leaves_one_part(sink: Sink, tmp_path: Path) -> None:
     first = written(sink, rows((0, 0), (0, 1), errors=(1,)))
     second = written(sink, rows((0, 0), (0, 1), errors=(1,)))
     assert second == first
-    assert files(tmp_path) == sorted([str(first.part), f"_errors/{first.part}", f"_commits/{first.name}.json"])
+    assert files(tmp_path) == sorted([*first.files, f"_commits/{first.name}.json"])
 
 
 def test_a_block_that_comes_twice_is_written_once(sink: Sink, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_kill_between_part_and_commit_leaves_no_commit(
         patch.setattr("pipeline.stages.write.access.create", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sink(rows((0, 0)))
-    assert [name.split("-")[0] for name in files(tmp_path)] == ["part"]
+    assert [name.split("-")[0] for name in files(tmp_path)] == ["results/part"]
     commit = written(sink, rows((0, 0)))
     assert commit.part in files(tmp_path)
 

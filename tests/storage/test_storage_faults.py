@@ -312,8 +312,8 @@ def local_embeddings(output: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         for info in access.list_objects(output):
             name = info.uri[len(output) + 1 :]
-            if name.startswith("part-"):
-                (Path(folder) / name).write_bytes(access.read(info.uri))
+            if name.startswith("results/"):
+                (Path(folder) / Path(name).name).write_bytes(access.read(info.uri))
         return embeddings(folder)
 
 

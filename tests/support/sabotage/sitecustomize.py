@@ -38,13 +38,13 @@ def plant() -> None:
     write_whole = LocalStore._temporary
     create = LocalStore.create
 
-    def write_half(path: str, data: bytes) -> str:
+    def write_half(path: str, data: bytes, temporary_folder: str | None = None) -> str:
         if WHERE.endswith("-half") and is_the_nth(path):
             folder, name = os.path.split(path)
-            with open(os.path.join(folder, f".{name}.half{TEMPORARY}"), "wb") as file:
+            with open(os.path.join(temporary_folder or folder, f".{name}.half{TEMPORARY}"), "wb") as file:
                 file.write(data[: len(data) // 2])
             die()
-        return write_whole(path, data)
+        return write_whole(path, data, temporary_folder)
 
     def create_or_die(self: LocalStore, path: str, data: bytes) -> None:
         is_chosen = WHERE in ("before-commit", "after-commit") and is_the_nth(path)
