@@ -92,7 +92,7 @@ def head_alone(folder: Path, **groups: dict[str, int]) -> Iterator[Growing]:
         stop_ray_head(process)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machines_for_decoding_and_for_the_network_come_and_go(tmp_path: Path) -> None:
     archive, output = write_folder(tmp_path / "images", IMAGES), tmp_path / "out"
     with head_alone(tmp_path, decode={"CPU": 1}, gpu={"GPU": 1}) as growing:

@@ -137,7 +137,7 @@ def test_a_cluster_starts_says_so_and_stops(machines: Machines) -> None:
     assert machines.cluster("stop").stdout == "worker@127.0.0.1: was not running\nhead@127.0.0.1: was not running\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_head_that_cannot_start_says_why(machines: Machines) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", int(machines.environment["NIGHTSHIFT_PORT"])))

@@ -243,6 +243,7 @@ def test_a_connection_that_is_cut_and_restored(token_cluster: RayCluster, talk: 
     assert following.out.count("Running entrypoint") == 1
 
 
+@pytest.mark.long
 def test_a_connection_that_freezes_is_closed_and_opened_again(
     bare_cluster: RayCluster, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -261,6 +262,7 @@ def test_a_connection_that_freezes_is_closed_and_opened_again(
     assert "connected again" in printed.err
 
 
+@pytest.mark.long
 def test_a_cluster_that_stays_unreachable(token_cluster: RayCluster, talk: Callable[..., Submission]) -> None:
     with link(token_cluster.dashboard) as line:
         following = talk("--address", line.address, "--reconnect-minutes", "0.05", lines=100, code=7)
@@ -315,6 +317,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.long
 def test_an_interrupt_on_a_terminal_asks_whether_to_stop(
     token_cluster: RayCluster, talk: Callable[..., Submission]
 ) -> None:

@@ -302,7 +302,7 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_benchmark(tmp_path: Path) -> None:
     figures, bars = tmp_path / "figures.json", tmp_path / "bars.png"
     sizes = ("--form", "quick", "--small", 8, "--large", 24)
@@ -350,7 +350,7 @@ def test_a_benchmark_of_tars_with_a_peer(tmp_path: Path) -> None:
     assert tiles["roofline"]["core_seconds_per_image"]["read"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failing_command_ends_the_benchmark_in_a_sentence(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "mine", 4)
     done = run_benchmark("--images", folder, "--model", "resnet19", "--small", 2, "--large", 4)

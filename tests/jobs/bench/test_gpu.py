@@ -138,7 +138,7 @@ def test_bad_settings_end_in_a_sentence(
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_benchmark_without_a_gpu(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     folder = write_folder(tmp_path / "photos", 20)
