@@ -15,7 +15,7 @@ from pathlib import Path
 from jobs.bench.harness import s3
 from pipeline import cli
 from pipeline.output import ledger as ledgers
-from pipeline.output.commit import Commit
+from pipeline.output.commit import RESULTS, Commit
 
 ROWS = 1_000
 
@@ -26,7 +26,7 @@ def write_commits(output: Path, count: int) -> None:
     (output / ledgers.COMMITS).mkdir(parents=True)
     for number in range(count):
         name = f"part-0001-{number:06d}-00000000"
-        commit = Commit(name, 1, f"{name}.parquet", None, {number: ((0, ROWS),)}, {number: ROWS}, ROWS, 0)
+        commit = Commit(name, 1, f"{RESULTS}/{name}.parquet", None, {number: ((0, ROWS),)}, {number: ROWS}, ROWS, 0)
         (output / ledgers.COMMITS / f"{name}.json").write_text(commit.to_json())
 
 

@@ -125,19 +125,19 @@ def encoded_photo(seed: int) -> bytes:
     """About 110 KB of JPEG, near 470 × 400 pixels."""
     rng = np.random.default_rng(seed)
     size = (PHOTO[0] + int(rng.integers(-40, 40)), PHOTO[1] + int(rng.integers(-40, 40)))
-    return _encoded(_grainy(draw_tile(KINDS[seed % len(KINDS)], rng, size), rng, GRAIN), quality=95)
+    return encoded(_grainy(draw_tile(KINDS[seed % len(KINDS)], rng, size), rng, GRAIN), quality=95)
 
 
 def encoded_large(seed: int) -> bytes:
     """3 to 4 MB of JPEG, 12 megapixels: a drawn image, enlarged, with noise like that of a sensor."""
     rng = np.random.default_rng(seed)
     drawn = draw_tile(KINDS[seed % len(KINDS)], rng, LARGE_DRAWN).resize(LARGE, Image.Resampling.BICUBIC)
-    return _encoded(_grainy(drawn, rng, 6.0), quality=90)
+    return encoded(_grainy(drawn, rng, 6.0), quality=90)
 
 
 def encoded_tile(seed: int) -> bytes:
     """About 3 KB of JPEG, 64 × 64 pixels."""
-    return _encoded(draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (64, 64)), quality=96)
+    return encoded(draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (64, 64)), quality=96)
 
 
 DISTINCT_PHOTOS, DISTINCT_TILES, DISTINCT_LARGE = 100, 500, 5  # larger archives repeat them
@@ -227,7 +227,7 @@ def _grainy(image: Image.Image, rng: np.random.Generator, deviation: float) -> I
     return Image.fromarray((np.asarray(image, np.float32) + grain).clip(0, 255).astype(np.uint8))
 
 
-def _encoded(image: Image.Image, quality: int) -> bytes:
+def encoded(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -209,7 +209,7 @@ def _run(name: str, model: str, archive: Archive, peer_batch_size: int | None) -
         if checkout:  # Ray's workers import from the working directory first
             environment["PYTHONPATH"] = str(checkout)
         spent = spend(line, environment, checkout)
-        results = list(output.glob("*.parquet"))
+        results = [*output.glob("*.parquet"), *output.glob("results/*.parquet")]  # of a peer, of ours
         rows = sum(pq.read_metadata(path).num_rows for path in [*results, *output.glob("_errors/*.parquet")])
         if rows != archive.images:
             raise CommandFailed(f"{name} wrote {rows} rows for {archive.images} images of {archive.uri}")
