@@ -36,7 +36,7 @@ class Windows(Dataset[tuple[int, int, Tensor]]):
             self.rows = -(-file.height // size)
 
     def __len__(self) -> int:
-        return self.columns * self.rows
+        return int(self.columns * self.rows)
 
     def __getitem__(self, i: int) -> tuple[int, int, Tensor]:
         self.file = self.file or rasterio.open(self.scene)
