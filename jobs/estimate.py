@@ -45,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_values, network_values, estimate_values, message_values = parsed
         cli.speak(MessageFlags(**message_values))
         flags = EstimateFlags(**estimate_values)
+        predictor = Embedder(**network_values)
+        predictor.check()
         from pipeline.estimates.forecast import estimate  # imports Ray and torch, which take seconds
 
         with tempfile.TemporaryDirectory(prefix="nightshift-") as unused_output:
             config = RunConfig(**{"output": unused_output, **run_values})
-            forecast = estimate(config, Embedder(**network_values), cli.log)
+            forecast = estimate(config, predictor, cli.log)
         if flags.json:
             print(json.dumps(forecast.as_json(), indent=1))
         else:

@@ -8,7 +8,7 @@ from pipeline.config import RunConfig
 from pipeline.estimates.machines import Cluster, Prices
 from pipeline.output import directory, parts
 from pipeline.output import ledger as ledgers
-from pipeline.output.lock import Lock
+from pipeline.output.lock import Lock, refuse_if_held
 from pipeline.output.run_record import RunRecord
 from pipeline.planning.archive import Archive
 from pipeline.predictors.base import Predictor
@@ -21,12 +21,17 @@ from pipeline.threads import in_background
 
 
 def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
-    """Totals of the plan, result columns and settings, as JSON. Writes nothing, and refuses what `run` would refuse.
+    """Totals of the plan, result columns and settings, as JSON. Refuses what `run` would refuse.
 
-    Connects to Ray only for settings that may not fit the cluster.
+    Leaves no file: in a bucket it creates an object and deletes it, because only that shows whether it may. Connects
+    to Ray only for settings that may not fit the cluster.
     """
     _machines(config)
-    directory.check(config)
+    archive = Archive(config)
+    predictor.check()
+    directory.check(config, archive)
+    refuse_if_held(config.output)
+    directory.check_writable(config.output)
     predictor.prepare()
     check_settings(config, predictor)
     record = RunRecord.of(config, predictor)
@@ -36,7 +41,7 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
 
         cluster.connect()
         cluster.allocate(config)
-    return directory.preview(Archive(config), record, predictor.columns.names)
+    return directory.preview(archive, record, predictor.columns.names)
 
 
 def _machines(config: RunConfig) -> Cluster | None:
@@ -51,7 +56,9 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
     and its subclasses (`pipeline.errors`). Committed parts stay, and the same call continues from them.
     """
     machines = _machines(config)
-    directory.check(config)  # before weights are downloaded, and before Ray and torch are imported
+    archive = Archive(config)
+    predictor.check()
+    directory.check(config, archive)  # before weights are downloaded, and before Ray and torch are imported
     wait_until_prepared = in_background(predictor.prepare)
     from pipeline.engine import cluster, metrics  # takes seconds, as `prepare` does
     from pipeline.engine.attempt import Attempt
@@ -65,7 +72,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
         wait_until_prepared()
         check_settings(config, predictor)
         messages.detail(f"settings {json.dumps(predictor.settings())}")
-        record, archive = RunRecord.of(config, predictor), Archive(config)
+        record = RunRecord.of(config, predictor)
         lock.check()  # this driver may have been paused and replaced
         plan, change = directory.prepare(config, record, archive, lock.check)
         if directory.is_finished(config.output):

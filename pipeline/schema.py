@@ -40,6 +40,9 @@ FAULT = pa.schema([("stage", pa.string()), ("error_type", pa.string()), ("messag
 SECONDS = pa.schema(
     [("read_seconds", pa.float32()), ("decode_seconds", pa.float32()), ("predict_seconds", pa.float32())]
 )
+CONSTANT = "scaled.is_constant"
+"""True for an image whose pixels are all equal after `--scale`. Null at the end of a shard."""
+
 USAGE = pa.schema([("core_seconds", pa.float32()), ("gpu_seconds", pa.float32())])
 """CPU and GPU seconds that the workers used for a table, spread over its rows. See `pipeline.stages.usage`."""
 
@@ -62,6 +65,9 @@ PIXEL_FIELDS = pa.schema(
 SHARD_ROWS = "shard_rows"
 """The shard's number of rows, on the one row that marks the end of a shard. Null on the rows of images."""
 
+SHARD_LEFT_OUT = "shard_left_out"
+"""JSON on the same row: numbers of the shard's members that are not read, by suffix. Null if there are none."""
+
 
 def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """Schema of the rows between decode and predict. Pixel columns are null on errors and at the end of a shard."""
@@ -72,9 +78,11 @@ def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
             *PIXEL_FIELDS,
             *FAULT,
             (SHARD_ROWS, pa.int64()),
+            (SHARD_LEFT_OUT, pa.string()),
             *SECONDS,
             *USAGE,
             ("size_bytes", pa.int64()),
+            (CONSTANT, pa.bool_()),
         ]
     )
 
@@ -84,7 +92,8 @@ def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
 
     network: see `Predictor.describe`.
     """
-    rest = [(SHARD_ROWS, pa.int64()), *SECONDS, *USAGE, ("size_bytes", pa.int64()), ("network", pa.string())]
+    numbers = [(SHARD_ROWS, pa.int64()), (SHARD_LEFT_OUT, pa.string()), *SECONDS, *USAGE, ("size_bytes", pa.int64())]
+    rest = [*numbers, (CONSTANT, pa.bool_()), ("network", pa.string())]
     return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 

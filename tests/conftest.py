@@ -16,15 +16,32 @@ from whole import Jobs
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
+def start_s3_server() -> "tuple[subprocess.Popen[bytes], str]":
+    """Start a moto server with the bucket `archive`. Another program may take a free port first: then try the next."""
+    for _ in range(3):
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/archive", method="PUT")
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(request, timeout=5).close()
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return process, f"http://127.0.0.1:{port}"
+        process.kill()
+        process.wait()
+    pytest.fail("the S3 server did not start")
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    endpoint = f"http://127.0.0.1:{port}"
+    process, endpoint = start_s3_server()
     environment = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "testing-key",
@@ -32,15 +49,6 @@ def s3_server() -> Iterator[S3Server]:
         "AWS_REGION": "us-east-1",
     }
     try:
-        for _ in range(100):
-            try:
-                request = urllib.request.Request(f"{endpoint}/archive", method="PUT")
-                urllib.request.urlopen(request, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            pytest.fail("the S3 server did not start in 20 s")
         yield S3Server(endpoint, environment)
     finally:
         process.send_signal(signal.SIGKILL)

@@ -14,6 +14,7 @@ from pipeline import cli
 from pipeline.config import RunConfig
 from pipeline.errors import Interrupted, NotWhole, OutputLocked, Refused, SettingRefused, TooManyErrors
 from pipeline.output import directory
+from pipeline.output.lock import Lock
 from pipeline.output.run_record import fingerprint
 from pipeline.planning import plan as plans
 from pipeline.predictors.classify import Classifier
@@ -290,13 +291,24 @@ def test_a_dry_run_refuses_what_the_job_would_refuse(
         (tmp_path / folder).mkdir()
     (tmp_path / "foreign" / "a.txt").touch()
     (tmp_path / "photos" / "a.jpg").touch()
-    (tmp_path / "other" / "_run.json").write_text('{"settings": {"model": "other"}}')
+    (tmp_path / "other" / "_run.json").write_text('{"layout": 2, "settings": {"model": "other"}}')
     plans.save(plans.make(str(tmp_path / "other"), [], {}))
     monkeypatch.chdir(tmp_path)
     defaults = ["--dry-run", "--input", "photos", "--output", "out", *TINY]
     assert cli.job(Embedder, "", [*defaults, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_names_another_driver(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    arguments = ["--dry-run", "--input", str(tmp_path / "photos"), "--output", str(tmp_path / "out"), *TINY]
+    with Lock(str(tmp_path / "out")):
+        assert cli.job(Embedder, "", arguments) == 4
+        assert "is in use by process" in capsys.readouterr().err
+    assert cli.job(Embedder, "", arguments) == 0
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_refused_plan_leaves_no_files_and_no_folders(tmp_path: Path) -> None:

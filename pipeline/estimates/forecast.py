@@ -19,6 +19,7 @@ from pipeline.estimates.sample import Sample
 from pipeline.inference import gpu
 from pipeline.models import spec as model_specs
 from pipeline.output import directory
+from pipeline.planning import left_out
 from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
 from pipeline.predictors.network import NetworkPredictor
@@ -37,6 +38,7 @@ class Forecast:
     estimate: the job on the given cluster. better: the job on a cheaper cluster that is no slower, or None.
     parallelism: how the job would share the cluster among its stages. core_seconds: per image, by stage.
     gpu_rates: images/s of the network on one GPU, by the GPU's name. assumed: assumptions in words.
+    left_out: numbers of files of the archive that are not read, by suffix.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Forecast:
     core_seconds: dict[str, float]
     gpu_rates: dict[str, float]
     assumed: tuple[str, ...]
+    left_out: dict[str, int]
 
     def as_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
@@ -58,6 +61,7 @@ class Forecast:
             "shards": self.shards,
             "uncounted_shards": self.uncounted_shards,
             "size_bytes": self.size_bytes,
+            "left_out": self.left_out,
             "sample": asdict(self.sample),
             "estimate": _to_json(self.estimate),
             "parallelism": asdict(self.parallelism),
@@ -82,6 +86,8 @@ class Forecast:
         sample, estimate, cluster = self.sample, self.estimate, self.estimate.cluster
         about = "about " if self.uncounted_shards else ""
         yield "archive", f"{about}{sample.images:,} images in {self.shards:,} shards, {decimal(self.size_bytes)}"
+        if self.left_out:
+            yield "left out", left_out.describe(self.left_out)
         bad = f", {sample.error_rate:.1%} of them bad" if sample.error_rate else ""
         yield (
             "sample",
@@ -146,6 +152,7 @@ def estimate(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
         core_seconds=measured.costs.stages(on_gpu=cluster.gpus > 0),
         gpu_rates={each.gpu: workload.gpu_rate(each.gpu) for _, each in cluster.groups if each.gpus},
         assumed=tuple(_assumptions(config, sampled_config, cluster)),
+        left_out=dict(plan.left_out),
     )
 
 

@@ -8,7 +8,7 @@ by averaging blocks of pixels. Imports neither Ray nor torch, so that decode wor
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simplejpeg
@@ -30,7 +30,7 @@ from pipeline.images.resize import (
     turned,
 )
 from pipeline.images.transform import Transform
-from pipeline.images.values import DEFAULT, STRIP_VALUES, Values, native, pick, rgb_strips, select
+from pipeline.images.values import DEFAULT, STRIP_VALUES, Values, is_scaled, native, pick, rgb_strips, select
 
 MIN_SCALED_RATIO = 2
 """A JPEG that is decoded at a smaller scale keeps at least this many times `Transform.resize` pixels on its short side.
@@ -148,7 +148,10 @@ def _decode(data: bytes, settings: _Settings) -> Decoded:
     with _as_decode_errors(data):
         image = _open(data, settings)
     if isinstance(image, Raster):
-        return _decode_raster(image, data, settings)
+        decoded = _decode_raster(image, data, settings)
+        if is_scaled(image, settings.values):
+            return replace(decoded, is_constant=bool((decoded.pixels == decoded.pixels[:1, :1]).all()))
+        return decoded
     return _decode_image(image, data, settings)
 
 

@@ -88,11 +88,13 @@ class Decoded:
 
     pixels: [H, W, bands], of one of DTYPES.
     width, height: as stored, before the rotation and the resize.
+    is_constant: `--scale` was applied, and all pixels are equal.
     """
 
     pixels: np.ndarray
     width: int
     height: int
+    is_constant: bool = False
 
 
 def to_columns(images: Sequence[Decoded | Encoded | None]) -> dict[str, pa.Array]:

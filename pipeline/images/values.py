@@ -49,29 +49,38 @@ def select(raster: Raster, values: Values) -> list[int]:
     wanted = values.pixel_format.bands
     if raster.colour in ("palette", "CMYK", "YCbCr"):
         return list(range({"palette": 1, "CMYK": 4, "YCbCr": 3}[raster.colour]))
-    if values.bands:
-        chosen = [_band(name, raster.samples, raster.names, raster.description) for name in values.bands]
-        if len(chosen) != wanted and not (len(chosen) == 1 and values.pixel_format == RGB8):
-            raise _wrong_count(raster, len(chosen), wanted)
-        return chosen
     if raster.samples == wanted and wanted != 3:
-        return list(range(raster.samples))
-    bands = raster.bands[:3] if raster.colour == "RGB" and wanted == 3 else raster.bands
-    if len(bands) == wanted:
-        return bands
-    if len(bands) == 1 and values.pixel_format == RGB8:
-        return bands
-    raise _wrong_count(raster, len(bands), wanted)
+        default = list(range(raster.samples))
+    else:
+        default = raster.bands[:3] if raster.colour == "RGB" and wanted == 3 else raster.bands
+    return _chosen(default, raster.samples, raster.names, values, raster.description)
 
 
-def _wrong_count(raster: Raster, count: int, wanted: int) -> DecodeError:
-    names = [name for name in raster.names if name]
-    named = f" (the file names them {', '.join(names[:20])})" if names else ""
-    example = ",".join(map(str, range(1, wanted + 1))) if count >= wanted else "1"
-    return DecodeError(
+def pick(count: int, values: Values, description: str) -> list[int]:
+    """The bands of a picture of colours that become the network's: `count` is 3, or 1 for a grey one.
+
+    Raises DecodeError (unsupported).
+    """
+    bands = _chosen(list(range(count)), count, (), values, description)
+    return bands * 3 if len(bands) == 1 and values.pixel_format == RGB8 else bands
+
+
+def _chosen(default: list[int], samples: int, names: Sequence[str], values: Values, description: str) -> list[int]:
+    """The samples of `--bands`, or the default; as many as the network takes, or one for all bands of RGB."""
+    wanted = values.pixel_format.bands
+    chosen = [_band(name, samples, names, description) for name in values.bands] or default
+    if len(chosen) == wanted or (len(chosen) == 1 and values.pixel_format == RGB8):
+        return chosen
+    known = [name for name in names if name]
+    named = f" (the file names them {', '.join(known[:20])})" if known else ""
+    if samples >= wanted or values.pixel_format == RGB8:
+        example = ",".join(map(str, range(1, wanted + 1))) if samples >= wanted else "1"
+        remedy = f"choose them with --bands, as in --bands {example}"
+    else:
+        remedy = "use a network that takes as many"
+    raise DecodeError(
         "unsupported",
-        f"{raster.description} gives {count} bands{named}, and the network takes {wanted}; choose them with --bands, "
-        f"as in --bands {example}",
+        f"{description} gives {len(chosen)} bands{named}, and the network takes {wanted}; {remedy}",
     )
 
 
@@ -87,18 +96,16 @@ def _band(name: str, samples: int, names: Sequence[str], description: str) -> in
     raise DecodeError("unsupported", f"{description} has no band named {name!r} for --bands; its names: {known}")
 
 
-def pick(count: int, values: Values, description: str) -> list[int]:
-    """The bands of a picture of colours that become the network's: `count` is 3, or 1 for a grey one."""
-    wanted = values.pixel_format.bands
-    chosen = [_band(name, count, (), description) for name in values.bands] or list(range(count))
-    if len(chosen) == 1 and values.pixel_format == RGB8:
-        return chosen * 3
-    if len(chosen) != wanted:
-        raise DecodeError("unsupported", f"{description} gives {len(chosen)} bands, and the network takes {wanted}")
-    return chosen
-
-
 # Numbers → 8 bits
+
+
+def is_scaled(raster: Raster, values: Values) -> bool:
+    """True if the range of values applies to this raster."""
+    return values.scale is not None and not _has_known_range(raster)
+
+
+def _has_known_range(raster: Raster) -> bool:
+    return 0 < raster.bits <= 8 or (raster.colour in ("CMYK", "palette", "YCbCr") and raster.bits > 0)
 
 
 def rgb_strips(
@@ -126,7 +133,7 @@ def row_strips(array: np.ndarray, multiple: int) -> Iterator[tuple[int, np.ndarr
 def _to_8_bits(raster: Raster, array: np.ndarray, values: Values) -> Callable[[np.ndarray], np.ndarray]:
     """The function that turns the raster's numbers into uint8. Raises DecodeError if their range is not known."""
     is_light = raster.colour != "white is zero"
-    if 0 < raster.bits <= 8 or (raster.colour in ("CMYK", "palette", "YCbCr") and raster.bits):
+    if _has_known_range(raster):
         convert = (lambda rows: _shift(raster, rows)) if raster.colour != "palette" else (lambda rows: rows)
     elif values.scale is not None:
         convert = _scaler(raster, values.scale, values.nodata_fill)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from pipeline.errors import WeightsRefused, first_line
 
-SUFFIXES = (".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".safetensors")
-
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _NESTED = ("state_dict", "model", "model_state_dict", "net", "weights", *_AVERAGED)
 """Keys under which training scripts save a state dict. If a file has several, the first one is taken."""

@@ -7,8 +7,9 @@ from torch import nn
 
 from pipeline.errors import WeightsRefused
 from pipeline.images.transform import Transform
-from pipeline.models.checkpoint import SUFFIXES, align, fit, read_state, unwrap_head
+from pipeline.models.checkpoint import align, fit, read_state, unwrap_head
 from pipeline.models.classifier import weightless
+from pipeline.models.names import SUFFIXES
 from pipeline.storage import uris
 
 

@@ -1,6 +1,5 @@
 """timm's networks and weights: `timm:<name>`."""
 
-import difflib
 import importlib
 import math
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 from pipeline.errors import SettingRefused
 from pipeline.images.transform import Transform
 from pipeline.models.families import Family, WeightsSource
+from pipeline.models.names import unknown_timm
 
 
 class TimmFamily(Family):
@@ -38,9 +38,7 @@ class TimmFamily(Family):
         except RuntimeError:  # the network has no weights with this tag
             config = None
         if config is None:
-            close = difflib.get_close_matches(self.name, self.timm.list_models(), 3) or ["resnet50"]
-            names = ", ".join(f"timm:{name}" for name in close)
-            raise SettingRefused(f"--model {self.model!r} is unknown: did you mean {names}?")
+            raise unknown_timm(self.model, self.timm.list_models())
         return dict(config.to_dict())
 
     def _transform(self) -> Transform:

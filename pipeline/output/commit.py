@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from pipeline.coverage import Ranges
+from pipeline.coverage import Ranges, count
 
 RESULTS, ERRORS = "results", "_errors"
 """Folders of the parts."""
@@ -22,6 +23,8 @@ class Commit:
     core_seconds: CPU time of the worker processes. gpu_seconds: time in which a GPU had a batch in flight, times the
     share of the GPU. bytes_read: of encoded images. bytes_written: of the two files.
     nulls: number of null values by column of the results, without the columns that have none.
+    left_out: numbers of members that are not read, by suffix, of the shards in `totals` that have any.
+    constant: the rows with a result whose pixels were all equal after `--scale`, by shard.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Commit:
     gpu_seconds: float = 0.0
     bytes_written: int = 0
     nulls: dict[str, int] = field(default_factory=dict)
+    constant: dict[int, Ranges] = field(default_factory=dict)
+    left_out: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def files(self) -> list[str]:
@@ -53,16 +58,25 @@ class Commit:
     def from_json(text: str | bytes) -> "Commit":
         """Parse the result of `to_json`. Raises AttributeError, KeyError, TypeError or ValueError for other text."""
         record = json.loads(text)
-        ranges = {int(shard): tuple((a, b) for a, b in pairs) for shard, pairs in record.pop("ranges").items()}
+        ranges, constant = _ranges(record.pop("ranges")), _ranges(record.pop("constant", {}))
         totals = {int(shard): rows for shard, rows in record.pop("totals").items()}
+        left_out = {int(shard): counts for shard, counts in record.pop("left_out", {}).items()}
         if record["errors_part"]:  # earlier versions stored the name without its folder
             record["errors_part"] = f"{ERRORS}/{record['errors_part'].removeprefix(f'{ERRORS}/')}"
-        return Commit(ranges=ranges, totals=totals, **record)
+        return Commit(ranges=ranges, totals=totals, constant=constant, left_out=left_out, **record)
+
+
+def _ranges(record: Mapping[str, Sequence[Sequence[int]]]) -> dict[int, Ranges]:
+    """Ranges by shard from JSON, whose keys are strings."""
+    return {int(shard): tuple((start, stop) for start, stop in pairs) for shard, pairs in record.items()}
 
 
 @dataclass
 class Tally:
-    """Sums over commits. parts: number of commits with a part; the other fields are those of `Commit`."""
+    """Sums over commits.
+
+    parts: number of commits with a part. constant: number of images. The other fields are those of `Commit`.
+    """
 
     rows: int = 0
     errors: int = 0
@@ -75,6 +89,7 @@ class Tally:
     gpu_seconds: float = 0.0
     bytes_written: int = 0
     nulls: Counter[str] = field(default_factory=Counter)
+    constant: int = 0
 
     def add(self, commit: Commit) -> None:
         self.rows += commit.rows
@@ -88,3 +103,4 @@ class Tally:
         self.gpu_seconds += commit.gpu_seconds
         self.bytes_written += commit.bytes_written
         self.nulls.update(commit.nulls)
+        self.constant += sum(map(count, commit.constant.values()))

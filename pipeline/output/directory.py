@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from pipeline.output.commit import ERRORS
 from pipeline.output.lock import LOCK, taken_over
 from pipeline.output.parts import encode_errors, read_committed, write_part
 from pipeline.output.run_record import LAYOUT, RunRecord
-from pipeline.planning import archive as archives
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
@@ -77,7 +77,7 @@ def _write_empty_errors(record: RunRecord) -> None:
     write_part(record.output, f"{ERRORS}/empty.parquet", no_errors)
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, archive: Archive) -> None:
     """Refuse a directory that is no output of Nightshift, and an input without images. Takes no network.
 
     The next attempt at a planned run does not list its archive, so the input may be missing.
@@ -94,7 +94,25 @@ def check(config: RunConfig) -> None:
             f"--output {config.output} cannot be read: {error}; use a directory or bucket with permission"
         ) from error
     if config.overwrite or config.update or not is_planned:
-        archives.check(config)
+        archive.check()
+
+
+def check_writable(output: str) -> None:
+    """Raise OutputRefused if no object can be created in a store. `check` looks at the permissions of local folders.
+
+    Creates an object and deletes it. If it cannot be deleted, the next run removes it as a plan file without a plan.
+    """
+    if uris.is_local(output):
+        return
+    probe = uris.join(output, f"{plans.FILES}write-test-{uuid.uuid4().hex[:12]}")
+    try:
+        access.write(probe, b"")
+    except OSError as error:
+        raise OutputRefused(
+            f"--output {output} cannot be written: {error}; use a directory or bucket with write permission"
+        ) from error
+    with contextlib.suppress(OSError):
+        access.delete(probe)
 
 
 def check_settings(config: RunConfig, record: RunRecord) -> None:

@@ -11,6 +11,7 @@ import re
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from pipeline.coverage import Coverage
@@ -32,6 +33,7 @@ class Ledger:
     """The accepted commits of an output directory: their names, the rows that they cover, and sums over them.
 
     earlier: sums over the commits of earlier attempts. current: sums over the commits of this attempt.
+    left_out: numbers of members that are not read, by suffix. Each shard counts once, however often its end was read.
     """
 
     def __init__(self, output: str, attempt: int) -> None:
@@ -41,6 +43,7 @@ class Ledger:
         self.names: set[str] = set()
         self.earlier = Tally()
         self.current = Tally()
+        self.left_out: Counter[str] = Counter()
 
     def accept(self, commit: Commit, tally: Tally | None = None) -> bool:
         """Accept a commit and add it to the sums. Returns False if it or one of its rows was accepted before."""
@@ -50,6 +53,9 @@ class Ledger:
             return False
         for shard, ranges in commit.ranges.items():
             self.coverage.add(shard, ranges)
+        for shard, counts in commit.left_out.items():
+            if shard not in self.coverage.totals:
+                self.left_out.update(counts)
         self.coverage.totals.update(commit.totals)
         self.names.add(commit.name)
         (tally or (self.current if commit.attempt == self.attempt else self.earlier)).add(commit)

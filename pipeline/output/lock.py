@@ -32,6 +32,11 @@ def deleted(output: str) -> OutputRefused:
     )
 
 
+def refuse_if_held(output: str) -> None:
+    """Raise OutputLocked while a driver works on the output. Writes nothing, and waits up to LEASE_SECONDS."""
+    Lock(output).wait_until_free()
+
+
 class Lock:
     """A context that holds the output directory for one driver, with a heartbeat every HEARTBEAT_SECONDS.
 
@@ -87,7 +92,7 @@ class Lock:
             with contextlib.suppress(FileExistsError):
                 access.create(self.uri, beat)
                 return
-            if self._wait_for_stale():
+            if self.wait_until_free():
                 access.write(self.uri, beat)
                 return
 
@@ -133,8 +138,8 @@ class Lock:
         self._has_run = True
         return False
 
-    def _wait_for_stale(self) -> bool:
-        """Wait until the existing lock is abandoned; return False if it was removed. Raises OutputLocked."""
+    def wait_until_free(self) -> bool:
+        """Wait until a lock that exists is abandoned; return False if it was removed. Raises OutputLocked."""
         first = self._read()
         deadline = time.monotonic() + LEASE_SECONDS
         while not self._owner_is_gone(first) and time.monotonic() < deadline:

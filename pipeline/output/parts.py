@@ -53,6 +53,9 @@ def drop_rows(output: str, dropped: Mapping[int, coverage.Ranges], commit: Commi
     Returns the commit itself if it has none of the rows, a new commit of this attempt with the other rows, or None if
     no other rows exist. The old files stay until the next sweep. Raises OutputRefused if a file cannot be read.
     """
+    if gone := [shard for shard in commit.left_out if (0, coverage.END) in dropped.get(shard, ())]:
+        left_out = {shard: counts for shard, counts in commit.left_out.items() if shard not in gone}
+        commit = replace(commit, left_out=left_out)
     left = {shard: coverage.subtract(ranges, dropped.get(shard, ())) for shard, ranges in commit.ranges.items()}
     left = {shard: ranges for shard, ranges in left.items() if ranges}
     if left == commit.ranges:
@@ -73,10 +76,16 @@ def drop_rows(output: str, dropped: Mapping[int, coverage.Ranges], commit: Commi
         errors_part=f"{ERRORS}/{file_name}" if errors is not None else None,
         ranges=left,
         totals=totals,
+        left_out={shard: counts for shard, counts in commit.left_out.items() if shard in totals},
         rows=0 if part is None else len(part),
         errors=0 if errors is None else len(errors),
         errors_by_type={} if errors is None else count_errors(errors),
         nulls={} if part is None else count_nulls(part),
+        constant={
+            shard: kept
+            for shard, ranges in commit.constant.items()
+            if (kept := coverage.intersect(ranges, left.get(shard, ())))
+        },
     )
     # An attempt that never began may have left a commit of this name, which does not count.
     access.write(commit_uri(output, name), rewritten.to_json().encode())

@@ -1,9 +1,6 @@
 """Turns `--input` into a stream of shards. Runs on the driver before any work and refuses inputs that cannot work."""
 
-import contextlib
-import heapq
 import itertools
-import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,20 +13,30 @@ from pipeline.config import RunConfig
 from pipeline.errors import InputRefused, ReadError
 from pipeline.planning import left_out, lists
 from pipeline.planning import plan as plans
-from pipeline.planning.left_out import LeftOut
+from pipeline.planning.listing import (
+    by_first_bytes,
+    existing,
+    exists,
+    file_of,
+    is_ours,
+    merge,
+    not_utf_8,
+    objects_of,
+    with_utf_8_name,
+)
 from pipeline.planning.plan import OBJECTS_PER_SHARD, Plan
 from pipeline.planning.update import Change
 from pipeline.sources import parquet, source_of
-from pipeline.sources.base import MAGIC_BYTES, Contents, NoImages, ReadOptions, ShardEnd, Source, starts_as_image
+from pipeline.sources.base import Contents, NoImages, ReadOptions, ShardEnd, Source
 from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
 from pipeline.sources.objects import LooseImages
 from pipeline.sources.shard import Shard
-from pipeline.storage import access, credentials, uris
+from pipeline.sources.suffixes import LeftOut
+from pipeline.storage import credentials, uris
 from pipeline.storage.base import ObjectInfo
 from pipeline.threads import ordered_map
 
 HEADER_THREADS = 16
-WEB = ("http://", "https://")
 LOOK_AHEAD_OBJECTS = 1000
 """An input is refused at once if it has no images and no more objects than this; a larger one at its end."""
 
@@ -46,6 +53,14 @@ class Archive:
     config: RunConfig
     keep_types: dict[str, pa.DataType] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
+    _started: dict[str, Iterator[ObjectInfo]] = field(default_factory=dict)
+    """Lists that `check` began, by input. Planning continues them, so that no store is asked twice."""
+    _is_check: bool = False
+
+    def check(self) -> None:
+        """Look at the start of the archive. Raises InputRefused if `--input` does not exist or has no images."""
+        config = replace(self.config, limit=None)
+        next(Archive(config, _started=self._started, _is_check=True).shards())
 
     def new_shards(self, change: Change) -> Iterator[Shard]:
         """The shards of the objects that an earlier plan does not contain as they are now. There may be none."""
@@ -100,7 +115,7 @@ class Archive:
         for full in (name for pattern in self.config.input for name in _expand(pattern)):
             name = credentials.hide_credentials(full)
             if uris.escaped(name) != name:
-                raise _not_utf_8(name)
+                raise not_utf_8(name)
             if full_uris.setdefault(name, full) != full:
                 raise InputRefused(
                     f"--input {name} is given twice with different queries or credentials, which the output does not "
@@ -116,7 +131,7 @@ class Archive:
         if uris.is_glob(name):
             return False
         if name.lower().endswith(lists.LIST_SUFFIXES):
-            _existing(name)
+            existing(name)
             return True
         return name.lower().endswith(".parquet") and self._is_parquet_list(name)
 
@@ -124,7 +139,7 @@ class Archive:
         """True if the user names a URI column, or if the file has no column of images but one of URIs."""
         if self.config.uri_column or self.config.image_column:
             return self.config.uri_column is not None
-        if _file(name) is None:
+        if file_of(name) is None:
             return False
         try:
             schema = parquet.shard_rows(name)[1]
@@ -142,14 +157,17 @@ class Archive:
 
     def _listed(self, names: Iterable[str]) -> Iterator[ObjectInfo]:
         """The images and shards of some inputs, sorted by URI. Counts the other files in `left_out`."""
-        for info in _merge([self._checked_objects(name) for name in names]):
-            if _is_ours(info):
+        streams = ordered_map(self._checked_objects, names, HEADER_THREADS, 4 * HEADER_THREADS)
+        for info in merge(list(streams)):
+            if is_ours(info):
                 yield info
             else:
                 self.left_out.add(info.uri)
 
     def _checked_objects(self, name: str) -> Iterator[ObjectInfo]:
         """The objects of one input, outside of the output. Raises InputRefused if none is an image or a shard."""
+        if started := self._started.pop(name, None):
+            return started
         objects = self._objects_to_first_image(name)
         try:
             first = list(itertools.islice(objects, LOOK_AHEAD_OBJECTS))
@@ -157,22 +175,25 @@ class Archive:
             raise InputRefused(f"--input {name} does not exist") from error
         except (OSError, ValueError) as error:  # ValueError: an invalid glob
             raise InputRefused(f"--input {name} cannot be read: {error}") from error
-        return itertools.chain(first, objects)
+        checked: Iterator[ObjectInfo] = itertools.chain(first, objects)
+        if self._is_check:
+            checked, self._started[name] = itertools.tee(checked)
+        return checked
 
     def _objects_to_first_image(self, name: str) -> Iterator[ObjectInfo]:
         """The objects of one input. Raises InputRefused at their end if none of them is an image or a shard."""
         others = LeftOut()
         is_empty, is_file = True, False
-        for info in self._looked_at(_objects(name)):
+        for info in self._looked_at(objects_of(name)):
             if info.uri.startswith(self.config.output + "/"):
                 continue
-            is_ours = _is_ours(info)
-            if is_ours:
+            is_read = is_ours(info)
+            if is_read:
                 is_empty = False
             elif is_empty:
                 others.add(info.uri)
                 is_file = info.uri == name
-            yield _with_utf_8_name(info) if is_ours else replace(info, uri=uris.escaped(info.uri))
+            yield with_utf_8_name(info) if is_read else replace(info, uri=uris.escaped(info.uri))
         if is_empty:
             raise _no_images(name, others, is_file=is_file)
 
@@ -180,7 +201,7 @@ class Archive:
         """With `--any-suffix`, look at the first bytes of the objects whose names say nothing, several at once."""
         if not self.config.any_suffix:
             return objects
-        return ordered_map(_by_first_bytes, objects, HEADER_THREADS, 4 * HEADER_THREADS)
+        return ordered_map(by_first_bytes, objects, HEADER_THREADS, 4 * HEADER_THREADS)
 
     def _group(self, objects: Iterator[ObjectInfo], *, may_be_broken: bool = False) -> Iterator[Shard]:
         """Group loose images into virtual shards of OBJECTS_PER_SHARD; each other object is a shard.
@@ -251,29 +272,6 @@ class Archive:
         return ReadOptions(tuple(self.config.keep_names()), self.config.image_column)
 
 
-class _UnnamedImage(ObjectInfo):
-    """A loose image whose name has no suffix of an image."""
-
-    __slots__ = ()
-
-
-def _by_first_bytes(info: ObjectInfo) -> ObjectInfo:
-    """The object as an _UnnamedImage if only its first bytes are those of an image."""
-    if _is_ours(info):
-        return info
-    try:
-        with access.open_read(info.uri) as file:
-            head = getattr(file, "raw", file).read(MAGIC_BYTES)  # without the buffer, which reads more
-    except OSError:  # removed meanwhile, or no file
-        return info
-    return _UnnamedImage(info.uri, info.size_bytes, info.etag) if starts_as_image(head) else info
-
-
-def check(config: RunConfig) -> None:
-    """Look at the start of the archive. Raises InputRefused if `--input` does not exist or has no images."""
-    next(Archive(replace(config, limit=None)).shards())
-
-
 def _source(uri: str) -> Source:
     return source_of(uri) or SOURCE_OF_UNNAMED
 
@@ -281,7 +279,7 @@ def _source(uri: str) -> Source:
 def _expand(pattern: str) -> list[str]:
     """Expand `{0000..0099}` and `{a,b}`, unless a local file has this name."""
     name = uris.normalize(pattern)
-    if "{" not in name or (uris.is_local(name) and _exists(name)):
+    if "{" not in name or (uris.is_local(name) and exists(name)):
         return [name]
     try:
         return list(braceexpand(name))
@@ -289,31 +287,8 @@ def _expand(pattern: str) -> list[str]:
         raise InputRefused(f"--input {name}: its braces are not valid ({error})") from error
 
 
-def _exists(name: str) -> bool:
-    try:
-        access.head(name)
-    except OSError:
-        return False
-    return True
-
-
 def _is_of_list(shard: Shard) -> bool:
     return isinstance(shard.payload, LooseImages) and shard.payload.etags is None
-
-
-def _existing(name: str) -> ObjectInfo:
-    """Size and etag of an input. Raises InputRefused if it does not exist or cannot be read."""
-    try:
-        return access.head(name)
-    except FileNotFoundError as error:
-        raise InputRefused(f"--input {name} does not exist") from error
-    except OSError as error:
-        raise InputRefused(f"--input {name} cannot be read: {error}") from error
-
-
-def _is_ours(info: ObjectInfo) -> bool:
-    """True for images and shards."""
-    return isinstance(info, _UnnamedImage) or source_of(info.uri) is not None
 
 
 def _no_images(name: str, others: LeftOut, *, is_file: bool) -> InputRefused:
@@ -327,109 +302,10 @@ def _no_images(name: str, others: LeftOut, *, is_file: bool) -> InputRefused:
     return InputRefused(f"--input {name} has only {left_out.describe(others.counts)}: {what}")
 
 
-def _objects(name: str) -> Iterator[ObjectInfo]:
-    """The objects of one input: the matches of a glob, the object itself, or all objects below a folder."""
-    if uris.is_glob(name):
-        yield from (info for info in access.list_glob(name) if not _is_marker(info))
-    elif info := _file(name):
-        yield info
-    else:
-        yield from (info for info in _below(name) if not _is_marker(info))
-
-
-def _is_marker(info: ObjectInfo) -> bool:
-    """True for an empty object such as `a/` that marks a folder. A store lists it as `a`, which does not exist."""
-    if info.size_bytes or uris.is_local(info.uri) or info.uri.startswith(WEB):  # a web server may give no size
-        return False
-    if not _is_ours(info):
-        return left_out.suffix_of(info.uri) == left_out.NO_SUFFIX
-    try:
-        access.head(info.uri)
-    except FileNotFoundError:
-        return True
-    return False
-
-
-def _file(name: str) -> ObjectInfo | None:
-    """The image or shard that an input names; None for a folder or prefix, whatever suffix its name has."""
-    if source_of(name) is None or (uris.is_local(name) and os.path.isdir(name)):
-        return None
-    try:
-        info = _existing(name)
-    except InputRefused as error:
-        if isinstance(error.__cause__, FileNotFoundError) and _has_objects_below(name):
-            return None
-        raise
-    return info if info.size_bytes or not _has_objects_below(name) else None  # empty: the marker of a folder
-
-
-def _has_objects_below(name: str) -> bool:
-    if uris.is_local(name) or name.startswith(WEB):  # a web server would send the object itself
-        return False
-    try:
-        return next(access.list_objects(name), None) is not None
-    except (OSError, ValueError, NotImplementedError):
-        return False
-
-
-def _below(folder: str) -> Iterator[ObjectInfo]:
-    """The objects below a folder, or the object itself if it is no folder."""
-    try:
-        objects = access.list_objects(folder)
-        first = next(objects, None)
-    except NotADirectoryError:
-        yield access.head(folder)
-        return
-    if first is not None:
-        yield first
-        yield from objects
-    elif not uris.is_local(folder) and left_out.suffix_of(folder) != left_out.NO_SUFFIX:
-        with contextlib.suppress(OSError):  # an empty prefix
-            yield access.head(folder)
-
-
-def _merge(streams: Iterable[Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
-    """Merge sorted streams. Inputs may overlap; each object is yielded once.
-
-    Raises InputRefused if images are not sorted. Other objects need not be, such as the marker `a/` of a folder, which
-    a store lists as `a`, but after `a-b/c.jpg`.
-    """
-    last = last_image = ""
-    for info in heapq.merge(*streams, key=lambda info: info.uri):
-        if info.uri == last:
-            continue
-        last = info.uri
-        if _is_ours(info):
-            if info.uri < last_image:
-                raise InputRefused(
-                    f"{info.uri} was listed after {last_image}: this store does not list in order; give its folders "
-                    "one by one"
-                )
-            last_image = info.uri
-        yield info
-
-
 def _add_to(seen: lists.HashSet64, objects: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
     for info in objects:
         seen.add(info.uri)
         yield info
-
-
-def _with_utf_8_name(info: ObjectInfo) -> ObjectInfo:
-    """Escape a file name that is not UTF-8. No file can be read by such a name, so an image becomes an error row.
-
-    Raises InputRefused for a shard, and for an image if another file has the escaped name.
-    """
-    text = uris.escaped(info.uri)
-    if text == info.uri:
-        return info
-    if not _source(text).is_loose or _exists(text):
-        raise _not_utf_8(info.uri)
-    return replace(info, uri=text)
-
-
-def _not_utf_8(name: str) -> InputRefused:
-    return InputRefused(f"--input {uris.escaped(name)}: the name is not UTF-8; rename the file")
 
 
 def _virtual_shard(images: list[ObjectInfo]) -> Shard:

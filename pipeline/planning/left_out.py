@@ -1,15 +1,11 @@
-"""Files of an archive that are not read: counted by suffix, and described with a remedy."""
+"""Descriptions of the files of an archive that are not read, with a remedy."""
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-MAX_SUFFIXES = 100
+from pipeline.sources.suffixes import OTHERS
+
 MAX_SUFFIXES_SHOWN = 12
-MAX_SUFFIX_CHARACTERS = 16
-NO_SUFFIX = "without a suffix"
-OTHERS = "with other suffixes"
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".br", ".z")
 
 KINDS = {
     "MBTiles": ((".mbtiles",), "export the tiles to a folder, as `mb-util` does"),
@@ -37,43 +33,11 @@ KINDS = {
     "PDF files": ((".pdf",), "render the pages as images"),
     "vector graphics": ((".svg", ".svgz", ".eps", ".ai"), "render them as PNG"),
     "Photoshop files": ((".psd", ".psb"), "export them as PNG"),
-    "JPEG 2000 images": ((".jpx", ".jpf", ".j2c", ".jpc"), "call them .jp2 or .j2k, or convert them to PNG"),
-    "HEIF images": ((".heif", ".hif"), "call them .heic, or convert them to JPEG"),
     "OpenEXR and HDR images": ((".exr", ".hdr"), "convert them to TIFF"),
 }
 """Kind of file → its suffixes, and how to make it readable."""
 
 _KIND_OF_SUFFIX = {suffix: kind for kind, (suffixes, _) in KINDS.items() for suffix in suffixes}
-
-
-@dataclass
-class LeftOut:
-    """Numbers of files by suffix. Memory is flat: files beyond MAX_SUFFIXES suffixes are counted together."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, uri: str, note: str = "") -> None:
-        """Count a file that is not read. note: why, if its suffix is that of a file that is read."""
-        suffix = " ".join(filter(None, (suffix_of(uri), note)))
-        self.counts[suffix if suffix in self.counts or len(self.counts) < MAX_SUFFIXES else OTHERS] += 1
-
-    def clear(self) -> None:
-        """Forget all files, before the archive is listed again."""
-        self.counts.clear()
-
-
-def suffix_of(uri: str) -> str:
-    """The suffix in lower case, with that before a compression: `.npy`, `.tar.xz`."""
-    stem, dot, last = uri.rpartition("/")[2].lower().rpartition(".")
-    suffix = dot + last
-    if not stem or not _is_suffix(suffix):
-        return NO_SUFFIX
-    before = "." + stem.rpartition(".")[2] if "." in stem else ""
-    return before + suffix if suffix in COMPRESSIONS and _is_suffix(before) else suffix
-
-
-def _is_suffix(text: str) -> bool:
-    return 1 < len(text) <= MAX_SUFFIX_CHARACTERS and text[1:].isascii() and text[1:].isalnum()
 
 
 def describe(counts: Mapping[str, int]) -> str:

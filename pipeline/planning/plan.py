@@ -83,8 +83,7 @@ class Plan:
     @property
     def uncounted_shards(self) -> int:
         """Number of shards whose images only reading can count, without the shards that were dropped."""
-        dropped = sum(self.shard_rows[shard] < 0 and not self.planned(shard) for shard in self.dropped)
-        return int((self.shard_rows < 0).sum() - dropped)
+        return self.uncounted({})
 
     def file(self, index: int) -> str:
         """URI of the file that holds a shard."""
@@ -109,11 +108,9 @@ class Plan:
 
     def images(self, totals: Mapping[int, int]) -> int | None:
         """Number of images of the plan; None if a shard is uncounted. totals: rows of the shards that were read."""
-        images = self.rows
-        for shard in np.flatnonzero(self.shard_rows < 0).tolist():
-            if shard not in totals and self.planned(shard):
-                return None
-            images += totals.get(shard, 0)
+        if self.uncounted(totals):
+            return None
+        images = self.rows + sum(totals.get(shard, 0) for shard in np.flatnonzero(self.shard_rows < 0).tolist())
         dropped = (
             (shard, intersect(ranges, ((0, self._rows(shard, totals)),))) for shard, ranges in self.dropped.items()
         )
@@ -125,8 +122,9 @@ class Plan:
 
     def uncounted(self, totals: Mapping[int, int]) -> int:
         """Number of planned shards without a number of images. totals: rows of the shards that were read."""
-        unknown = np.flatnonzero(self.shard_rows < 0).tolist()
-        return sum(shard not in totals and bool(self.planned(shard)) for shard in unknown)
+        unknown = np.flatnonzero(self.shard_rows < 0)
+        others = [*totals, *(shard for shard in self.dropped if not self.planned(shard))]
+        return int((~np.isin(unknown, np.array(others, np.int64))).sum())
 
     def _rows(self, shard: int, totals: Mapping[int, int]) -> int:
         rows = int(self.shard_rows[shard])

@@ -74,6 +74,9 @@ class Predictor:
             )
         raise AttributeError(f"{type(self).__qualname__!r} object has no attribute {name!r}")
 
+    def check(self) -> None:
+        """Refuse settings that are known to be wrong without slow work or imports. Called on the driver, first."""
+
     def prepare(self) -> None:
         """Check the settings. Called once on the driver, before any work. Raise the errors of `pipeline.errors`."""
 

@@ -96,6 +96,10 @@ class NetworkPredictor(Predictor):
         assert self._spec is not None
         return self._spec
 
+    def check(self) -> None:
+        """Raise WeightsRefused for local files of weights and of class names that do not exist."""
+        names.check_files(self.weights, self._label_file())
+
     def prepare(self) -> None:
         """Resolve the network and download its weights. Raises SettingRefused and WeightsRefused."""
         from pipeline.models.spec import resolve

@@ -39,9 +39,11 @@ class Report:
     networks: how the network ran (device, number format, compiled or not) → images.
     core_seconds: CPU time of the workers. gpu_seconds: time in which a GPU had a batch in flight.
     bytes_read: of encoded images. bytes_written: of results and errors.
-    left_out: numbers of files of the archive that are not read, by suffix.
+    left_out: numbers of files of the archive that are not read, by suffix. members_left_out: of members of tars and
+    zips.
     empty_shards: number of tars and zips without an image.
     null_columns: kept columns without a value in any row.
+    constant_images: images with a result whose pixels are all equal after --scale.
     unchanged, removed: images or whole shards that the last --update skipped, and that are missing from the archive.
 
     The last attempt alone:
@@ -74,6 +76,8 @@ class Report:
     left_out: dict[str, int] = field(default_factory=dict)
     empty_shards: int = 0
     null_columns: list[str] = field(default_factory=list)
+    constant_images: int = 0
+    members_left_out: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -116,6 +120,8 @@ class Report:
             left_out=dict(plan.left_out),
             null_columns=[name for name in keep if ledger.rows and nulls[name] == ledger.rows],
             empty_shards=plan.empty_shards(ledger.coverage.totals),
+            constant_images=earlier.constant + current.constant,
+            members_left_out=dict(ledger.left_out),
         )
 
     def save(self) -> None:
@@ -147,10 +153,16 @@ class Report:
             yield "", f"{count:,} × {kind}"
         if self.left_out:
             yield "left out", left_out.describe(self.left_out)
+        if self.members_left_out:
+            yield "" if self.left_out else "left out", f"in tars and zips: {left_out.describe(self.members_left_out)}"
         if self.empty_shards:
             yield "empty", left_out.describe_empty(self.empty_shards)
         if self.null_columns:
             yield "keep", f"{', '.join(self.null_columns)}: no image has a value; check the names in --keep"
+        if self.constant_images:
+            are = "image is" if self.constant_images == 1 else "images are"
+            text = "one colour after --scale: all values are equal, outside of its range, or no data"
+            yield "scale", f"{self.constant_images:,} {are} {text}"
         if self.unchanged or self.removed:
             missing = (
                 f"; {self.removed:,} are no longer in the archive, see _plan/removed.parquet" if self.removed else ""

@@ -25,7 +25,8 @@ from pipeline.sources.shard import Payload, Shard
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
-    ".jp2", ".j2k", ".avif", ".pgm", ".ppm", ".pbm", ".pnm", ".heic", ".jxl",
+    ".jp2", ".jpx", ".jpf", ".j2k", ".j2c", ".jpc", ".avif", ".pgm", ".ppm", ".pbm", ".pnm",
+    ".heic", ".heif", ".hif", ".jxl",
 )  # fmt: skip
 
 
@@ -74,9 +75,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ShardEnd:
-    """The last item of every read. rows: total number of rows of the shard."""
+    """The last item of every read.
+
+    rows: total number of rows of the shard. left_out: numbers of members that are not read, by suffix, of a shard that
+    was read to its end.
+    """
 
     rows: int
+    left_out: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class NoImages(InputRefused):
@@ -90,7 +96,7 @@ _MAGIC = (
     *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),  # JPEG 2000, and its code stream alone
     b"\0\0\0\x0cJXL \r\n\x87\n",
 )
-_BRANDS = (b"avif", b"avis", b"heic", b"heix")
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _PNM = re.compile(rb"P[1-6]\s+(#|\d)")
 
 

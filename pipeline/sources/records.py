@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from pipeline.coverage import END, Ranges, intersect
 from pipeline.errors import InputRefused, ReadError
 from pipeline.sources.base import Record, ShardEnd, is_image
 from pipeline.sources.shard import Shard
+from pipeline.sources.suffixes import LeftOut
 from pipeline.storage import base
 
 MAX_MEMBER_BYTES = 1 << 30
@@ -89,10 +91,12 @@ class Rows:
         self.row += rows
         self.member = None
 
-    def finish(self, fault: ReadError | None = None) -> Iterator[Record | ShardEnd]:
+    def finish(
+        self, fault: ReadError | None = None, left_out: Mapping[str, int] = MappingProxyType({})
+    ) -> Iterator[Record | ShardEnd]:
         """Yield an error for each lost row, then the `ShardEnd`.
 
-        fault: the error that ended the shard at the current row; None at its regular end.
+        fault: the error that ended the shard at the current row; None at its regular end. left_out: see `ShardEnd`.
 
         A lost row is a row of `todo` that was not read and is known to exist: from the plan, from the shard's
         directory, or from a range of `todo` that begins or ends after it. A fault loses at least the current row. If
@@ -107,7 +111,7 @@ class Rows:
                 is_named = row == self.row and self.member is not None
                 image_id = self._image_id if is_named else f"{self.uri}#row={row}"
                 yield Record(row, image_id, self.uri, self.member if is_named else None, None, error)
-        yield ShardEnd(end)
+        yield ShardEnd(end, left_out)
 
     def _end(self, fault: ReadError | None) -> int:
         if self.planned is not None:
@@ -228,6 +232,29 @@ def keys_of(member: str) -> Iterator[str]:
         yield folder + slash + base
 
 
+def _extensions_of(member: str) -> Iterator[str]:
+    """The extensions that a sidecar has for the keys of `keys_of`, in lower case."""
+    return (member[len(key) + 1 :].lower() for key in keys_of(member))
+
+
+class LeftOutMembers:
+    """Counts the members of an archive that are neither rows nor sidecars of `--keep`, by suffix."""
+
+    def __init__(self, keep: Iterable[str]) -> None:
+        self._extensions = {name.lower() for name in keep}
+        self._members = LeftOut()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return dict(self._members.counts)
+
+    def add(self, member: str) -> None:
+        """Count a file. Hidden files are not counted, as outside of archives."""
+        is_hidden = member.rpartition("/")[2].startswith(".") or is_resource_fork(member)
+        if not is_hidden and self._extensions.isdisjoint(_extensions_of(member)):
+            self._members.add(member)
+
+
 class Groups:
     """Numbers the samples of an archive as WebDataset does: neighbours with one key, each extension once."""
 
@@ -259,8 +286,7 @@ class Sidecars(Generic[T]):
 
     def add(self, member: str, group: int, place: T) -> None:
         """Add a member, if its extension is kept. `a.b.json` is the `json` of `a.b` and the `b.json` of `a`."""
-        for key in keys_of(member):
-            extension = member[len(key) + 1 :].lower()
+        for key, extension in zip(keys_of(member), _extensions_of(member), strict=True):
             if extension in self._extensions:
                 self._places.setdefault((key, extension), []).append((group, place))
 

@@ -25,6 +25,7 @@ from pipeline.sources.inflate import Inflated, new_gzip, new_zstd
 from pipeline.sources.records import (
     MAX_MEMBER_BYTES,
     Groups,
+    LeftOutMembers,
     Rows,
     Sidecars,
     is_image_member,
@@ -65,12 +66,14 @@ Place = tuple[int, int]
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
     """Read the members from beginning to end and seek over skipped ones. The contract is in `pipeline.sources.base`."""
     rows = Rows(shard, todo)
-    fault = None
+    fault, left_out = None, LeftOutMembers(options.keep)
     try:
         with access.open_read(shard.uri, shard.etag) as file, contextlib.ExitStack() as stack:
             archive = _open(file, rows.uri, options, stack)
+            archive.left_out = left_out
             for member in archive.images():
                 if shard.rows is not None and rows.row >= rows.stop:
+                    left_out = LeftOutMembers(())  # the others are not known
                     break
                 if rows.begin(member.name):
                     yield rows.record(archive.read(member), archive.kept(member, options.keep))
@@ -81,7 +84,7 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
         fault = _with_position(error, rows)
     except OSError as error:
         fault = storage_fault(rows.uri, error)
-    yield from rows.finish(fault)
+    yield from rows.finish(fault, left_out.counts)
 
 
 def bytes_per_image(shard: Shard, max_bytes: int) -> float | None:
@@ -114,7 +117,8 @@ class _Archive:
 
     size: in bytes of a seekable file, None for a stream. fault: the error of the compressed stream that was copied to
     `file`. any_suffix: members of any name are images if they begin as one. looked_at: the bytes of the current member
-    if they were read for that. group: the number of the current member's sample.
+    if they were read for that. group: the number of the current member's sample. left_out: the members that `images`
+    passed over.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class _Archive:
         self.sidecars: Sidecars[Place] = Sidecars(())
         self.groups = Groups()
         self.group = 0
+        self.left_out = LeftOutMembers(())
         self.looked_at: bytes | None = None
 
     def images(self) -> Iterator[tarfile.TarInfo]:
@@ -137,6 +142,8 @@ class _Archive:
                     yield member
             elif self.any_suffix and self._starts_as_image(member):
                 yield member
+            elif member.isreg():
+                self.left_out.add(member.name)
 
     def _starts_as_image(self, member: tarfile.TarInfo) -> bool:
         """Look at the first bytes of a member. Keeps an image of a stream, which cannot be read again."""

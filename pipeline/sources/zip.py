@@ -23,6 +23,7 @@ from pipeline.sources.base import (
 from pipeline.sources.records import (
     MAX_MEMBER_BYTES,
     Groups,
+    LeftOutMembers,
     Rows,
     Sidecars,
     WatchedFile,
@@ -45,17 +46,24 @@ zipfile.MAX_EXTRACT_VERSION = 255  # type: ignore[misc]
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
     """Read the members one by one, by their offsets. The contract is in `pipeline.sources.base`."""
     rows = Rows(shard, todo)
-    fault = None
+    fault, left_out = None, LeftOutMembers(options.keep)
     try:
         with (
             access.open_read(shard.uri, shard.etag) as opened,
             _directory(file := WatchedFile(opened), rows.uri) as archive,
         ):
             members = archive.infolist()
-            images = [info for info in members if _is_row(archive, file, info, options)]
+            images = []
+            for info in members:
+                if _is_row(archive, file, info, options):
+                    images.append(info)
+                elif not info.is_dir():
+                    left_out.add(info.filename)
             groups = _groups(members) if options.keep else {}
             sidecars = _sidecars(members, groups, options.keep)
             rows.total = len(images)
+            if shard.rows is not None and shard.rows < len(images):
+                left_out = LeftOutMembers(())  # --limit: the others are not known
             for info in images:
                 if rows.row >= rows.stop:
                     break
@@ -67,7 +75,7 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
         fault = error
     except OSError as error:
         fault = storage_fault(rows.uri, error)
-    yield from rows.finish(fault)
+    yield from rows.finish(fault, left_out.counts)
 
 
 def _directory(file: WatchedFile, uri: str) -> zipfile.ZipFile:

@@ -1,6 +1,7 @@
 """read → decode: the rows of a shard as Arrow tables with pixels. Imports neither Ray nor torch."""
 
 import inspect
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -174,6 +175,7 @@ class _Row:
     def columns(self) -> dict[str, Any]:
         item, error = self.item, self.error
         record = item if isinstance(item, Record) else None
+        left_out = dict(item.left_out) if isinstance(item, ShardEnd) else None
         return {
             "image_id": record and record.image_id,
             "source": record and record.source,
@@ -185,10 +187,12 @@ class _Row:
             "error_type": error and error.error_type,
             "message": error and error.message,
             schema.SHARD_ROWS: item.rows if isinstance(item, ShardEnd) else None,
+            schema.SHARD_LEFT_OUT: json.dumps(left_out) if left_out else None,
             "read_seconds": record.read_seconds if record else 0.0,
             "decode_seconds": self.decode_seconds,
             "predict_seconds": 0.0,
             "size_bytes": self.size_bytes,
+            schema.CONSTANT: isinstance(self.image, Decoded) and self.image.is_constant if record else None,
         }
 
 

@@ -1,5 +1,6 @@
 """rows → one part, its errors, then the commit that makes them count."""
 
+import json
 import time
 import uuid
 from collections import Counter
@@ -42,7 +43,7 @@ class Sink:
         is_error = pc.is_valid(table["error_type"])
         rows = table.filter(pc.and_(is_image, pc.invert(is_error)))
         errors = table.filter(is_error)
-        images = table.filter(is_image)
+        images, ends = table.filter(is_image), table.filter(pc.invert(is_image))
         files: dict[str, bytes] = {}
         if len(images):  # all of them may be errors: the results then are a table without rows
             files[f"{RESULTS}/{file_name}"] = self._part(rows)
@@ -56,7 +57,8 @@ class Sink:
             part=f"{RESULTS}/{file_name}" if len(images) else None,
             errors_part=f"{ERRORS}/{file_name}" if len(errors) else None,
             ranges=_ranges(images),
-            totals=_totals(table.filter(pc.invert(is_image))),
+            totals=_totals(ends),
+            left_out=_left_out(ends),
             rows=len(rows),
             errors=len(errors),
             errors_by_type=count_errors(errors),
@@ -67,6 +69,7 @@ class Sink:
             gpu_seconds=_sum(table["gpu_seconds"]),
             bytes_written=sum(map(len, files.values())),
             nulls=count_nulls(rows.select(self.result_schema.names)),
+            constant=_ranges(rows.filter(pc.fill_null(rows[schema.CONSTANT], False))),
         )
         commit.seconds["write"] = time.perf_counter() - started
         return self._commit(commit)
@@ -114,6 +117,11 @@ def _ranges(images: pa.Table) -> dict[int, coverage.Ranges]:
 
 def _totals(ends: pa.Table) -> dict[int, int]:
     return dict(zip(ends["shard"].to_pylist(), ends[schema.SHARD_ROWS].to_pylist(), strict=True))
+
+
+def _left_out(ends: pa.Table) -> dict[int, dict[str, int]]:
+    texts = zip(ends["shard"].to_pylist(), ends[schema.SHARD_LEFT_OUT].to_pylist(), strict=True)
+    return {shard: json.loads(text) for shard, text in texts if text}
 
 
 def _sum(column: pa.ChunkedArray) -> float:

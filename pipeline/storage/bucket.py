@@ -17,6 +17,7 @@ import obstore.exceptions
 from obstore.store import from_url
 
 from pipeline.errors import InputRefused, SettingRefused, StorageRefused, message_line
+from pipeline.storage import odd_keys, uris
 from pipeline.storage.base import (
     BUFFER_BYTES,
     CONNECT_SECONDS,
@@ -108,17 +109,16 @@ class BucketStore:
         prefix = f"{path}/" if path else None
         chunks: Any = None
         last: str | None = None
+        odd_key: Exception | None = None
 
         def next_chunk() -> Any:
-            nonlocal chunks
+            nonlocal chunks, odd_key
             stream, chunks = chunks or obstore.list(self.store, prefix, offset=last, chunk_size=1000), None
             try:
                 chunk = next(stream, None)
             except obstore.exceptions.InvalidPathError as error:
-                raise InputRefused(
-                    f"{self.root}{path and f'/{path}'} cannot be listed: {message_line(error)}; rename "
-                    "that object, or name folders without it"
-                ) from error
+                odd_key = error
+                return None
             chunks = stream  # a stream that failed is dropped: the next attempt begins after `last`
             return chunk
 
@@ -128,6 +128,25 @@ class BucketStore:
                 if "/." not in info.uri[len(self.root) + len(path) :]:
                     yield info
             last = chunk[-1]["path"]
+        if odd_key:
+            yield from self._list_with_odd_keys(path, last or "", odd_key)
+
+    def _list_with_odd_keys(self, path: str, last: str, odd_key: Exception) -> Iterator[ObjectInfo]:
+        """List the objects after `last` without obstore, which rejects one of their keys."""
+        uri, reason = uris.join(self.root, path).rstrip("/"), message_line(odd_key)
+        remedy = "rename that object, or name folders without it"
+        if kind_of(self.root) != "s3":
+            raise InputRefused(f"{uri} cannot be listed: {reason}; {remedy}") from odd_key
+        session, config = _botocore(lambda session: session), _s3_config()
+        prefix = f"{path}/" if path else ""
+        try:
+            yield from odd_keys.list_after(
+                self.root, prefix, last, session, config.get("endpoint", ""), config["region"]
+            )
+        except Exception as error:  # of botocore, such as credentials that only obstore finds
+            raise InputRefused(
+                f"{uri} cannot be listed: {reason}; botocore cannot list it either: {message_line(error)}; {remedy}"
+            ) from error
 
     def with_retries(self, action: Callable[[], T]) -> T:
         """Retry as `with_retries` does. Raises StorageRefused if the fault concerns the whole bucket."""

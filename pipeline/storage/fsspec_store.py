@@ -27,6 +27,7 @@ from pipeline.storage.base import (
     check_size,
 )
 from pipeline.storage.retry import with_retries
+from pipeline.storage.uris import check_scheme
 
 HTTP_RETRY_SECONDS = 10.0
 VERSION_FIELDS = ("ETag", "etag", "mtime", "created", "Content-MD5", "Digest", "modify", "sha")
@@ -234,6 +235,8 @@ def _date(info: dict[str, Any], size_bytes: int) -> str:
 def store_of(uri: str) -> FsspecStore:
     """The store of a URI. Raises OSError for an unknown scheme."""
     scheme = uri.partition("://")[0]
+    if problem := check_scheme(scheme):
+        raise OSError(f"{scheme}:// {problem}")
     try:
         given = {} if scheme in ("http", "https") else fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri)
         return fsspec_store(scheme, tuple(sorted(given.items())))

@@ -127,6 +127,10 @@ def permanent_error(error: Exception) -> Exception | None:
     if isinstance(error, ftplib.error_perm):
         kinds = {"530": PermissionError, "550": FileNotFoundError}
         return kinds.get(str(error)[:3], OSError)(_one_line(error))
+    if isinstance(error, ValueError) and "parse path" in str(error):  # obstore rejects the key
+        return OSError(f"{_one_line(error)}; rename the object")
+    if type(error).__name__ == "AuthenticationException":  # of paramiko, which is not a dependency
+        return PermissionError(_one_line(error))
     status = status_of(error)
     if status in (401, 403):
         return PermissionError(_one_line(error))
@@ -154,7 +158,7 @@ def status_of(error: Exception) -> int:
 def code_of(error: Exception) -> tuple[str, str]:
     """Error code and message in the XML of the store's response; two empty strings if there is none."""
     match = re.search(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*))?", str(error))
-    return (match[1], (match[2] or "").strip()) if match else ("", "")
+    return (match[1], (match[2] or "").strip().partition("\n")[0]) if match else ("", "")
 
 
 def _one_line(error: Exception) -> str:

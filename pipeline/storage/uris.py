@@ -6,10 +6,20 @@ A URI is an absolute local path ("/data/a.jpg"), or `scheme://…`.
 import os
 import re
 
+from pipeline.errors import message_line
+
 BUCKET_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "azure", "adl")
 """Schemes that obstore serves."""
 
 READ_ONLY_SCHEMES = ("http", "https", "data", "git", "github", "gist", "jlab", "jupyter", "libarchive", "reference")
+
+_MOUNT = "mount the server, with rclone or davfs2, and name the local folder"
+_S3 = "write s3://bucket/path, with the server in AWS_ENDPOINT_URL"
+REMEDIES = {"webdav": _MOUNT, "webdavs": _MOUNT, "dav": _MOUNT, "davs": _MOUNT, "minio": _S3, "r2": _S3, "b2": _S3}
+"""What to do instead, by scheme."""
+
+PACKAGES = {"sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "github": "requests"}
+"""The package that a scheme of fsspec needs."""
 
 _SECRET_QUERY = re.compile(
     r"\?(?:[^?]*&)?(?:x-amz-|x-goog-|sig=|signature=|token=|key=|secret=|password=)", re.IGNORECASE
@@ -66,14 +76,23 @@ def check_uri(uri: str) -> str | None:
         return f"names no bucket: write {scheme}://bucket/path"
     if not rest.strip("/"):
         return f"is incomplete: write {scheme}://host/path"
-    if scheme in BUCKET_SCHEMES:
-        return None
+    return None if scheme in BUCKET_SCHEMES else check_scheme(scheme)
+
+
+def check_scheme(scheme: str) -> str | None:
+    """Why fsspec cannot open URIs of a scheme, with the remedy, or None."""
+    if scheme in REMEDIES:
+        return f"has an unsupported scheme: {REMEDIES[scheme]}"
     import fsspec  # slow, and needed only for the other schemes
 
     try:
         fsspec.get_filesystem_class(scheme)
-    except (ValueError, ImportError) as error:
-        return f"has an unsupported scheme: {error}"
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        reason = f"run pip install {package}" if package else message_line(error)
+        return f"needs a package that is not installed: {reason}"
+    except ValueError as error:
+        return f"has an unsupported scheme: {message_line(error)}"
     return None
 
 

@@ -1,6 +1,7 @@
 """jobs/estimate.py as a user starts it: its output, and the settings that it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def figures(capsys: pytest.CaptureFixture, *arguments: object) -> dict[str, Any]
 
 
 def test_it_prints_hours_dollars_bottleneck_and_a_better_cluster(tars: Path, capsys: pytest.CaptureFixture) -> None:
+    (tars / "notes.npy").write_bytes(b"")
     assert estimate.main(["--input", str(tars), *TINY, "--cluster", "2xg6.xlarge"]) == 0
     printed = capsys.readouterr().out
+    assert re.search(r"left out +1 \.npy \(not read\)", printed)
     assert "60 images in 3 shards" in printed
     assert "2xg6.xlarge: 8 vCPUs, counted as 4 cores, 2 GPUs" in printed
     for word in (
@@ -54,7 +57,9 @@ def test_it_prints_hours_dollars_bottleneck_and_a_better_cluster(tars: Path, cap
 
 
 def test_json_has_all_figures_and_they_agree(tars: Path, capsys: pytest.CaptureFixture) -> None:
+    (tars / "notes.npy").write_bytes(b"")
     result = figures(capsys, "--input", tars, "--cluster", "4xg6.2xlarge+2xc7i.4xlarge")
+    assert result["left_out"] == {".npy": 1}
     estimate = result["estimate"]
     assert (estimate["vcpus"], estimate["cores"], estimate["gpus"], estimate["images"]) == (64, 32, 4, 60)
     assert estimate["images_per_second"] == min(estimate["limits_images_per_second"].values())

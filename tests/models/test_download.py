@@ -117,7 +117,7 @@ def test_a_failed_download_is_one_sentence_with_the_remedy(monkeypatch: pytest.M
     started = time.monotonic()
     with pytest.raises(WeightsRefused) as refused:
         resolve("resnet50", "DEFAULT")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     message = str(refused.value)
     assert "copy resnet50-11ad3fa6.pth to every node and pass --weights /path/to/resnet50-11ad3fa6.pth" in message
     assert "NIGHTSHIFT_WEIGHTS_MIRROR" in message
@@ -130,7 +130,7 @@ def test_a_server_that_does_not_respond_is_given_up(monkeypatch: pytest.MonkeyPa
         started = time.monotonic()
         with pytest.raises(WeightsRefused, match=r"no response.*copy w\.pth"):
             fetch_weights(f"http://127.0.0.1:{silent.getsockname()[1]}/w.pth")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("uri", ["hf://model.safetensors", "hf://owner/model.safetensors", "hf://a/b@../c/w.bin"])

@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import Rule, fault_proxy
+from servers import S3Server
 from whole import jpeg, write_folder
 
 from pipeline.config import RunConfig
@@ -20,6 +22,7 @@ from pipeline.output.run_record import RunRecord
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
+from pipeline.storage import access, bucket
 
 
 def predictor(model: str = "a") -> Any:
@@ -51,6 +54,20 @@ def finished(tmp_path: Path, photos: Path) -> Path:
     (output / "results/part-0001-000000-00000000-x.parquet").write_bytes(b"rows")
     directory.finish(str(output))
     return output
+
+
+def test_a_bucket_that_cannot_be_written_is_refused(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    access.write(s3.uri("mine/_run.json"), b"{}")
+    with fault_proxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        bucket.bucket_store.cache_clear()
+        directory.check_writable(s3.uri("mine"))
+        proxy.set(Rule("access_denied", method="PUT"))
+        with pytest.raises(OutputRefused, match=r"--output s3://archive/mine cannot be written: .*AccessDenied.*; use"):
+            directory.check_writable(s3.uri("mine"))
+        assert proxy.injected["access_denied"] == 1
+        assert [info.uri for info in access.list_objects(s3.uri("mine"))] == [s3.uri("mine/_run.json")]
+    bucket.bucket_store.cache_clear()
 
 
 def lose_lock() -> None:
@@ -181,6 +198,7 @@ def test_a_copy_of_the_parts_alone_is_never_removed(photos: Path, tmp_path: Path
 def test_the_early_check_accepts_a_damaged_plan_that_is_overwritten(photos: Path, finished: Path) -> None:
     (finished / "_plan" / "plan.json").write_text("{")
     config = RunConfig(input=str(photos), output=str(finished))
-    directory.check(replace(config, overwrite=True))
+    overwriting = replace(config, overwrite=True)
+    directory.check(overwriting, Archive(overwriting))
     with pytest.raises(OutputRefused, match=r"plan\.json is damaged"):
         prepare(finished, photos)

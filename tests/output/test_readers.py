@@ -212,9 +212,9 @@ def test_an_output_of_the_earlier_layout_is_read_and_refused(tmp_path: Path) -> 
     assert verify(str(output)).is_whole, list(verify(str(output)).lines())
     config = RunConfig(input=str(tmp_path / "images"), output=str(output))
     with pytest.raises(OutputRefused, match=r"written by another version .* its layout is 1, .* use another --output"):
-        directory.check(config)
+        directory.check(config, Archive(config))
     overwrite = replace(config, overwrite=True)
-    directory.check(overwrite)
+    directory.check(overwrite, Archive(overwrite))
     directory.prepare(overwrite, RunRecord.of(overwrite, Vectors()), Archive(overwrite))
     assert list(output.rglob("part-*")) == []
 

@@ -4,10 +4,12 @@ import io
 import itertools
 import json
 import tarfile
+import threading
 import tracemalloc
 import urllib.request
 import zipfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -432,19 +434,46 @@ def test_an_s3_prefix_is_found_like_a_folder(s3: S3Server, folder: Path) -> None
     assert len(ids(shards("s3://archive/discover/loose/**/*.jpg"))) == 1
 
 
+def test_the_check_and_the_plan_share_one_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "loose" / "notes.npy").write_bytes(b"")
+    names = [str(folder / name) for name in ("loose", "shards/0000.tar", "shards/0001.tar")]
+    expected = shards(*names)
+    asked: list[str] = []
+    for name in ("list_objects", "head"):
+        original = getattr(access, name)
+        monkeypatch.setattr(access, name, lambda uri, original=original: (asked.append(uri), original(uri))[1])
+    archive = Archive(RunConfig(input=names, output="/o"))
+    archive.check()
+    assert archive.left_out.counts == {}
+    before = len(asked)
+    assert before == 1 + 2
+    assert list(archive.shards()) == expected
+    assert archive.left_out.counts == {".npy": 1, ".md": 1, ".json": 1}
+    assert len(asked) == before
+    assert list(archive.shards()) == expected, "a second plan lists again"
+    assert len(asked) == 2 * before
+
+
+def test_many_inputs_are_asked_for_at_the_same_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The requests for a range of tars would take an hour if they were one by one."""
+    barrier, head = threading.Barrier(2, timeout=30), access.head
+    monkeypatch.setattr(access, "head", lambda uri: (barrier.wait(), head(uri))[1])
+    assert len(shards(folder / "shards/0000.tar", folder / "shards/0001.tar")) == 2
+
+
 def put(s3: S3Server, key: str, data: bytes = IMAGE) -> None:
     """Write by HTTP, since obstore refuses such keys."""
     urllib.request.urlopen(urllib.request.Request(f"{s3.endpoint}/archive/{key}", data=data, method="PUT")).close()
 
 
 @pytest.mark.parametrize("key", ["a//b.jpg", "a/%2E%2E/b.jpg", "a/%01.jpg"])
-def test_an_object_key_that_is_no_path_is_refused(s3: S3Server, key: str) -> None:
+def test_an_object_key_that_is_no_path_is_planned(s3: S3Server, key: str) -> None:
     prefix = f"pathless/{len(key)}"
     put(s3, f"{prefix}/0.jpg")
     put(s3, f"{prefix}/{key}")
-    for name in (prefix, f"{prefix}/*/*.jpg"):
-        with pytest.raises(InputRefused, match=f"s3://archive/{prefix} cannot be listed: .*{prefix}/a/"):
-            shards(s3.uri(name))
+    expected = sorted(s3.uri(f"{prefix}/{name}") for name in ("0.jpg", unquote(key)))
+    for name in (prefix, f"{prefix}/**/*.jpg"):
+        assert ids(shards(s3.uri(name))) == expected
 
 
 def test_listed_names_that_look_like_credentials_are_names(s3: S3Server) -> None:

@@ -18,10 +18,10 @@ from pipeline.output.verify import Verification
 from pipeline.planning import left_out
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
-from pipeline.planning.left_out import LeftOut
 from pipeline.report.progress import meter
 from pipeline.report.report import Report
 from pipeline.sources.objects import LooseImages
+from pipeline.sources.suffixes import MAX_SUFFIXES, LeftOut
 
 COUNTS = {".npy": 12, ".mbtiles": 3}
 EMPTY = "no member whose name is that of an image; --any-suffix looks at the first bytes"
@@ -74,7 +74,7 @@ def test_memory_is_flat() -> None:
     counts = LeftOut()
     for number in range(10_000):
         counts.add(f"/a/x.s{number}")
-    assert len(counts.counts) == left_out.MAX_SUFFIXES + 1
+    assert len(counts.counts) == MAX_SUFFIXES + 1
     assert sum(counts.counts.values()) == 10_000
 
 
@@ -117,8 +117,11 @@ def test_the_report_the_start_of_a_run_and_verify_name_the_counts(
     plan = plans.Plan(str(tmp_path), (), 3, 0, pa.schema([]), uncounted, dropped, left_out=COUNTS)
     ledger = Ledger(str(tmp_path), 1)
     ledger.coverage.totals.update({0: 0, 1: 3, 2: 0})
+    ledger.left_out.update({".json": 2})
     report = Report.of(plan, ledger, "resnet18", "done", 1.0)
     report.save()
+    assert json.loads((tmp_path / "_report.json").read_text())["members_left_out"] == {".json": 2}
+    assert ("", "in tars and zips: 2 .json (not read)") in Report.load(str(tmp_path))._lines()
     assert json.loads((tmp_path / "_report.json").read_text())["left_out"] == COUNTS
     assert ("left out", TEXT) in Report.load(str(tmp_path))._lines()
     assert ("empty", f"1 tar or zip has {EMPTY}") in Report.load(str(tmp_path))._lines()

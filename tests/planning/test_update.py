@@ -121,7 +121,7 @@ def test_a_hundred_thousand_unchanged_images_take_seconds(tmp_path: Path) -> Non
         ObjectInfo("s3://bucket/z.jpg", 1, "e")
     ]
     assert (change.unchanged, change.removed) == (100_000, 0)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.slow

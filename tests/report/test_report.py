@@ -1,6 +1,7 @@
 """Progress of a run whose commits are minutes apart."""
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +73,21 @@ def test_a_kept_column_without_any_value_is_named(tmp_path: Path) -> None:
     report = reports.Report.of(plan, ledger, "resnet18", "done", 1.0, keep=["json", "cls", "old", "txt"])
     assert report.null_columns == ["json"]
     assert ("keep", "json: no image has a value; check the names in --keep") in report._lines()
+
+
+def test_images_of_one_colour_after_scaling_are_in_the_report(tmp_path: Path) -> None:
+    plan = plans.Plan(str(tmp_path), (), 0, 0, pa.schema([]), np.empty(0, np.int64), {})
+    ledger = Ledger(str(tmp_path), attempt=2)
+    for attempt, constant in ((1, {0: ((0, 2),)}), (2, {0: ((3, 4),)})):
+        done = {0: ((2 * attempt - 2, 2 * attempt),)}
+        ledger.accept(Commit(f"part-{attempt}", attempt, "p", None, done, {}, rows=2, errors=0, constant=constant))
+    reports.Report.of(plan, ledger, "resnet18", "done", 1.0).save()
+    assert json.loads((tmp_path / "_report.json").read_text())["constant_images"] == 3
+    lines = list(reports.Report.load(str(tmp_path))._lines())
+    assert (
+        "scale",
+        "3 images are one colour after --scale: all values are equal, outside of its range, or no data",
+    ) in lines
 
 
 def test_the_total_of_tars_is_estimated_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,12 @@ from PIL import Image
 from whole import write_tar
 
 from pipeline import schema
+from pipeline.config import RunConfig
 from pipeline.coverage import END
 from pipeline.images.decode import decode
 from pipeline.images.transform import Transform
+from pipeline.images.values import Values
+from pipeline.planning.archive import Archive
 from pipeline.sources import ReadOptions
 from pipeline.sources.shard import Shard
 from pipeline.stages.load import Loader
@@ -63,6 +66,49 @@ def test_tables_hold_every_row_and_the_end_of_the_shard(tmp_path: Path) -> None:
             assert (row["width"], row["height"], row["size_bytes"]) == (64, 64, len(encoded))
         else:
             assert (row[schema.PIXELS], row["stage"], row["error_type"]) == (None, "decode", "empty")
+
+
+def test_every_name_of_jpeg_2000_and_heif_is_read(tmp_path: Path) -> None:
+    """pillow-heif is an extra: without it, the row says what to install."""
+    drawn = images.tile("urban", 1, (16, 16))
+    for suffix in ("jp2", "jpx", "jpf"):
+        (tmp_path / f"a.{suffix}").write_bytes(images.encode(drawn, "JPEG2000"))
+    for suffix in ("j2k", "j2c", "jpc"):
+        (tmp_path / f"b.{suffix}").write_bytes(images.encode(drawn, "JPEG2000", no_jp2=True))
+    for suffix in ("heic", "heif", "hif"):
+        (tmp_path / f"c.{suffix}").write_bytes(images.STRANGE["HEIC"][0])
+    (shard,) = Archive(RunConfig(input=str(tmp_path), output="/o")).shards()
+    rows = [row for table in loader(rows_per_table=20).load(shard, ((0, END),)) for row in table.to_pylist()][:-1]
+    by_name = {Path(row["source"]).name: row for row in rows}
+    assert len(by_name) == 9
+    expected = decode(images.encode(drawn, "PNG"), TRANSFORM).pixels
+    for name, row in by_name.items():
+        if name.startswith("c"):
+            assert row["error_type"] in ("unsupported", "corrupt", "truncated")
+        else:
+            np.testing.assert_array_equal(np.frombuffer(row[schema.PIXELS], np.uint8).reshape(16, 16, 3), expected)
+
+
+def test_the_end_of_a_tar_names_the_members_that_are_not_read(tmp_path: Path) -> None:
+    members = {"0.png": images.encode(images.tile(), "PNG"), "0.cls": b"1", "notes.npy": b"", "a.json": b"{}"}
+    (table,) = loader().load(tar_shard(tmp_path / "a.tar", members), ((0, END),))
+    none, end = table[schema.SHARD_LEFT_OUT].to_pylist()
+    assert (none, json.loads(end)) == (None, {".npy": 1, ".json": 1})
+
+
+def test_images_of_one_colour_after_scaling_are_marked(tmp_path: Path) -> None:
+    """Without --scale, and for photos of 8 bits, nothing is marked: a blank photo is what it is."""
+    ramp = np.linspace(0, 1000, 32 * 32).reshape(32, 32)
+    blank = images.encode(Image.new("RGB", (32, 32), "white"), "PNG")
+    members = {
+        **{"0.png": images.grey_16(ramp), "1.png": images.grey_16(ramp + 5000), "2.png": images.grey_16(ramp * 0 + 7)},
+        **{"3.tif": images.float_tiff(ramp * np.nan), "4.tif": images.float_tiff(ramp), "5.png": blank, "6.png": b""},
+    }
+    shard = tar_shard(tmp_path / "a.tar", members)
+    expected = [False, True, True, True, False, False, False, None]
+    for scale, marks in (((0.0, 1000.0), expected), (None, [False] * 7 + [None])):
+        tables = loader(values=Values(scale=scale)).load(shard, ((0, END),))
+        assert [row[schema.CONSTANT] for table in tables for row in table.to_pylist()] == marks
 
 
 @pytest.mark.parametrize(("images_", "rows"), [(8, [4, 5]), (9, [4, 4, 2]), (4, [5]), (3, [4])])

@@ -9,8 +9,10 @@ import pytest
 from small_run import run_python
 
 from pipeline import schema
+from pipeline.coverage import END
 from pipeline.errors import OutputRefused
-from pipeline.output.commit import Commit
+from pipeline.output.commit import Commit, Tally
+from pipeline.output.ledger import Ledger
 from pipeline.output.parts import drop_rows, remove
 from pipeline.stages.write import Sink
 
@@ -134,6 +136,50 @@ def test_rows_are_dropped_and_the_others_stay(sink: Sink, tmp_path: Path) -> Non
     assert pq.read_table(tmp_path / str(left.part))["row"].to_pylist() == [0]
     assert drop_rows(sink.output, {0: ((0, 9),)}, commit, 2) is None
     assert drop_rows(sink.output, {1: ((0, 9),)}, commit, 2) is commit
+
+
+def test_images_of_one_colour_after_scaling_are_counted_and_follow_their_rows(sink: Sink, tmp_path: Path) -> None:
+    table = rows((0, 0), (0, 1), (0, 2), (1, 5), errors=(1,), ends={0: 3})
+    flags = pa.array([True, True, True, True, None], pa.bool_())
+    table = table.set_column(table.schema.get_field_index(schema.CONSTANT), schema.CONSTANT, flags)
+    commit = written(sink, table)
+    assert commit.constant == {0: ((0, 1), (2, 3)), 1: ((5, 6),)}, "an error is counted as such"
+    tally = Tally()
+    tally.add(commit)
+    assert tally.constant == 3
+    left = drop_rows(sink.output, {0: ((2, 9),), 1: ((0, 9),)}, commit, 2)
+    assert left is not None
+    assert left.constant == {0: ((0, 1),)}
+    old = json.loads(commit.to_json())
+    del old["constant"]
+    assert Commit.from_json(json.dumps(old)).constant == {}, "a commit of an older version"
+
+
+def test_members_that_are_not_read_are_counted_once_for_each_shard(sink: Sink) -> None:
+    def part(first: int, *shards: int) -> Commit:
+        table = rows(*((shard, first) for shard in shards), ends=dict.fromkeys(shards, 9))
+        texts = pa.array([None] * len(shards) + [json.dumps({".npy": shard + 1}) for shard in shards], pa.string())
+        name = schema.SHARD_LEFT_OUT
+        return written(sink, table.set_column(table.schema.get_field_index(name), name, texts))
+
+    commits = [part(0, 0, 1), part(1, 0), part(2, 1, 4)]  # the end of a shard is read again for its remaining rows
+    assert [commit.left_out for commit in commits] == [
+        {0: {".npy": 1}, 1: {".npy": 2}}, {0: {".npy": 1}}, {1: {".npy": 2}, 4: {".npy": 5}}
+    ]  # fmt: skip
+    ledger = Ledger(sink.output, 1)
+    assert all(ledger.accept(commit) for commit in commits)
+    assert ledger.left_out == {".npy": 1 + 2 + 5}
+    replaced = {0: ((0, END),)}
+    ledger = Ledger(sink.output, 2)
+    for commit in commits:
+        if left := drop_rows(sink.output, replaced, commit, 2):
+            ledger.accept(left)
+    assert ledger.left_out == {".npy": 2 + 5}, "a tar that was replaced counts with its new members only"
+    empty = rows(ends={7: 0})
+    alone = Commit.from_json(json.dumps({**json.loads(sink(empty) or ""), "left_out": {"7": {".npy": 3}}}))
+    kept = drop_rows(sink.output, {7: ((0, END),)}, alone, 2)
+    assert kept is not None
+    assert kept.left_out == {}, "a commit without rows has nothing to rewrite"
 
 
 def test_no_row_is_copied_from_a_damaged_part(sink: Sink, tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from cloud_servers import azure_server, gcs_server, gcs_upload
 from servers import S3Server
+from small_run import run_python
 
 from jobs.bench.harness import s3
-from pipeline.errors import OutputRefused, SettingRefused
+from pipeline.config import RunConfig
+from pipeline.errors import OutputRefused, SettingRefused, StorageRefused
 from pipeline.output.lock import Lock
 from pipeline.sources import ReadOptions, Record, objects
 from pipeline.sources.objects import LooseImages
@@ -168,6 +171,61 @@ class TestS3(StorageContract):
         assert [info.uri[-5:] for info in access.list_objects(base)] == [f"{i:05d}" for i in range(1100)]
 
 
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with azure_server(tmp_path_factory.mktemp("azurite")) as connection:
+        yield connection
+
+
+@pytest.mark.slow
+class TestAzure(StorageContract):
+    @pytest.fixture
+    def base(self, azure: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+        for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azure)
+        bucket.bucket_store.cache_clear()
+        yield f"az://archive/storage/{request.node.name}"
+        bucket.bucket_store.cache_clear()
+
+    def test_an_object_of_several_parts(self, base: str) -> None:
+        data = os.urandom(12 << 20)
+        access.write(f"{base}/large", data)
+        assert access.read(f"{base}/large") == data
+
+    def test_a_missing_container_ends_the_run_with_one_line(self, base: str) -> None:
+        with pytest.raises(StorageRefused, match=r"^az://none does not exist \(ContainerNotFound\)") as caught:
+            access.read("az://none/x")
+        assert "\n" not in str(caught.value)
+
+
+def test_google_cloud_storage_is_listed_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No emulator has all of the XML API, which obstore uses: writes are tested in test_cloud_settings.py."""
+    bucket.bucket_store.cache_clear()
+    base = "gs://archive/d"
+    with gcs_server() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
+        names = ["a b.jpg", "a#b.jpg", "a/ü.jpg", "b.jpg", ".hidden"]
+        for name in names:
+            gcs_upload(server, f"d/{name}", name.encode() * 1000)
+        listed = list(access.list_objects(base))
+        assert [info.uri for info in listed] == [f"{base}/{name}" for name in names[:4]]
+        for info, name in zip(listed, names, strict=False):
+            assert access.head(info.uri).size_bytes == info.size_bytes == len(name.encode()) * 1000
+            assert access.read(info.uri, info.etag) == name.encode() * 1000
+            with access.open_read(info.uri, info.etag) as file:
+                assert file.seek(-10, os.SEEK_END) > 0
+                assert file.read() == (name.encode() * 1000)[-10:]
+        with pytest.raises(FileNotFoundError):
+            access.read(f"{base}/none")
+        gcs_upload(server, "d/b.jpg", b"other")
+        with pytest.raises(Changed):
+            access.read(f"{base}/b.jpg", listed[-1].etag)
+        access.delete(f"{base}/b.jpg")
+        assert len(list(access.list_objects(base))) == 3
+    bucket.bucket_store.cache_clear()
+
+
 def test_a_server_that_lists_etags_without_their_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quotes").mkdir()
     (tmp_path / "quotes" / "x").write_bytes(b"one")
@@ -209,9 +267,36 @@ def test_the_region_is_that_of_the_profile_if_the_environment_has_none(
         bucket._profile_region()
 
 
-def test_an_unknown_scheme_is_an_os_error() -> None:
-    with pytest.raises(OSError, match="nosuch"):
-        access.read("nosuch://a/b")
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("nosuch://a/b", "has an unsupported scheme: .*nosuch"),
+        ("webdav://host/b", "has an unsupported scheme: mount the server, with rclone or davfs2"),
+        ("b2://bucket/b", "has an unsupported scheme: write s3://bucket/path, with the server in AWS_ENDPOINT_URL"),
+    ],
+)
+def test_an_unknown_scheme_ends_in_a_sentence(uri: str, message: str) -> None:
+    with pytest.raises(OSError, match=f"^{uri.partition('://')[0]}:// {message}"):
+        access.read(uri)
+    with pytest.raises(SettingRefused, match=f"^--input {uri} {message}"):
+        RunConfig(input=uri, output="/o")
+
+
+def test_a_scheme_without_its_package_names_the_package() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('paramiko', 'smbclient', 'requests', 'pygit2'))\n"
+        "from pipeline.storage.uris import check_uri\n"
+        "for uri in ('sftp://h/a', 'smb://h/a', 'github://o:r@b/a', 'git://h/a'):\n"
+        "    print(check_uri(uri))\n"
+    )
+    needs = "needs a package that is not installed: "
+    assert run_python("-c", code).splitlines() == [
+        f"{needs}run pip install paramiko",
+        f"{needs}run pip install smbprotocol",
+        f"{needs}run pip install requests",
+        f"{needs}Install pygit2 to browse local git repos",
+    ]
 
 
 class Endless(http.server.BaseHTTPRequestHandler):

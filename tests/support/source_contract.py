@@ -308,6 +308,25 @@ class MemberContract(ArchiveContract):
         assert total == 4
         assert sorted(tmp_path.rglob("*")) == [tmp_path / f"shard{self.suffix}"]
 
+    def test_members_that_are_not_read_are_counted_by_suffix(self, tmp_path: Path) -> None:
+        images = [(f"{number}.png", image(number)) for number in range(3)]
+        others = ["0.json", "1.json", "2.seg.txt", "notes.NPY", "LICENSE", ".hidden", "._0.json", "__MACOSX/d/x.json"]
+        members = [images[0], *((name, b"{}") for name in others), *images[1:]]
+        shard = self.make(tmp_path, members)
+        json, text, rest = {".json": 2}, {".txt": 1}, {".npy": 1, "without a suffix": 1}
+        for todo in (ALL, ((2, END),), ((0, 1), (2, 3))):
+            for keep, expected in (
+                ((), {**json, **text, **rest}),
+                (("json",), {**text, **rest}),
+                (("JSON", "seg.txt"), rest),
+            ):
+                *_, end = sources.read(shard, todo, ReadOptions(keep=keep))
+                assert isinstance(end, ShardEnd)
+                assert (end.rows, end.left_out) == (3, expected)
+        *_, end = sources.read(replace(shard, rows=1), ALL, ReadOptions())
+        assert isinstance(end, ShardEnd)
+        assert (end.rows, end.left_out) == (1, {}), "--limit ends the read earlier"
+
     def test_members_of_any_name_are_found_by_their_first_bytes(self, tmp_path: Path) -> None:
         members = [
             ("0.img", image(0)),

@@ -1,0 +1,96 @@
+"""Keys of S3 that obstore rejects: each costs itself, and never the objects beside it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import obstore
+import obstore.exceptions
+import pytest
+from servers import S3Server
+from source_contract import image, read_all
+
+from pipeline.config import RunConfig
+from pipeline.errors import InputRefused
+from pipeline.planning.archive import Archive
+from pipeline.storage import access, bucket, odd_keys
+from pipeline.threads import ordered_map
+
+ODD = ["../up.png", "./here.png", "/slash.png", "//two.png", "tab\t.png", "x//empty.png"]
+
+
+@pytest.fixture
+def put(s3: S3Server) -> Iterator[Any]:
+    client = boto3.client("s3", endpoint_url=s3.endpoint)
+    bucket.bucket_store.cache_clear()
+    yield lambda key, data: client.put_object(Bucket="archive", Key=key, Body=data)
+    bucket.bucket_store.cache_clear()
+
+
+def test_an_odd_key_is_an_error_row_beside_the_others(put: Any, s3: S3Server) -> None:
+    for name in ("a.png", "t.png", "z/b.png"):
+        put(f"odd/{name}", image(1))
+    for name in ODD:
+        put(f"odd/{name}", b"" if "empty" in name else image(2))
+    for name in (".hidden.png", "z/.hidden/c.png", "marker/", "slashes//", "x//notes.npy"):
+        put(f"odd/{name}", b"" if name.endswith("/") else b"x")
+    archive = Archive(RunConfig(input=s3.uri("odd"), output="/o"))
+    (shard,) = archive.shards()
+    records, _ = read_all(shard)
+    by_id = {record.image_id: record for record in records}
+    expected = sorted(f"{s3.uri('odd')}/{name}" for name in ("a.png", "t.png", "z/b.png", *ODD))
+    assert sorted(by_id) == expected
+    good = {uri for uri, record in by_id.items() if record.data == image(1)}
+    assert good == {s3.uri(f"odd/{name}") for name in ("a.png", "t.png", "z/b.png")}
+    for name in ODD:
+        error = by_id[s3.uri(f"odd/{name}")].error
+        assert error is not None
+        assert error.error_type == "unreadable"
+        assert "rename the object" in error.message
+    assert archive.left_out.counts == {".npy": 1}
+
+
+def test_an_odd_key_after_the_first_page(put: Any, s3: S3Server) -> None:
+    keys = [f"pages/{number:04d}.png" for number in range(1005)]
+    list(ordered_map(lambda key: access.write(s3.uri(key), b"1"), keys, 8, 64))
+    put("pages/9//x.png", b"1")
+    put("pages/last.png", b"1")
+    listed = [info.uri for info in access.list_objects(s3.uri("pages"))]
+    assert listed == [s3.uri(key) for key in (*keys, "pages/9//x.png", "pages/last.png")]
+
+
+def test_the_list_has_the_sizes_and_etags_of_obstore(put: Any, s3: S3Server) -> None:
+    put("same/a.png", image(1))
+    expected = list(access.list_objects(s3.uri("same")))
+    put("same//odd.png", b"1")
+    assert [info for info in access.list_objects(s3.uri("same")) if "odd" not in info.uri] == expected
+
+
+def test_credentials_that_botocore_does_not_find_end_in_a_sentence(
+    put: Any, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("lost//a.png", b"1")
+
+    def fail(*_: object) -> Iterator[Any]:
+        raise RuntimeError("Unable to locate credentials")
+
+    monkeypatch.setattr(odd_keys, "list_after", fail)
+    with pytest.raises(InputRefused, match=r"archive/lost cannot be listed: .*//a\.png.*Unable to locate.*; rename"):
+        list(access.list_objects(s3.uri("lost")))
+
+
+def test_other_buckets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
+    bucket.bucket_store.cache_clear()
+    monkeypatch.setattr(obstore, "list", lambda *_, **__: Failing())
+    with pytest.raises(InputRefused, match=r"^gs://bucket/p cannot be listed: .*a//b\.png; rename that object"):
+        list(access.list_objects("gs://bucket/p"))
+    bucket.bucket_store.cache_clear()
+
+
+class Failing:
+    def __iter__(self) -> "Failing":
+        return self
+
+    def __next__(self) -> Any:
+        raise obstore.exceptions.InvalidPathError("Encountered object with invalid path: a//b.png")
