@@ -29,21 +29,21 @@ def put(s3: S3Server) -> Iterator[Any]:
 
 def test_an_odd_key_is_an_error_row_beside_the_others(put: Any, s3: S3Server) -> None:
     for name in ("a.png", "t.png", "z/b.png"):
-        put(f"odd/{name}", image(1))
+        put(f"odd-keys/{name}", image(1))
     for name in ODD:
-        put(f"odd/{name}", b"" if "empty" in name else image(2))
+        put(f"odd-keys/{name}", b"" if "empty" in name else image(2))
     for name in (".hidden.png", "z/.hidden/c.png", "marker/", "slashes//", "x//notes.npy"):
-        put(f"odd/{name}", b"" if name.endswith("/") else b"x")
-    archive = Archive(RunConfig(input=s3.uri("odd"), output="/o"))
+        put(f"odd-keys/{name}", b"" if name.endswith("/") else b"x")
+    archive = Archive(RunConfig(input=s3.uri("odd-keys"), output="/o"))
     (shard,) = archive.shards()
     records, _ = read_all(shard)
     by_id = {record.image_id: record for record in records}
-    expected = sorted(f"{s3.uri('odd')}/{name}" for name in ("a.png", "t.png", "z/b.png", *ODD))
+    expected = sorted(f"{s3.uri('odd-keys')}/{name}" for name in ("a.png", "t.png", "z/b.png", *ODD))
     assert sorted(by_id) == expected
     good = {uri for uri, record in by_id.items() if record.data == image(1)}
-    assert good == {s3.uri(f"odd/{name}") for name in ("a.png", "t.png", "z/b.png")}
+    assert good == {s3.uri(f"odd-keys/{name}") for name in ("a.png", "t.png", "z/b.png")}
     for name in ODD:
-        error = by_id[s3.uri(f"odd/{name}")].error
+        error = by_id[s3.uri(f"odd-keys/{name}")].error
         assert error is not None
         assert error.error_type == "unreadable"
         assert "rename the object" in error.message

@@ -39,15 +39,16 @@ def server(s3_server: S3Server) -> Iterator[tuple[FaultProxy, S3Server]]:
     """A proxy in front of the S3 server, with a bucket; this process's environment points to it.
 
     Stall timeouts and pauses are short, since these tests depend on the number of attempts and not on their duration.
+    A busy machine must still answer within a timeout, or the retries never end.
     """
     with fault_proxy(s3_server.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         environment = {**s3_server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
         for name, value in environment.items():
             patch.setenv(name, value)
         for module in (bucket, fsspec_store):
-            patch.setattr(module, "STALL_SECONDS", 0.5)
+            patch.setattr(module, "STALL_SECONDS", 2.0)
             patch.setattr(module, "BUFFER_BYTES", 16 << 10)
-        patch.setattr(bucket, "UPLOAD_STALL_SECONDS", 1.0)
+        patch.setattr(bucket, "UPLOAD_STALL_SECONDS", 4.0)
         patch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.02)
         clear_stores()
         urllib.request.urlopen(urllib.request.Request(f"{proxy.endpoint}/faulty", method="PUT"), timeout=10).close()
