@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import SettingRefused
+from pipeline.geo.tiles import MAX_ZOOM, Bounds, Selection
 from pipeline.storage import uris
 
 
@@ -45,6 +46,12 @@ class RunConfig:
     image_column: str | None = flag("Parquet column with the image bytes (default: detected)", None, metavar="COL")
     uri_column: str | None = flag("Parquet or CSV column with image URIs (default: detected)", None, metavar="COL")
     any_suffix: bool = flag("read files and members of any name if their first bytes are those of an image", False)
+    zoom: str | None = flag("zooms to read from tile archives", None, metavar="14|12:14")
+    bbox: str | None = flag(
+        "tiles to read from tile archives: those of a box in degrees; W > E crosses the antimeridian",
+        None,
+        metavar="W,S,E,N",
+    )
     limit: int | None = flag("only the first N images of the archive", None, metavar="N")
     max_pixels: int = flag("largest image in pixels; guards against decompression bombs", 200_000_000, metavar="N")
     exif_rotate: bool = flag("rotate images upright by their EXIF orientation", True)
@@ -109,6 +116,7 @@ class RunConfig:
         self.actor_range()
         self.gpu_share()
         self.band_names()
+        self.tile_selection()
         low, high = self.scale_range() or (-math.inf, math.inf)
         if self.nodata_fill is not None and not low <= self.nodata_fill <= high:
             raise SettingRefused(f"--nodata-fill is {self.nodata_fill:g}: it must be a number within --scale")
@@ -166,6 +174,46 @@ class RunConfig:
         given = {"bands": list(bands) or None, "scale": scale and list(scale), "nodata_fill": self.nodata_fill}
         return {name: value for name, value in given.items() if value is not None}
 
+    def tile_selection(self) -> Selection:
+        """The tiles that --zoom and --bbox select, all tiles by default."""
+        min_zoom, max_zoom = self._zooms()
+        return Selection(min_zoom, max_zoom, self._box())
+
+    def _zooms(self) -> tuple[int, int]:
+        if self.zoom is None:
+            return 0, MAX_ZOOM
+        first, _, second = self.zoom.partition(":")
+        try:
+            low, high = int(first), int(second or first)
+        except ValueError:
+            low, high = -1, -1
+        if not 0 <= low <= high <= MAX_ZOOM:
+            raise SettingRefused(
+                f"--zoom is {self.zoom!r}: it must be a zoom from 0 to {MAX_ZOOM}, or MIN:MAX, as in 12:14"
+            )
+        return low, high
+
+    def _box(self) -> Bounds | None:
+        if self.bbox is None:
+            return None
+        try:
+            west, south, east, north = (float(number) for number in self.bbox.split(","))
+        except ValueError:
+            west = south = east = north = math.nan
+        are_longitudes = all(-180 <= value <= 180 for value in (west, east))
+        if not (are_longitudes and west != east and -90 <= south < north <= 90):
+            raise SettingRefused(
+                f"--bbox is {self.bbox!r}: it must be W,S,E,N in degrees, longitudes from -180 to 180 and latitudes "
+                "from -90 to 90 with S < N, as in -118.4,36.5,-118.2,36.7; W > E crosses the antimeridian"
+            )
+        return west, south, east, north
+
+    def tile_settings(self) -> dict[str, Any]:
+        """The settings of tiles that are set, as JSON."""
+        zooms, box = self._zooms(), self._box()
+        given = {"zoom": self.zoom and list(zooms), "bbox": box and list(box)}
+        return {name: value for name, value in given.items() if value is not None}
+
     def keep_names(self) -> dict[str, str]:
         """Column of the shard → column of the result."""
         return parse_keep(self.keep)
@@ -182,6 +230,7 @@ class RunConfig:
             "exif_rotate": self.exif_rotate,
             "decoder": self.decoder,
             **self.value_settings(),  # absent by default: outputs of earlier versions have none of them
+            **self.tile_settings(),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
 

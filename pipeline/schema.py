@@ -62,6 +62,9 @@ PIXEL_FIELDS = pa.schema(
 )
 """The columns of an image's pixels. Only `pipeline.images.pixels` writes and reads them."""
 
+REPEATS = "repeats"
+"""Further rows with the same bytes, which the write stage adds: their image_id, member and kept columns, or null."""
+
 SHARD_ROWS = "shard_rows"
 """The shard's number of rows, on the one row that marks the end of a shard. Null on the rows of images."""
 
@@ -77,6 +80,7 @@ def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
             *_kept(keep),
             *PIXEL_FIELDS,
             *FAULT,
+            (REPEATS, _repeats(keep)),
             (SHARD_ROWS, pa.int64()),
             (SHARD_LEFT_OUT, pa.string()),
             *SECONDS,
@@ -93,7 +97,7 @@ def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
     network: see `Predictor.describe`.
     """
     numbers = [(SHARD_ROWS, pa.int64()), (SHARD_LEFT_OUT, pa.string()), *SECONDS, *USAGE, ("size_bytes", pa.int64())]
-    rest = [*numbers, (CONSTANT, pa.bool_()), ("network", pa.string())]
+    rest = [(REPEATS, _repeats(keep)), *numbers, (CONSTANT, pa.bool_()), ("network", pa.string())]
     return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 
@@ -119,6 +123,10 @@ def _dense(type_: pa.DataType) -> pa.DataType:
 def result(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
     """Schema of a part: identity, result columns, and the `--keep` columns of the shards."""
     return pa.schema([*IDENTITY, *dense(columns), *_kept(keep)])
+
+
+def _repeats(keep: Mapping[str, pa.DataType]) -> pa.DataType:
+    return pa.list_(pa.struct([("image_id", pa.string()), ("member", pa.string()), *_kept(keep)]))
 
 
 def _kept(keep: Mapping[str, pa.DataType]) -> list[pa.Field]:

@@ -14,9 +14,10 @@ GROUND = {"errors", "coverage", "schema", "threads", "halving", "version"}
 WINGS = {
     # wing          may import, beside the ground and itself
     "storage": "",
-    "config": "storage",
-    "sources": "storage config",
-    "planning": "storage config sources",
+    "geo": "",
+    "config": "storage geo",
+    "sources": "storage geo config",
+    "planning": "storage geo config sources",
     "output": "storage config sources planning",
     "images": "",
     "models": "storage config images",

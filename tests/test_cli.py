@@ -23,8 +23,8 @@ from pipeline.report import messages
 from pipeline.version import __version__
 
 FLAGS = {
-    "--input", "--output", "--keep", "--image-column", "--uri-column", "--any-suffix", "--limit", "--max-pixels",
-    "--exif-rotate",
+    "--input", "--output", "--keep", "--image-column", "--uri-column", "--any-suffix", "--zoom", "--bbox", "--limit",
+    "--max-pixels", "--exif-rotate",
     "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
     "--update", "--cluster", "--prices", "--dry-run", "--bands", "--scale", "--nodata-fill", "--quiet", "--verbose",
     "--log-file",
@@ -67,6 +67,15 @@ def test_a_value_may_start_with_a_minus() -> None:
     ("settings", "message"),
     [
         ({"scale": "3000"}, "--scale is '3000': it must be MIN:MAX"),
+        ({"zoom": "14:12"}, "--zoom is '14:12': it must be a zoom from 0 to 29, or MIN:MAX"),
+        ({"zoom": "x"}, "--zoom is 'x'"),
+        ({"zoom": "30"}, "--zoom is '30'"),
+        ({"bbox": "1,2,3"}, "--bbox is '1,2,3': it must be W,S,E,N in degrees"),
+        ({"bbox": "1,5,3,4"}, "--bbox is '1,5,3,4'"),
+        ({"bbox": "1,2,1,4"}, "--bbox is '1,2,1,4'"),
+        ({"bbox": "1,2,181,4"}, "--bbox is '1,2,181,4'"),
+        ({"bbox": "nan,2,3,4"}, "--bbox is 'nan,2,3,4'"),
+        ({"bbox": "500000,5000000,510000,5010000"}, "longitudes from -180 to 180"),
         ({"scale": "1:0"}, "it must be MIN:MAX, two numbers"),
         ({"scale": "0:inf"}, "it must be MIN:MAX"),
         ({"bands": "0,1,2"}, "--bands is '0,1,2': it must be numbers from 1 or names"),

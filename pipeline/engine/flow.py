@@ -201,7 +201,7 @@ def _named(actor: type[ModelActor], predictor: Predictor) -> type[ModelActor]:
 
 @ray.remote(num_cpus=0, max_retries=-1)  # writing frees memory, so it must not queue behind the readers
 def write(sink: Sink, *tables: pa.Table) -> str | None:
-    """Write and commit one part. Return the commit as JSON, None if there are no rows."""
+    """Write and commit one part. Return its commits as lines of JSON, None if there are no rows."""
     return sink(pa.concat_tables(tables))
 
 
@@ -222,7 +222,7 @@ def _cut(bundles: Iterator[Any], rows: int) -> "Iterator[list[ray.ObjectRef[pa.T
 
 
 def _commits(done: "list[ray.ObjectRef[str | None]]") -> Iterator[Commit]:
-    return (Commit.from_json(text) for text in ray.get(done) if text)
+    return (Commit.from_json(line) for text in ray.get(done) if text for line in text.splitlines())
 
 
 @contextmanager

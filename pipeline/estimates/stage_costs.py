@@ -163,6 +163,8 @@ def write(sink: Sink, results: pa.Table, rows: int) -> tuple[Seconds, float]:
     """
     part = pa.concat_tables([results] * -(-rows // len(results))).slice(0, rows)
     part = part.set_column(part.schema.get_field_index("row"), "row", pa.array(np.arange(rows)))
+    repeats = pa.nulls(rows, part.schema.field(schema.REPEATS).type)  # the cost is that of one written row
+    part = part.set_column(part.schema.get_field_index(schema.REPEATS), schema.REPEATS, repeats)
     with tempfile.TemporaryDirectory(prefix="nightshift-") as folder:
         replace(sink, output=folder)(part)  # warms up
         seconds, commit = timed(lambda: replace(sink, output=folder, attempt=2)(part))

@@ -21,6 +21,7 @@ from pipeline.output import lock
 from pipeline.output.commit import ERRORS
 from pipeline.output.lock import LOCK, taken_over
 from pipeline.output.parts import encode_errors, read_committed, write_part
+from pipeline.output.results import RunResults
 from pipeline.output.run_record import LAYOUT, RunRecord
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
@@ -174,7 +175,7 @@ def _remove_unnamed(plan: Plan, check_lock: Callable[[], object]) -> None:
 
 def _update(plan: Plan, archive: Archive, check_lock: Callable[[], object]) -> tuple[Plan, Change]:
     """Add new, replaced and unread objects to the plan. If there are any, the output is unfinished again."""
-    change = Change(plan, _failed_reads(plan.output))
+    change = Change(plan, _failed_reads(plan.output), results=RunResults(plan.output))
     left_out = archive.left_out.counts
     extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.dropped, left_out)
     change.left_out = extended.left_out

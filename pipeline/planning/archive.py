@@ -2,7 +2,7 @@
 
 import itertools
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from pipeline import sources
 from pipeline.config import RunConfig
 from pipeline.errors import InputRefused, ReadError
-from pipeline.planning import left_out, lists
+from pipeline.planning import left_out, lists, templates
 from pipeline.planning import plan as plans
 from pipeline.planning.listing import (
     by_first_bytes,
@@ -25,13 +25,15 @@ from pipeline.planning.listing import (
     with_utf_8_name,
 )
 from pipeline.planning.plan import OBJECTS_PER_SHARD, Plan
+from pipeline.planning.templates import TileImage
 from pipeline.planning.update import Change
 from pipeline.sources import parquet, source_of
 from pipeline.sources.base import Contents, NoImages, ReadOptions, ShardEnd, Source
 from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
-from pipeline.sources.objects import LooseImages
+from pipeline.sources.objects import LooseImages, keep_json
 from pipeline.sources.shard import Shard
 from pipeline.sources.suffixes import LeftOut
+from pipeline.sources.tiles import PLACE
 from pipeline.storage import credentials, uris
 from pipeline.storage.base import ObjectInfo
 from pipeline.threads import ordered_map
@@ -69,7 +71,8 @@ class Archive:
         self.keep_types.update((column.name, column.type) for column in change.plan.keep)
         self.left_out.clear()
         objects = self._listed(self._names())
-        yield from self._group(change.new(objects), may_be_broken=True)
+        yield from self._group(change.new(objects), change)
+        change.drop_others()
 
     def shards(self) -> Iterator[Shard]:
         """Every shard, sorted by URI within each kind of input. No object occurs twice. Raises InputRefused."""
@@ -78,7 +81,8 @@ class Archive:
             shards = _limited(shards, self.config.limit, self.options())
         first = next(shards, None)
         if first is None:
-            raise InputRefused(f"--input {' '.join(self.config.input)} contains no images")
+            selected = "no tiles that --zoom and --bbox select" if self._selecting_flags() else "no images"
+            raise InputRefused(f"--input {' '.join(self.config.input)} contains {selected}")
         yield from itertools.chain([first], shards)
         if self.config.keep and self.keep_types.keys().isdisjoint(self.config.keep_names()):
             raise InputRefused(f"--keep {','.join(self.config.keep)}: loose images have no columns")
@@ -90,6 +94,7 @@ class Archive:
             self.config.image_column,
             tuple(credentials.with_credentials(self._names())),
             self.config.any_suffix,
+            self.config.tile_selection(),
         )
 
     def keys_with_credentials(self, plan: Plan) -> dict[int, tuple[str, ...]]:
@@ -106,6 +111,7 @@ class Archive:
         objects = self._listed(name for name in self._names() if name not in list_names)
         yield from self._group(_add_to(seen, objects) if list_names else objects)
         for name in list_names:
+            self._check_selects(name, ())
             yield from lists.list_shards(name, self.config.uri_column, self.config.keep_names(), self.keep_types, seen)
 
     def _names(self) -> list[str]:
@@ -184,7 +190,9 @@ class Archive:
         """The objects of one input. Raises InputRefused at their end if none of them is an image or a shard."""
         others = LeftOut()
         is_empty, is_file = True, False
-        for info in self._looked_at(objects_of(name)):
+        is_template = templates.is_template(name)
+        objects = templates.list_tiles(name, self.config.tile_selection()) if is_template else objects_of(name)
+        for info in self._looked_at(objects):
             if info.uri.startswith(self.config.output + "/"):
                 continue
             is_read = is_ours(info)
@@ -194,6 +202,9 @@ class Archive:
                 others.add(info.uri)
                 is_file = info.uri == name
             yield with_utf_8_name(info) if is_read else replace(info, uri=uris.escaped(info.uri))
+        if is_empty and is_template:
+            where = " that --zoom and --bbox select" if self._selecting_flags() else ""
+            raise InputRefused(f"--input {name} matches no tiles{where}")
         if is_empty:
             raise _no_images(name, others, is_file=is_file)
 
@@ -203,11 +214,12 @@ class Archive:
             return objects
         return ordered_map(by_first_bytes, objects, HEADER_THREADS, 4 * HEADER_THREADS)
 
-    def _group(self, objects: Iterator[ObjectInfo], *, may_be_broken: bool = False) -> Iterator[Shard]:
-        """Group loose images into virtual shards of OBJECTS_PER_SHARD; each other object is a shard.
+    def _group(self, objects: Iterator[ObjectInfo], change: Change | None = None) -> Iterator[Shard]:
+        """Group loose images into virtual shards of OBJECTS_PER_SHARD; each other object is one or several shards.
 
-        Raises InputRefused if all objects have a header and none can be read, unless `may_be_broken`.
+        change: of an update. Without it, raises InputRefused if all objects have a header and none can be read.
         """
+        may_be_broken = change is not None
         loose: list[ObjectInfo] = []
         with_headers: list[ObjectInfo] = []
         for info in objects:
@@ -218,6 +230,7 @@ class Archive:
             elif not source.is_loose:
                 yield self._shard(info, source.inspect(info.uri, self._inspect_options))
             else:
+                self._check_loose(info)
                 loose.append(info)
                 if len(loose) == OBJECTS_PER_SHARD:
                     yield _virtual_shard(loose)
@@ -225,9 +238,11 @@ class Archive:
         if loose:
             yield _virtual_shard(loose)
         if with_headers:
-            yield from self._inspect_all(with_headers, may_be_broken)
+            yield from self._inspect_all(with_headers, may_be_broken, change)
 
-    def _inspect_all(self, objects: list[ObjectInfo], may_be_broken: bool) -> Iterator[Shard]:
+    def _inspect_all(
+        self, objects: list[ObjectInfo], may_be_broken: bool, change: Change | None = None
+    ) -> Iterator[Shard]:
         """Read every header. An object with a broken header is still a shard, and later an error row.
 
         Raises NoImages for an object without images that `--input` names; others are passed over.
@@ -243,33 +258,68 @@ class Archive:
                 passed_over = passed_over or contents
                 self.left_out.add(info.uri, "without images")
                 continue
-            readable += isinstance(contents, Contents)
-            yield self._shard(info, contents if isinstance(contents, Contents) else Contents(None, {}))
+            readable += not isinstance(contents, str)
+            parts = [Contents(None, {})] if isinstance(contents, str) else contents
+            if change and not isinstance(contents, str):
+                parts = change.contents(info, parts, self.options())
+            for each in parts:
+                yield self._shard(info, each)
         if not readable and not may_be_broken:
             if passed_over:
                 raise passed_over
             name = objects[0].uri
-            raise InputRefused(f"--input {name} cannot be read as {_source(name).kind.capitalize()}: {contents}")
+            raise InputRefused(f"--input {name} cannot be read as {_source(name).title}: {contents}")
 
-    def _inspect(self, info: ObjectInfo) -> Contents | NoImages | str:
-        """The contents of an object, or the message of its error."""
+    def _inspect(self, info: ObjectInfo) -> Iterable[Contents] | NoImages | str:
+        """The contents of an object's shards, or the message of its error.
+
+        The second shard is looked for too: most objects have one, and are then closed again.
+        """
+        source = _source(info.uri)
         try:
-            return _source(info.uri).inspect(info.uri, self._inspect_options)
+            if source.shards is None:
+                return [source.inspect(info.uri, self._inspect_options)]
+            shards = source.shards(info, self._inspect_options)
+            return itertools.chain(list(itertools.islice(shards, 2)), shards)
         except NoImages as error:
             return error
         except ReadError as error:
             return error.message
 
+    def _check_loose(self, info: ObjectInfo) -> None:
+        """Add the columns of a tile; refuse other images if there is a selection of tiles."""
+        if isinstance(info, TileImage):
+            self._add_types({name: PLACE.field(name).type for name in PLACE.names}, info.uri)
+        else:
+            self._check_selects(info.uri, ())
+
+    def _check_selects(self, uri: str, selects: tuple[str, ...]) -> None:
+        """Raise InputRefused if the settings select tiles of an object without tiles."""
+        for name in self._selecting_flags():
+            if name not in selects:
+                raise InputRefused(
+                    f"--{name} selects tiles, and {uri} is none: leave it out, or give .mbtiles, .pmtiles or a "
+                    "template such as tiles/{z}/{x}/{y}.png"
+                )
+
+    def _selecting_flags(self) -> list[str]:
+        return [name for name in ("zoom", "bbox") if getattr(self.config, name) is not None]
+
+    def _add_types(self, types: Mapping[str, pa.DataType], uri: str) -> None:
+        for name, type_ in types.items():
+            lists.add_keep_type(self.keep_types, name, type_, uri)
+
     def _shard(self, info: ObjectInfo, contents: Contents) -> Shard:
         source = _source(info.uri)
-        own_columns = {column.name: column.type for column in source.columns}
-        for name, type_ in (*contents.keep_types.items(), *own_columns.items()):
-            lists.add_keep_type(self.keep_types, name, type_, info.uri)
-        return Shard(0, source.kind, info.uri, contents.rows, info.size_bytes, info.etag, contents.payload)
+        self._check_selects(info.uri, source.selects)
+        self._add_types({**contents.keep_types, **{field.name: field.type for field in source.columns}}, info.uri)
+        size_bytes = info.size_bytes if contents.size_bytes is None else contents.size_bytes
+        return Shard(0, source.kind, info.uri, contents.rows, size_bytes, info.etag, contents.payload)
 
     @property
     def _inspect_options(self) -> ReadOptions:
-        return ReadOptions(tuple(self.config.keep_names()), self.config.image_column)
+        selection = self.config.tile_selection()
+        return ReadOptions(tuple(self.config.keep_names()), self.config.image_column, selection=selection)
 
 
 def _source(uri: str) -> Source:
@@ -324,8 +374,17 @@ def _virtual_shard(images: list[ObjectInfo]) -> Shard:
             tuple(info.uri[key_start:] for info in images),
             tuple(info.size_bytes for info in images),
             tuple(info.etag for info in images),
+            _kept_places(images),
         ),
     )
+
+
+def _kept_places(images: list[ObjectInfo]) -> tuple[str, ...] | None:
+    """The columns of tiles as `LooseImages.kept`, None if no image is a tile."""
+    if not any(isinstance(info, TileImage) for info in images):
+        return None
+    places = (dict(zip(PLACE.names, info.tile, strict=True)) if isinstance(info, TileImage) else {} for info in images)
+    return tuple(map(keep_json, places))
 
 
 def _limited(shards: Iterator[Shard], limit: int, options: ReadOptions) -> Iterator[Shard]:

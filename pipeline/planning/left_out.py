@@ -8,8 +8,7 @@ from pipeline.sources.suffixes import OTHERS
 MAX_SUFFIXES_SHOWN = 12
 
 KINDS = {
-    "MBTiles": ((".mbtiles",), "export the tiles to a folder, as `mb-util` does"),
-    "PMTiles": ((".pmtiles",), "export the tiles to a folder with `pmtiles`"),
+    "vector tiles": ((".mvt", ".pbf"), "render them as PNG"),
     "NumPy files": ((".npy", ".npz"), "save the arrays as PNG"),
     "TFRecords": ((".tfrecord", ".tfrecords", ".tfrec"), "write the images to tars or Parquet"),
     "DICOM files": ((".dcm", ".dicom"), "export them as PNG"),
@@ -41,7 +40,7 @@ _KIND_OF_SUFFIX = {suffix: kind for kind, (suffixes, _) in KINDS.items() for suf
 
 
 def describe(counts: Mapping[str, int]) -> str:
-    """The numbers as text, the largest first: `12 .npy, 3 .mbtiles (not read)`. "" if there are none."""
+    """The numbers as text, the largest first: `12 .npy, 3 .dcm (not read)`. "" if there are none."""
     if not counts:
         return ""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

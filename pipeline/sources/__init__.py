@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pipeline.coverage import Ranges
-from pipeline.sources import objects, parquet, tar, zip
+from pipeline.sources import mbtiles, objects, parquet, pmtiles, tar, zip
 from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, is_image
 from pipeline.sources.shard import Shard
 from pipeline.storage.credentials import hide_credentials
@@ -17,6 +17,8 @@ SOURCES: dict[str, Source] = {
         tar.SOURCE,
         zip.SOURCE,
         parquet.SOURCE,
+        mbtiles.SOURCE,
+        pmtiles.SOURCE,
     )
 }
 """All kinds of shards by name. To add a kind, write its module and add one line here."""

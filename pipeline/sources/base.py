@@ -4,7 +4,8 @@ A source defines `SOURCE`, a `Source`, and is registered in `pipeline.sources`. 
 
     read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]
 
-yields one record per row in `todo`, in row order, and then one `ShardEnd`. The record of a row that cannot be read has
+yields one record per row in `todo`, in row order, and then one `ShardEnd`; a record may stand for several rows, as
+`Record.repeats` says. The record of a row that cannot be read has
 an `ImageError` instead of its bytes; only faults of the whole run are raised. A row has the same number in every read.
 Rows outside `todo` are skipped as cheaply as the format allows. If a shard ends early or is broken, its last record has
 the error and counts as a row.
@@ -21,7 +22,9 @@ import pyarrow as pa
 
 from pipeline.coverage import Ranges
 from pipeline.errors import ImageError, InputRefused
+from pipeline.geo.tiles import ALL_TILES, Selection
 from pipeline.sources.shard import Payload, Shard
+from pipeline.storage.base import ObjectInfo
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
@@ -37,6 +40,7 @@ class ReadOptions:
     keep: columns to return with each image; in a tar or zip, extensions of sidecar files such as json, cls or txt.
     image_column: the Parquet column of image bytes; None to find it.
     any_suffix: read members of any name if their first bytes are those of an image.
+    selection: the tiles to plan of a tile archive.
     with_credentials: the inputs with credentials, in full; the plan has them without.
     """
 
@@ -44,6 +48,16 @@ class ReadOptions:
     image_column: str | None = None
     with_credentials: tuple[str, ...] = ()
     any_suffix: bool = False
+    selection: Selection = ALL_TILES
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A further row with the same bytes as a record. The fields are those of `Record`."""
+
+    image_id: str
+    member: str | None
+    kept: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,8 @@ class Record:
     data: the encoded image, or pixels [height, width, bands] from a source that decodes; None if there is an `error`.
     kept: values of the `--keep` columns and of `Source.columns` by name. A missing name means null.
     read_seconds: wall time of reading the bytes.
+    repeats: the rows `row + 1`, `row + 2` …, if their bytes are the same ones, such as an ocean tile of a map. They are
+        in `todo` too, and get results of their own, but the bytes are read, decoded and computed once.
     """
 
     row: int
@@ -66,6 +82,7 @@ class Record:
     error: ImageError | None = None
     kept: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     read_seconds: float = 0.0
+    repeats: tuple[Place, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -118,12 +135,13 @@ class Contents:
     """A shard's contents as far as planning knows them.
 
     rows: None if only reading can count them. keep_types: Arrow types of the `--keep` columns. payload: for
-    `Shard.payload`.
+    `Shard.payload`. size_bytes: the shard's share of its object; None if the shard is the whole object.
     """
 
     rows: int | None
     keep_types: Mapping[str, pa.DataType]
     payload: Payload | None = None
+    size_bytes: int | None = None
 
 
 def sidecar_contents(uri: str, options: ReadOptions) -> Contents:
@@ -139,19 +157,37 @@ class Source:
     read: the function described at the top of this module.
     inspect: (uri, options) → Contents, without reading the images. Raises ReadError if the header is broken (the shard
         becomes an error row), NoImages if it holds none, and InputRefused if the settings do not fit the shard.
+    shards: (info, options) → Contents of one shard after the other, for objects that are cut into several shards. Used
+        instead of `inspect`; raises the same errors, but only before the first shard. A later fault is a shard whose
+        read gives the error. Planning reads on as it writes the plan. The payload of a shard says which part of the
+        object it is; a shard without a payload is an object that could not be inspected.
     is_loose: each file is one image, and runs of them are virtual shards, which are not inspected.
-    reads_header: `inspect` reads from the store, so planning inspects many shards at once.
+    reads_header: `inspect` or `shards` reads from the store, so planning inspects many shards at once.
     estimate_rows: (shard, options) → approximate number of rows of a shard with `rows` None; None if unknown.
     payload: class of `Shard.payload`; None if this kind has no payload.
+    own_title: the format's name in messages, if it is not the kind with a capital letter.
     columns: result columns that every row of this kind has, beside those of `--keep`.
+    selects: the flags of `ReadOptions.selection` that planning honours, of zoom and bbox. With another kind they are
+        refused.
+    content_column: the one of `columns` that is a 64-bit hash of an image's bytes. After an object was replaced, an
+        update then compares its images one by one; the payload is a `KeyedPayload`.
     """
 
     kind: str
     suffixes: tuple[str, ...]
     read: Callable[[Shard, Ranges, ReadOptions], Iterator[Record | ShardEnd]]
     inspect: Callable[[str, ReadOptions], Contents] = sidecar_contents
+    shards: Callable[[ObjectInfo, ReadOptions], Iterator[Contents]] | None = None
     is_loose: bool = False
     reads_header: bool = False
     estimate_rows: Callable[[Shard, ReadOptions], float | None] | None = None
     payload: type[Payload] | None = None
     columns: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    own_title: str = ""
+    selects: tuple[str, ...] = ()
+    content_column: str = ""
+
+    @property
+    def title(self) -> str:
+        """The format's name in messages."""
+        return self.own_title or self.kind.capitalize()

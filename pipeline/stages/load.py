@@ -159,9 +159,20 @@ class Loader:
             columns[name] = [row[name] for row in rows]
         for name, (alias, type_) in self.keep.items():
             columns[alias] = pa.array([_kept(row.item, name) for row in batch], type_)
+        columns[schema.REPEATS] = [self._repeats(row.item) for row in batch]
         columns["core_seconds"] = np.full(len(batch), usage.take_core_seconds() / len(batch), np.float32)
         types = schema.loaded(dict(self.keep.values()))
         return pa.table({name: columns[name] for name in types.names}, schema=types)
+
+    def _repeats(self, item: Record | ShardEnd) -> list[dict[str, Any]] | None:
+        """The further rows of a record, with their kept columns."""
+        if isinstance(item, ShardEnd) or not item.repeats:
+            return None
+        kept = [(name, alias) for name, (alias, _) in self.keep.items()]
+        return [
+            {"image_id": each.image_id, "member": each.member, **{alias: each.kept.get(name) for name, alias in kept}}
+            for each in item.repeats
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""rows → one part, its errors, then the commit that makes them count."""
+"""rows → a part, its errors, then the commit that makes them count."""
 
 import json
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from pipeline.output.ledger import commit_uri
 from pipeline.output.parts import column_options, count_errors, count_nulls, encode, encode_errors, write_part
 from pipeline.stages import usage
 from pipeline.storage import access, uris
+
+MAX_EXPANDED_BYTES = 256 << 20
+"""In memory. Rows with repeats are expanded in pieces of this size, each of which is a part of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,16 @@ class Sink:
     footer: str
 
     def __call__(self, table: pa.Table) -> str | None:
-        """Write the rows, commit them, and return the commit as JSON; None if there are no rows."""
+        """Write the rows, commit them, and return the commits as lines of JSON; None if there are no rows.
+
+        There is one commit, unless the repeats of the rows fill several parts.
+        """
+        commits = []
         started = time.perf_counter()
-        return self._write(_sorted_once(table), started).to_json() if len(table) else None
+        for rows in _expanded(_sorted_once(table)) if len(table) else ():
+            commits.append(self._write(rows, started).to_json())
+            started = time.perf_counter()
+        return "\n".join(commits) or None
 
     def _write(self, table: pa.Table, started: float) -> Commit:
         name = f"part-{self.attempt:04d}-{table['shard'][0].as_py():06d}-{table['row'][0].as_py():08d}"
@@ -98,6 +109,39 @@ def _sorted_once(table: pa.Table) -> pa.Table:
     is_new = np.ones(len(table), bool)
     is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
     return table if is_new.all() else table.filter(pa.array(is_new))
+
+
+def _expanded(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield the rows with their repeats as rows of their own, in pieces of about MAX_EXPANDED_BYTES."""
+    repeats = table[schema.REPEATS].combine_chunks()
+    counts = 1 + np.asarray(pc.fill_null(pc.list_value_length(repeats), 0).to_numpy(zero_copy_only=False), np.int64)
+    table = table.drop_columns([schema.REPEATS])
+    if counts.max() == 1:
+        yield table
+        return
+    origins = np.repeat(np.arange(len(table)), counts)
+    numbers = np.arange(len(origins)) - np.repeat(np.cumsum(counts) - counts, counts)  # 0 for the row itself
+    places = np.cumsum(numbers > 0) - 1  # in the flat list of all repeats
+    flat = repeats.flatten()
+    size = max(1, MAX_EXPANDED_BYTES * len(table) // table.nbytes)
+    for start in range(0, len(origins), size):
+        piece = slice(start, start + size)
+        yield _with_repeats(table.take(origins[piece]), numbers[piece], flat.take(places[piece].clip(0)))
+
+
+def _with_repeats(rows: pa.Table, numbers: "np.ndarray[Any, np.dtype[np.int64]]", repeats: pa.StructArray) -> pa.Table:
+    """Rows that are copies of an original become its repeats. numbers: 0 for an original, then 1, 2 …
+
+    The original has the time and the bytes of all of them.
+    """
+    is_repeat = pa.array(numbers > 0)
+    columns = {name: rows[name] for name in rows.column_names}
+    for field in repeats.type:
+        columns[field.name] = pc.if_else(is_repeat, repeats.field(field.name), columns[field.name])
+    for name in (*schema.SECONDS.names, *schema.USAGE.names, "size_bytes"):
+        columns[name] = pc.if_else(is_repeat, pa.scalar(0, columns[name].type), columns[name])
+    columns["row"] = pc.add(columns["row"], pa.array(numbers))
+    return pa.table(columns, schema=rows.schema)
 
 
 def _int64(column: pa.ChunkedArray) -> "np.ndarray[Any, np.dtype[np.int64]]":

@@ -338,7 +338,7 @@ def test_limit_cuts_shards_of_unknown_length(folder: Path) -> None:
     [
         (["none"], {}, "none does not exist"),
         (["loose/notes.md"], {}, "notes.md cannot be read: no file name ends in one of .*jpg"),
-        (["tiles.mbtiles"], {}, "tiles.mbtiles cannot be read: MBTiles are not read; export the tiles"),
+        (["scan.dcm"], {}, "scan.dcm cannot be read: DICOM files are not read; export them as PNG"),
         (
             ["other"],
             {},
@@ -361,7 +361,7 @@ def test_limit_cuts_shards_of_unknown_length(folder: Path) -> None:
 def test_invalid_inputs_are_refused_by_name(folder: Path, names: list[str], settings: dict, message: str) -> None:
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
-    for name in ("tiles.mbtiles", "other/1.npy", "other/2.npy", "other/x.tar.xz"):
+    for name in ("scan.dcm", "other/1.npy", "other/2.npy", "other/x.tar.xz"):
         (folder / name).write_bytes(b"1")
     (folder / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
     (folder / "numbers.csv").write_text("n\n1\n2\n")
@@ -409,13 +409,13 @@ def test_a_folder_named_like_a_file_is_a_folder(folder: Path, s3: S3Server) -> N
 
 
 def test_an_object_of_another_kind_is_refused_by_its_kind(s3: S3Server) -> None:
-    access.write(s3.uri("other/tiles.mbtiles"), IMAGE)
-    with pytest.raises(InputRefused, match=r"tiles\.mbtiles cannot be read: MBTiles are not read"):
-        shards(s3.uri("other/tiles.mbtiles"))
-    with pytest.raises(InputRefused, match=r"other has only 1 \.mbtiles \(not read\): MBTiles are not read"):
+    access.write(s3.uri("other/scan.dcm"), IMAGE)
+    with pytest.raises(InputRefused, match=r"scan\.dcm cannot be read: DICOM files are not read"):
+        shards(s3.uri("other/scan.dcm"))
+    with pytest.raises(InputRefused, match=r"other has only 1 \.dcm \(not read\): DICOM files are not read"):
         shards(s3.uri("other"))
-    with pytest.raises(InputRefused, match=r"none\.mbtiles matches no images"):
-        shards(s3.uri("other/none.mbtiles"))
+    with pytest.raises(InputRefused, match=r"none\.dcm matches no images"):
+        shards(s3.uri("other/none.dcm"))
 
 
 def test_an_unreadable_folder_is_refused(s3: S3Server) -> None:

@@ -23,9 +23,9 @@ from pipeline.report.report import Report
 from pipeline.sources.objects import LooseImages
 from pipeline.sources.suffixes import MAX_SUFFIXES, LeftOut
 
-COUNTS = {".npy": 12, ".mbtiles": 3}
+COUNTS = {".npy": 12, ".dcm": 3}
 EMPTY = "no member whose name is that of an image; --any-suffix looks at the first bytes"
-TEXT = "12 .npy, 3 .mbtiles (not read)"
+TEXT = "12 .npy, 3 .dcm (not read)"
 
 
 class Prepared:
@@ -38,7 +38,7 @@ class Prepared:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ["a/1.jpg", "a/1.NPY", "a/x.tar.xz", "a/2.npy", "README", "z.mbtiles", ".hidden.npy", "notes.v2 final"]:
+    for name in ["a/1.jpg", "a/1.NPY", "a/x.tar.xz", "a/2.npy", "README", "z.dcm", ".hidden.npy", "notes.v2 final"]:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"1")
     return tmp_path / "in"
@@ -49,7 +49,7 @@ def archive(folder: Path, *names: str, **settings: object) -> Archive:
     return Archive(RunConfig(input=inputs, output=str(folder.parent / "out"), **settings))  # type: ignore[arg-type]
 
 
-EXPECTED = {".npy": 2, ".mbtiles": 1, ".tar.xz": 1, "without a suffix": 2}
+EXPECTED = {".npy": 2, ".dcm": 1, ".tar.xz": 1, "without a suffix": 2}
 
 
 def test_other_files_are_counted_once(folder: Path) -> None:

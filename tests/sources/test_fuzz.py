@@ -198,7 +198,8 @@ def check_archive(kind: str, suffix: str) -> Callable[[bytes, Path], str]:
             f"{row.image_id} {row.member} {row.error}".encode()
         if len(items) == MAX_ROWS:
             return "many rows"
-        assert items[-1] == sources.ShardEnd(len(rows))
+        assert isinstance(items[-1], sources.ShardEnd)
+        assert items[-1].rows == len(rows)
         *again, end = sources.read(shard, ((2, END),), options)
         assert [(r.row, r.image_id, r.data) for r in again] == [(r.row, r.image_id, r.data) for r in rows[2:]] or len(
             rows

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from pipeline import sources
 from pipeline.config import RunConfig
 from pipeline.coverage import END, Coverage, Ranges, contains
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, ReadError
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
 from pipeline.planning.update import Change
@@ -18,6 +18,7 @@ from pipeline.sources import ReadOptions, Record, ShardEnd
 from pipeline.sources.base import Contents, Source
 from pipeline.sources.shard import Shard
 from pipeline.storage import access
+from pipeline.storage.base import ObjectInfo
 
 # The module of the new source: a film is a file of frames, and its payload is the index of the frames.
 
@@ -138,3 +139,76 @@ def test_a_source_needs_no_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.film").write_bytes(b"[]\n")
     (shard,) = Archive(RunConfig(input=str(tmp_path), output="out")).shards()
     assert (shard.kind, shard.rows, shard.payload) == ("film", None, None)
+
+
+# A film that is cut into several shards
+
+FRAMES_PER_SHARD = 3
+
+
+def cut(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
+    whole = inspect(info.uri, options)
+    assert isinstance(whole.payload, FrameIndex)
+    frames = whole.payload.frames
+    for first in range(0, len(frames), FRAMES_PER_SHARD):
+        some = frames[first : first + FRAMES_PER_SHARD]
+        yield Contents(len(some), {}, FrameIndex(some), sum(size for _, size in some))
+
+
+@pytest.fixture
+def long_film(archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One film of ten frames instead of the two short ones, and the loose image."""
+    monkeypatch.setitem(sources.SOURCES, "film", replace(SOURCE, shards=cut))
+    (archive / "b.film").unlink()
+    write_film(archive / "a.film", [f"a{number}".encode() for number in range(10)])
+    return archive
+
+
+def test_an_object_is_cut_into_several_shards(long_film: Path, tmp_path: Path) -> None:
+    planning = Archive(RunConfig(input=str(long_film), output=str(tmp_path / "out")))
+    plan = plans.make(str(tmp_path / "out"), planning.shards(), {})
+    shards = list(plans.read_shards(plan))
+    assert [(shard.kind, shard.rows, shard.size_bytes) for shard in shards[1:]] == [
+        ("film", 3, 6),
+        ("film", 3, 6),
+        ("film", 3, 6),
+        ("film", 1, 2),
+    ]
+    assert len({(shard.uri, shard.etag) for shard in shards[1:]}) == 1
+    records = [next(sources.read(shard, ((0, END),), ReadOptions())) for shard in shards[1:]]
+    assert [item.data for item in records if isinstance(item, Record)] == [b"a0", b"a3", b"a6", b"a9"]
+
+
+def test_limit_cuts_through_an_object_of_several_shards(long_film: Path, tmp_path: Path) -> None:
+    config = RunConfig(input=str(long_film), output=str(tmp_path / "out"), limit=6)
+    assert [shard.rows for shard in Archive(config).shards()] == [1, 3, 2]
+
+
+def test_an_update_replaces_all_shards_of_an_object(long_film: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    planning = Archive(RunConfig(input=str(long_film), output=str(output)))
+    plan = plans.make(str(output), planning.shards(), {})
+    unchanged = Change(plan)
+    assert list(planning.new_shards(unchanged)) == []
+    assert unchanged.unchanged == 2
+    write_film(long_film / "a.film", [b"b0", b"b1", b"b2", b"b3"])
+    change = Change(plan)
+    extended = plans.extend(plan, planning.new_shards(change), {}, change.dropped)
+    assert change.dropped == dict.fromkeys((1, 2, 3, 4), ((0, END),))
+    assert extended.rows - sum(map(plan.shard_rows.__getitem__, change.dropped)) == 5
+    again = Change(extended)
+    assert list(planning.new_shards(again)) == []
+    assert (again.unchanged, again.removed) == (2, 0)
+
+
+def test_an_object_whose_header_is_broken_is_one_shard(long_film: Path) -> None:
+    (long_film / "b.film").write_bytes(b"")
+
+    def refuse(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
+        if not info.size_bytes:
+            raise ReadError("empty", f"{info.uri} has no bytes")
+        yield from cut(info, options)
+
+    sources.SOURCES["film"] = replace(SOURCE, shards=refuse)
+    planned = list(Archive(RunConfig(input=str(long_film), output="/none")).shards())
+    assert [(shard.rows, shard.payload is None) for shard in planned[-2:]] == [(1, False), (None, True)]

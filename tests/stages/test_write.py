@@ -9,7 +9,7 @@ import pytest
 from small_run import run_python
 
 from pipeline import schema
-from pipeline.coverage import END
+from pipeline.coverage import END, normalize
 from pipeline.errors import OutputRefused
 from pipeline.output.commit import Commit, Tally
 from pipeline.output.ledger import Ledger
@@ -188,3 +188,55 @@ def test_no_row_is_copied_from_a_damaged_part(sink: Sink, tmp_path: Path) -> Non
     part.write_bytes(part.read_bytes()[:-20])
     with pytest.raises(OutputRefused, match=rf"{commit.part} cannot be read: .*--repair, which removes it"):
         drop_rows(sink.output, {0: ((1, 2),)}, commit, 2)
+
+
+# Rows that stand for several rows with the same bytes
+
+KEEP = {"tile_x": pa.int32()}
+
+
+def repeated(row: int, count: int, *, error: bool = False) -> dict[str, object]:
+    """A row that stands for `count` rows from `row`."""
+    places = [{"image_id": f"0/{row + i}", "member": f"m{row + i}", "tile_x": row + i} for i in range(count)]
+    return {
+        **places[0], "source": "s", "shard": 0, "row": row, "embedding": None if error else [float(row), 1.0],
+        "error_type": "empty" if error else None, "stage": "decode" if error else None,
+        schema.REPEATS: places[1:] or None, "read_seconds": 0.5, "size_bytes": 10,
+    }  # fmt: skip
+
+
+def table_of(*rows: dict[str, object]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=schema.predicted(COLUMNS, KEEP))
+
+
+@pytest.fixture
+def tile_sink(tmp_path: Path) -> Sink:
+    return Sink(str(tmp_path), 1, schema.result(COLUMNS, KEEP), "{}")
+
+
+def test_a_row_with_repeats_is_written_once_per_place(tile_sink: Sink, tmp_path: Path) -> None:
+    end = {"shard": 0, "row": 9, schema.SHARD_ROWS: 9}
+    table = table_of(repeated(6, 1), repeated(1, 3), repeated(0, 1), repeated(4, 2, error=True), end)
+    commit = written(tile_sink, pa.concat_tables([table, table]))
+    assert (commit.ranges, commit.totals, commit.rows, commit.errors) == ({0: ((0, 7),)}, {0: 9}, 5, 2)
+    assert (commit.bytes_read, commit.seconds["read"]) == (40, 2.0)
+    part = pq.read_table(tmp_path / str(commit.part))
+    rows = part.select(["row", "image_id", "member", "tile_x"]).to_pylist()
+    assert rows == [{"row": row, "image_id": f"0/{row}", "member": f"m{row}", "tile_x": row} for row in (0, 1, 2, 3, 6)]
+    assert part["embedding"].to_pylist() == [[0.0, 1.0], *[[1.0, 1.0]] * 3, [6.0, 1.0]]
+    errors = pq.read_table(tmp_path / str(commit.errors_part))
+    assert errors.select(["row", "image_id", "member"]).to_pylist() == [
+        {"row": row, "image_id": f"0/{row}", "member": f"m{row}"} for row in (4, 5)
+    ]
+
+
+def test_many_repeats_fill_several_parts(tile_sink: Sink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_of(repeated(0, 1), repeated(1, 25), repeated(26, 1))
+    monkeypatch.setattr("pipeline.stages.write.MAX_EXPANDED_BYTES", table.drop_columns([schema.REPEATS]).nbytes * 3)
+    commits = [Commit.from_json(line) for line in str(tile_sink(table)).splitlines()]
+    assert len(commits) > 2
+    assert normalize(piece for commit in commits for piece in commit.ranges[0]) == ((0, 27),)
+    assert sum(commit.rows for commit in commits) == 27
+    assert sum(commit.bytes_read for commit in commits) == 30
+    parts = [pq.read_table(tmp_path / str(commit.part)) for commit in commits]
+    assert pa.concat_tables(parts)["row"].to_pylist() == list(range(27))

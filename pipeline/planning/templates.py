@@ -1,0 +1,79 @@
+"""Folders of tiles, given as a template: `…/{z}/{x}/{y}.png`. `{-y}` counts from the south, as TMS does."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.errors import InputRefused
+from pipeline.geo.tiles import Selection, flip, is_tile
+from pipeline.sources import is_image
+from pipeline.storage import access, uris
+from pipeline.storage.base import ObjectInfo
+
+WEB = ("http://", "https://")
+_FIELD = re.compile(r"(\{-?[zxy]\})")
+_GROUPS = {"{z}": r"(?P<z>\d{1,2})", "{x}": r"(?P<x>\d{1,9})", "{y}": r"(?P<y>\d{1,9})", "{-y}": r"(?P<tms>\d{1,9})"}
+
+
+@dataclass(frozen=True, slots=True)
+class TileImage(ObjectInfo):
+    """A loose image that is a tile. tile: z, x and y in the XYZ scheme."""
+
+    tile: tuple[int, int, int]
+
+
+def is_template(name: str) -> bool:
+    """True for an input with the fields of a template, unless a local file has this name.
+
+    Raises InputRefused if a field is missing or repeated, or if the tiles cannot be listed.
+    """
+    fields = _FIELD.findall(name)
+    if not fields or (uris.is_local(name) and os.path.exists(name)):
+        return False
+    if sorted(fields) not in (["{x}", "{y}", "{z}"], ["{-y}", "{x}", "{z}"]):
+        raise InputRefused(f"--input {name}: a template of tiles has {{z}}, {{x}} and {{y}} (or {{-y}}) once each")
+    if not is_image(name):
+        raise InputRefused(f"--input {name}: a template of tiles ends as an image does, as in {{z}}/{{x}}/{{y}}.png")
+    if uris.is_glob(name):
+        raise InputRefused(f"--input {name}: a template of tiles has no * ? [: write {{a,b}} for several names")
+    if name.startswith(WEB):
+        raise InputRefused(
+            f"--input {name}: a web server does not list its tiles; give a bucket, a folder or a .pmtiles file"
+        )
+    return True
+
+
+def list_tiles(template: str, selection: Selection) -> Iterator[TileImage]:
+    """The selected tiles of a template, sorted by URI. Raises FileNotFoundError, and InputRefused for no valid tile."""
+    parts = _FIELD.split(template)
+    pattern = re.compile("".join(_GROUPS.get(part) or re.escape(part) for part in parts))
+    for folder in _folders(parts, selection):
+        for info in access.list_objects(folder):
+            if match := pattern.fullmatch(info.uri):
+                tile = _tile(match, template)
+                if selection.contains(*tile):
+                    yield TileImage(info.uri, info.size_bytes, info.etag, tile)
+
+
+def _folders(parts: list[str], selection: Selection) -> Iterator[str]:
+    """The folders to list, sorted: those of the selected zooms if the template begins with `{z}/`."""
+    folder, _, rest = parts[0].rpartition("/")
+    if rest or parts[1] != "{z}" or not parts[2].startswith("/") or selection.selects_all_zooms:
+        yield folder
+        return
+    for z in sorted((str(z) for z in range(selection.min_zoom, selection.max_zoom + 1)), key=lambda z: f"{z}/"):
+        if not uris.is_local(folder) or os.path.isdir(f"{folder}/{z}"):
+            yield f"{folder}/{z}"
+
+
+def _tile(match: re.Match[str], template: str) -> tuple[int, int, int]:
+    fields = {name: int(text) for name, text in match.groupdict().items()}
+    z, x = fields["z"], fields["x"]
+    y = fields["y"] if "y" in fields else flip(z, fields["tms"])
+    if not is_tile(z, x, y):
+        raise InputRefused(
+            f"--input {template}: {match.string} is no tile, at zoom {z} x and y end at {(1 << z) - 1}; is the order "
+            "of the fields right?"
+        )
+    return z, x, y
