@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.errors import SettingRefused
 from pipeline.geo.tiles import MAX_ZOOM, Bounds, Selection
 from pipeline.storage import uris
+
+PERCENTILE = "percentile:"
+"""Starts a --scale that is measured. The range is appended when it is known: `percentile:2:98=0.0:3000.0`."""
 
 
 def flag(help: str, default: Any, **more: Any) -> Any:
@@ -66,11 +69,19 @@ class RunConfig:
         metavar="1,2,3",
     )
     scale: str | None = flag(
-        "range of values that becomes black to white, for all pixels of more than 8 bits", None, metavar="MIN:MAX"
+        "range of values that becomes black to white, for all pixels of more than 8 bits",
+        None,
+        metavar="MIN:MAX|percentile:2:98",
     )
     nodata_fill: float | None = flag(
         "value of pixels without data (default: the middle of the scale)", None, metavar="VALUE"
     )
+    harmonize: str = flag(
+        "Sentinel-2: subtract the offset of products since baseline 04.00: auto by their metadata, on from all, off",
+        "auto",
+        choices=("auto", "on", "off"),
+    )
+    any_values: bool = flag("run although sampled values are far from those of the input specification", False)
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
         "rows per Parquet part, of 512 MiB at most (default: depends on the archive's size)", None, metavar="N"
@@ -156,22 +167,48 @@ class RunConfig:
         return names
 
     def scale_range(self) -> tuple[float, float] | None:
-        """The values that become black and white, None if they are not set."""
+        """The values that become black and white, None if they are not set, or not measured yet."""
         if self.scale is None:
             return None
-        first, _, second = self.scale.partition(":")
-        try:
-            low, high = float(first), float(second)
-        except ValueError:
-            low = high = 0.0
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise SettingRefused(f"--scale is {self.scale!r}: it must be MIN:MAX, two numbers, as in 0:3000")
-        return low, high
+        text = self.scale
+        if self.scale_percentiles():
+            _, is_measured, text = self.scale.partition("=")
+            if not is_measured:
+                return None
+        pair = _pair(text)
+        if pair is None:
+            raise SettingRefused(
+                f"--scale is {self.scale!r}: it must be MIN:MAX, two numbers, as in 0:3000, or percentile:LOW:HIGH, as "
+                "in percentile:2:98"
+            )
+        return pair
+
+    def scale_percentiles(self) -> tuple[float, float] | None:
+        """The percentiles of a sample that the range of values is measured from, None if they are not set."""
+        if self.scale is None or not self.scale.startswith(PERCENTILE):
+            return None
+        pair = _pair(self.scale.removeprefix(PERCENTILE).partition("=")[0])
+        if pair is None or not 0 <= pair[0] < pair[1] <= 100:
+            raise SettingRefused(
+                f"--scale is {self.scale!r}: it must be two percentiles from 0 to 100, as in percentile:2:98"
+            )
+        return pair
+
+    def with_measured_scale(self, low: float, high: float) -> "RunConfig":
+        """These settings with the range that the percentiles of --scale stand for."""
+        percentiles = (self.scale or "").partition("=")[0]
+        return replace(self, scale=f"{percentiles}={low!r}:{high!r}")
 
     def value_settings(self) -> dict[str, Any]:
         """The settings of bands and values that are set, as JSON."""
-        bands, scale = self.band_names(), self.scale_range()
-        given = {"bands": list(bands) or None, "scale": scale and list(scale), "nodata_fill": self.nodata_fill}
+        bands, scale, percentiles = self.band_names(), self.scale_range(), self.scale_percentiles()
+        given = {
+            "bands": list(bands) or None,
+            "scale": scale and list(scale),
+            "scale_percentiles": percentiles and list(percentiles),
+            "nodata_fill": self.nodata_fill,
+            "harmonize": None if self.harmonize == "auto" else self.harmonize,
+        }
         return {name: value for name, value in given.items() if value is not None}
 
     def tile_selection(self) -> Selection:
@@ -233,6 +270,16 @@ class RunConfig:
             **self.tile_settings(),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
+
+
+def _pair(text: str) -> tuple[float, float] | None:
+    """Two finite numbers LOW:HIGH, None for any other text."""
+    first, _, second = text.partition(":")
+    try:
+        low, high = float(first), float(second)
+    except ValueError:
+        return None
+    return (low, high) if math.isfinite(low) and math.isfinite(high) and low < high else None
 
 
 def parse_keep(keep: Iterable[str]) -> dict[str, str]:

@@ -1,21 +1,25 @@
 """A whole run on one screen: settings → plan → work → report."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from pipeline.config import RunConfig
+from pipeline.errors import printable
 from pipeline.estimates.machines import Cluster, Prices
 from pipeline.output import directory, parts
 from pipeline.output import ledger as ledgers
 from pipeline.output.lock import Lock, refuse_if_held
 from pipeline.output.run_record import RunRecord
 from pipeline.planning.archive import Archive
+from pipeline.planning.plan import Plan
 from pipeline.predictors.base import Predictor
 from pipeline.report import messages
 from pipeline.report.failures import show_first_failure
 from pipeline.report.progress import meter
 from pipeline.report.report import Report, reported
+from pipeline.stages import value_sample
 from pipeline.stages.load import check_settings
 from pipeline.threads import in_background
 
@@ -32,6 +36,7 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     directory.check(config, archive)
     refuse_if_held(config.output)
     directory.check_writable(config.output)
+    config = directory.with_recorded_scale(config)
     predictor.prepare()
     check_settings(config, predictor)
     record = RunRecord.of(config, predictor)
@@ -41,7 +46,29 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
 
         cluster.connect()
         cluster.allocate(config)
-    return directory.preview(archive, record, predictor.columns.names)
+    return directory.preview(archive, record, predictor.columns.names, _Settled.of(config, predictor, archive))
+
+
+@dataclass
+class _Settled:
+    """Settles the settings that depend on the images, once there is a plan. config, record: the settled ones."""
+
+    config: RunConfig
+    predictor: Predictor
+    archive: Archive
+    record: RunRecord | None = None
+
+    @staticmethod
+    def of(config: RunConfig, predictor: Predictor, archive: Archive) -> "_Settled | None":
+        """None if no setting depends on the images."""
+        return _Settled(config, predictor, archive) if value_sample.is_needed(config, predictor) else None
+
+    def __call__(self, plan: Plan) -> RunRecord:
+        self.config, notes = value_sample.settle(self.config, self.predictor, self.archive.options(), plan)
+        for note in notes:
+            messages.say(printable(note))
+        self.record = RunRecord.of(self.config, self.predictor)
+        return self.record
 
 
 def _machines(config: RunConfig) -> Cluster | None:
@@ -72,9 +99,13 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
         wait_until_prepared()
         check_settings(config, predictor)
         messages.detail(f"settings {json.dumps(predictor.settings())}")
+        config = directory.with_recorded_scale(config)
         record = RunRecord.of(config, predictor)
+        settled = _Settled.of(config, predictor, archive)
         lock.check()  # this driver may have been paused and replaced
-        plan, change = directory.prepare(config, record, archive, lock.check)
+        plan, change = directory.prepare(config, record, archive, lock.check, settled)
+        if settled and settled.record:
+            config, record = settled.config, settled.record
         if directory.is_finished(config.output):
             messages.say("already done, nothing new" + ("" if config.update else "; --update looks for new images"))
             return Report.load(config.output).already_done(change)

@@ -23,7 +23,7 @@ WINGS = {
     "models": "storage config images",
     "inference": "images models",
     "predictors": "storage config images models inference",
-    "stages": "storage config sources planning output images predictors",
+    "stages": "storage geo config sources planning output images models predictors",
     "engine": "storage config sources planning output images predictors stages",
     "estimates": "storage config sources planning output images models inference predictors stages engine",
     "report": "storage config planning output estimates",

@@ -27,11 +27,11 @@ FLAGS = {
     "--max-pixels", "--exif-rotate",
     "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
     "--update", "--cluster", "--prices", "--dry-run", "--bands", "--scale", "--nodata-fill", "--quiet", "--verbose",
-    "--log-file",
+    "--log-file", "--harmonize", "--any-values",
 }  # fmt: skip
 NETWORK_FLAGS = {
     "--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype", "--resize", "--crop",
-    "--interpolation", "--mean", "--std",
+    "--interpolation", "--mean", "--std", "--input-spec",
 }  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def test_a_value_may_start_with_a_minus() -> None:
         ({"bbox": "nan,2,3,4"}, "--bbox is 'nan,2,3,4'"),
         ({"bbox": "500000,5000000,510000,5010000"}, "longitudes from -180 to 180"),
         ({"scale": "1:0"}, "it must be MIN:MAX, two numbers"),
+        ({"harmonize": "yes"}, "--harmonize is 'yes': it must be one of auto, on, off"),
         ({"scale": "0:inf"}, "it must be MIN:MAX"),
         ({"bands": "0,1,2"}, "--bands is '0,1,2': it must be numbers from 1 or names"),
         ({"bands": "1,,2"}, "it must be numbers from 1 or names"),

@@ -23,6 +23,7 @@ from pipeline.planning import left_out
 from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
 from pipeline.predictors.network import NetworkPredictor
+from pipeline.stages import value_sample
 from pipeline.stages.load import Loader, check_settings
 
 WIDTH = 100
@@ -131,9 +132,14 @@ def estimate(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
     archive = Archive(config)
     predictor.prepare()
     check_settings(config, predictor)
-    sampled_config = replace(config, decoder=_sampled_decoder(config, cluster, this_machine))
+    decoder = _sampled_decoder(config, cluster, this_machine)
     machine = this_machine if cluster.gpus else replace(this_machine, gpus=0, gpu="")  # for the network's measurement
     with directory.draft(archive) as plan:
+        if value_sample.is_needed(config, predictor):
+            config, notes = value_sample.settle(config, predictor, archive.options(), plan)
+            for note in notes:
+                say(note)
+        sampled_config = replace(config, decoder=decoder)
         measured = _sample(sampled_config, predictor, archive, plan, machine, say)
     if sampled_config.decoder == "gpu":  # the rates of the price file do not include decoding
         prices = replace(prices, gpus={})

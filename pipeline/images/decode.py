@@ -6,7 +6,8 @@ inside the crop is resized, in SIMD code, and large images are reduced first: a 
 by averaging blocks of pixels. Imports neither Ray nor torch, so that decode workers start fast.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from pipeline.images.resize import (
     MAX_WHOLE_RESIZE_PIXELS,
     Box,
     as_image,
+    check_crop,
     resize_bands,
     resize_exact,
     resize_fast,
@@ -30,7 +32,20 @@ from pipeline.images.resize import (
     turned,
 )
 from pipeline.images.transform import Transform
-from pipeline.images.values import DEFAULT, STRIP_VALUES, Values, is_scaled, native, pick, rgb_strips, select
+from pipeline.images.values import (
+    DEFAULT,
+    FILLED,
+    STRIP_VALUES,
+    Values,
+    filled,
+    has_names,
+    is_scaled,
+    missing_values,
+    native,
+    pick,
+    rgb_strips,
+    select,
+)
 
 MIN_SCALED_RATIO = 2
 """A JPEG that is decoded at a smaller scale keeps at least this many times `Transform.resize` pixels on its short side.
@@ -76,6 +91,9 @@ LAST_BLOCK_TOP = {
 }
 """Transposes that move the last stored column or row to the left, or to the top."""
 
+OffsetOf = Callable[[Mapping[str, str]], float]
+"""The metadata of a picture → the constant that its numbers contain."""
+
 MAX_GPU_PIXELS = 1 << 26
 """A GPU does not decode larger JPEGs, because the resize takes twelve bytes of its memory per pixel. `decode` reduces
 them while it decodes them."""
@@ -91,6 +109,7 @@ def decode(
     keep_tiles: bool = False,
     reserve: Callable[[int], AbstractContextManager[object]] = nullcontext,
     values: Values = DEFAULT,
+    offset_of: OffsetOf | None = None,
 ) -> Decoded:
     """Decode the first frame or page of an image, rotate it upright, and resize and crop it.
 
@@ -101,6 +120,8 @@ def decode(
     reserve: called with the peak memory of this image in bytes, without its encoded bytes. The context manager that it
     returns is entered before the pixels are decoded.
     values: the bands that the network gets, and the range of values that becomes 0 to 255.
+    offset_of: the metadata of a picture → the constant in its numbers that is subtracted, or DecodeError. Pictures of 8
+    bits are then refused, because they hold no digital numbers of a sensor.
 
     Transparent pixels are composited over white; an alpha that is 0 everywhere is ignored. Of 16-bit colours the high
     byte is taken, as Pillow does. The ICC profile is not applied, as in torchvision.
@@ -116,7 +137,7 @@ def decode(
     """
     if not data:
         raise DecodeError("empty", "the image has no bytes")
-    settings = _Settings(transform, max_pixels, exif_rotate, exact, keep_tiles, reserve, values)
+    settings = _Settings(transform, max_pixels, exif_rotate, exact, keep_tiles, reserve, values, offset_of)
     try:
         return _decode(data, settings)
     except ValueError:  # of a PNG with more text than Pillow accepts; `_as_decode_errors` turns all others into ours
@@ -134,6 +155,7 @@ class _Settings:
     keep_tiles: bool
     reserve: Callable[[int], AbstractContextManager[object]]
     values: Values
+    offset_of: OffsetOf | None = None
 
     def resized_bytes(self, size: tuple[int, int]) -> int:
         """Memory of a resized image that is larger than most."""
@@ -181,7 +203,7 @@ def _open_tiff(data: bytes, max_pixels: int, values: Values) -> ImageFile.ImageF
     try:
         image = header.open_image(data)
         if isinstance(image, TiffImagePlugin.TiffImageFile) and not tiff.needs_tifffile(
-            image, as_rgb=values.pixel_format == RGB8 and not values.bands
+            image, as_rgb=values.pixel_format == RGB8 and not values.bands and not values.wanted
         ):
             return image
     except MemoryError:
@@ -199,11 +221,14 @@ def _open_tiff(data: bytes, max_pixels: int, values: Values) -> ImageFile.ImageF
 def _decode_image(image: ImageFile.ImageFile, data: bytes, settings: _Settings) -> Decoded:
     """Decode with Pillow or libjpeg-turbo."""
     transform, exact = settings.transform, settings.exact
+    if settings.offset_of:
+        raise _not_digital_numbers(f"a {image.format} image of 8 bits")
     with _as_decode_errors(data):
         tiff_orientation = header.tiff_orientation(image)
         width, height = image.size[::-1] if tiff_orientation in (5, 6, 7, 8) else image.size
         header.check_size(width, height, settings.max_pixels)
         header.check_work(image, data, settings.max_pixels)
+        check_crop(width, height, transform)
         full_size = image.size
         min_side = 0 if exact else MIN_SCALED_RATIO * transform.resize
         peak_bytes = header.peak_bytes(image, min_side, settings.reduction(full_size)) + settings.resized_bytes(
@@ -251,8 +276,13 @@ def _decode_raster(raster: Raster, data: bytes, settings: _Settings) -> Decoded:
     is_colour = raster.colour in ("palette", "CMYK", "YCbCr")
     with _as_decode_errors(data):
         tiff.check_bytes(raster, settings.max_pixels)
+        check_crop(*size, settings.transform)
         samples = select(raster, values)
         bands = pick(3, values, raster.description) if is_colour else None
+        if settings.offset_of:
+            if 0 < raster.bits <= 8:
+                raise _not_digital_numbers(raster.description)
+            values = replace(values, subtract=settings.offset_of(raster.metadata))
         as_rgb = values.pixel_format == RGB8 or is_colour
         with_alpha = as_rgb and raster.alpha is not None and not values.bands
         factor = settings.reduction(size) if as_rgb else 1
@@ -261,10 +291,11 @@ def _decode_raster(raster: Raster, data: bytes, settings: _Settings) -> Decoded:
         peak_bytes = raster.read_bytes(len(samples)) + 2 * converted + 3 * 8 * STRIP_VALUES
     transpose = TO_UPRIGHT.get(raster.orientation) if settings.exif_rotate else None
     with settings.reserve(peak_bytes), _as_decode_errors(data):
-        array = raster.read(samples)
         if not as_rgb:
-            upright = turned(native(raster, array, values), transpose)
+            stored = raster.read([sample for sample in samples if sample != FILLED])
+            upright = turned(filled(native(raster, stored, values), samples, values.wanted), transpose)
             return Decoded(resize_bands(upright, settings.transform), *size)
+        array = raster.read(samples)
         alpha = array[..., -1:] if with_alpha else None
         rgb = _raster_rgb(raster, array[..., : len(samples) - with_alpha], alpha, values, factor)
         del array, alpha
@@ -272,6 +303,77 @@ def _decode_raster(raster: Raster, data: bytes, settings: _Settings) -> Decoded:
         turned_rgb = rgb if transpose is None else rgb.transpose(transpose)
         del rgb
         return _finished(turned_rgb, extent, size, size, transpose, bands, settings)
+
+
+def _not_digital_numbers(description: str) -> DecodeError:
+    return DecodeError(
+        "unsupported",
+        f"{description} is a picture for a screen, and the input specification takes digital numbers of Sentinel-2; "
+        "use a network for RGB, or a copy of the specification with harmonize: false and your divisor",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Numbers of a picture as the file stores them.
+
+    array: float64 [pixels, bands], NaN where there is no data. is_8_bit: of a picture for a screen. description: of
+    the picture. has_names: the file names its bands, or its format does, as colours. offset: the constant that was
+    subtracted.
+    """
+
+    array: np.ndarray
+    is_8_bit: bool
+    description: str
+    has_names: bool
+    offset: float = 0.0
+
+
+def read_numbers(
+    data: bytes, values: Values, *, max_pixels: int, max_rows: int, offset_of: OffsetOf | None = None
+) -> Numbers:
+    """At most `max_rows` pixels of the bands that the network gets, evenly over the picture, before any scaling.
+
+    offset_of: as in `decode`; the constant is subtracted. Raises DecodeError.
+    """
+    all_bits = values if values.reads_all_bits else replace(values, scale=(0.0, 1.0))
+    settings = _Settings(Transform(), max_pixels, False, True, False, nullcontext, all_bits, offset_of)
+    with _as_decode_errors(data):
+        opened = _open(data, settings)
+        if isinstance(opened, Raster):
+            return _raster_numbers(opened, settings, max_rows)
+        header.check_size(*opened.size, max_pixels)
+        return _picture_numbers(opened, values, max_rows)
+
+
+def _raster_numbers(raster: Raster, settings: _Settings, max_rows: int) -> Numbers:
+    tiff.check_bytes(raster, settings.max_pixels)
+    samples, offset_of = select(raster, settings.values), settings.offset_of
+    offset = offset_of(raster.metadata) if offset_of else 0.0
+    stored = _spread(raster.read([sample for sample in samples if sample != FILLED]), max_rows)
+    numbers = stored.astype(np.float64)
+    missing = missing_values(stored, raster.nodata)
+    if missing is not None:
+        numbers[missing] = np.nan
+    if offset_of:
+        numbers[stored == 0] = np.nan  # Sentinel-2: no data
+        numbers = np.maximum(numbers - offset, 0.0)
+    array = np.full((len(numbers), len(samples)), np.nan)
+    array[:, [place for place, sample in enumerate(samples) if sample != FILLED]] = numbers
+    is_8_bit = 0 < raster.bits <= 8 or raster.colour in ("palette", "CMYK", "YCbCr")
+    return Numbers(array, is_8_bit, raster.description, has_names(raster), offset)
+
+
+def _picture_numbers(image: ImageFile.ImageFile, values: Values, max_rows: int) -> Numbers:
+    bands = _image_bands(image, values)
+    array = _spread(np.asarray(image.convert("RGB")), max_rows)[:, bands].astype(np.float64)
+    return Numbers(array, True, f"a {image.format} image of mode {image.mode}", True)
+
+
+def _spread(array: np.ndarray, max_rows: int) -> np.ndarray:
+    """[height, width, bands] → [pixels, bands], evenly over the picture."""
+    step = max(1, math.ceil(math.sqrt(array.shape[0] * array.shape[1] / max_rows)))
+    return array[::step, ::step].reshape(-1, array.shape[2])
 
 
 def _raster_rgb(
@@ -415,7 +517,9 @@ def _load(image: ImageFile.ImageFile, min_side: int) -> None:
 
 def _reduction(size: tuple[int, int], transform: Transform) -> int:
     """The number of pixels along each side that are averaged into one before the resize."""
-    return max(1, min(size) // (MIN_REDUCED_RATIO * transform.resize)) if transform.interpolation != "nearest" else 1
+    if transform.interpolation == "nearest" or not transform.resize:
+        return 1
+    return max(1, min(size) // (MIN_REDUCED_RATIO * transform.resize))
 
 
 def _to_rgb(image: Image.Image, factor: int) -> Image.Image:

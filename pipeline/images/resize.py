@@ -12,6 +12,7 @@ import math
 import numpy as np
 from PIL import Image
 
+from pipeline.errors import DecodeError
 from pipeline.images.strips import resize_part
 from pipeline.images.transform import Transform
 
@@ -48,7 +49,8 @@ def scaled_sizes(width: int, height: int, transform: Transform) -> tuple[tuple[i
     wide, high, short = width, height, min(width, height)
     if transform.squash:
         wide = high = short
-    scaled = int(transform.resize * wide / short), int(transform.resize * high / short)
+    side = transform.resize or short
+    scaled = int(side * wide / short), int(side * high / short)
     return scaled, (_offset(scaled[0], transform.crop), _offset(scaled[1], transform.crop))
 
 
@@ -133,9 +135,11 @@ def turned(pixels: np.ndarray, transpose: Image.Transpose | None) -> np.ndarray:
 def resize_bands(pixels: np.ndarray, transform: Transform) -> np.ndarray:
     """Resize and crop [height, width, bands] of uint8, uint16 or float32, each band with Pillow's filters.
 
-    Pillow rounds uint8 after each of its two passes; the other types are computed in float32 and rounded once.
+    Pillow rounds uint8 after each of its two passes; the other types are computed in float32 and rounded once. Raises
+    DecodeError (unsupported) for an image smaller than the crop if the transform keeps its size.
     """
     height, width, bands = pixels.shape
+    check_crop(width, height, transform)
     scaled, (left, top) = scaled_sizes(width, height, transform)
     part = _visible_part(scaled, (left, top), transform.crop)
     box = _source_box(part, (0.0, 0.0, float(width), float(height)), scaled)
@@ -149,6 +153,16 @@ def resize_bands(pixels: np.ndarray, transform: Transform) -> np.ndarray:
             resized = np.rint(resized).clip(0, 65535)
         target[..., band] = resized
     return result
+
+
+def check_crop(width: int, height: int, transform: Transform) -> None:
+    """Raise DecodeError (unsupported) for an image smaller than the crop, if the transform keeps its size."""
+    if not transform.resize and min(width, height) < transform.crop:
+        raise DecodeError(
+            "unsupported",
+            f"the image has {width} × {height} pixels, and the input specification crops {transform.crop} × "
+            f"{transform.crop} without a resize; set --resize {transform.crop}, or a smaller --crop",
+        )
 
 
 def _visible_part(scaled: tuple[int, int], corner: tuple[int, int], crop: int) -> Part:

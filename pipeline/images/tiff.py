@@ -69,11 +69,14 @@ COLOUR_SAMPLES = {2: 3, 3: 1, 5: 4, 6: 3}
 FEW_BITS = frozenset({(1,), (2,), (4,), (8,)})
 PROVEN_BITS = {0: FEW_BITS, 1: FEW_BITS, 2: {(8, 8, 8)}, 3: FEW_BITS, 5: {(8,) * 4}, 6: {(8, 8, 8)}, 8: {(8, 8, 8)}}
 """Photometric interpretation → bits per sample, without extra samples, that Pillow reads correctly."""
-PROVEN_WITH_EXTRA = {(2, (8,) * 4, ()), (2, (8,) * 4, (0,)), (2, (8,) * 4, (2,)), (1, (8, 8), (2,))}
-"""The same with an alpha or an unused sample, if the TIFF has no georeference."""
+PROVEN_WITH_EXTRA = {(2, (8,) * 4, ()), (2, (8,) * 4, (0,)), (1, (8, 8), (2,))}
+"""The same with an alpha or an unused sample, if the TIFF has no georeference. The alpha of GDAL's default for four
+bands, 2, must be looked at, because it may be a band."""
 
 DESCRIPTIONS = re.compile(r'<Item\s+name="DESCRIPTION"\s+sample="(\d{1,5})"[^>]*>([^<]*)</Item>')
 """Band names in GDAL_METADATA."""
+ITEMS = re.compile(r'<Item\s+name="([^"]{1,64})"([^>]*)>([^<]*)</Item>')
+"""Any item of GDAL_METADATA, with its other attributes. GDAL adds OFFSET and SCALE of a sample."""
 START_OF_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it logs what it raises, and what it ignores
@@ -152,11 +155,14 @@ def open_raster(data: bytes, max_pixels: int, check_size: Callable[[int, int, in
         description=description,
         read=_Reader(page, data, description),
         alpha=alpha,
+        alpha_may_be_band=photometric == 2 and alpha is not None and extra[alpha - samples + len(extra)] == 2,
         premultiplied=alpha is not None and extra[alpha - samples + len(extra)] == 1,
         nodata=_nodata(page),
         names=_band_names(page, samples),
         palette=_palette(page) if photometric == 3 else None,
         orientation=_number(page, ORIENTATION, 1),
+        is_georeferenced=is_georeferenced(page.tags),
+        metadata=_metadata(page),
         buffer_bytes=3 * _segment_samples(page) * np.dtype(page.dtype).itemsize,
     )
 
@@ -318,6 +324,15 @@ def _band_names(page: "tifffile.TiffPage", samples: int) -> tuple[str, ...]:
     text = page.tags.valueof(GDAL_METADATA)
     found = {int(sample): html.unescape(name).strip() for sample, name in DESCRIPTIONS.findall(str(text or ""))}
     return tuple(found.get(sample, "") for sample in range(samples)) if found else ()
+
+
+def _metadata(page: "tifffile.TiffPage") -> dict[str, str]:
+    """The items of GDAL_METADATA by name; that of a sample as name:sample."""
+    items = {}
+    for name, attributes, value in ITEMS.findall(str(page.tags.valueof(GDAL_METADATA) or "")):
+        sample = re.search(r'sample="(\d{1,5})"', attributes)
+        items[f"{name}:{sample[1]}" if sample else name] = html.unescape(value).strip()
+    return items
 
 
 def _palette(page: "tifffile.TiffPage") -> np.ndarray:

@@ -15,6 +15,8 @@ class Transform:
     `(pixel / 255 - mean) / std`.
 
     squash: resize both sides to `resize` and ignore the aspect ratio.
+
+    With an input specification, `resize` 0 keeps the image's own size, and `mean` and `std` are the specification's.
     """
 
     resize: int = 256

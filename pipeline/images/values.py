@@ -1,5 +1,6 @@
 """From the numbers of a Raster to the pixels that a network takes: bands, range of values, pixels without data."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,35 @@ from pipeline.images.raster import Raster
 
 STRIP_VALUES = 1 << 20
 """Numbers are converted in strips of about this many, which bounds the memory."""
+MAX_ALPHA_VALUES = 1 << 16
+MAX_SOFT_SHARE, MAX_SOFT_VALUES = 0.5, 16
+"""An alpha with a larger share of half-transparent pixels, and with more different values, is taken for a band."""
+FILLED = -1
+"""Stands for a sample that the file lacks and that has a declared value."""
+NUMBERED_BAND = re.compile(r"b0*(\d+)(a?)")
+NO_NAME = re.compile(r"band[ _]?\d+|")
+"""Names that only count the bands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A band of an input specification.
+
+    names: that files give it, without regard to case and to zeros as in B02; the first one is shown. filler: the stored
+    value to use if a file lacks the band; None if it must not.
+    """
+
+    names: tuple[str, ...]
+    filler: float | None = None
+
+    def is_called(self, name: str) -> bool:
+        """Whether a file's band description, such as "B02" or "B2, central wavelength 490 nm", names this band."""
+        return _canonical(name) in map(_canonical, self.names)
+
+
+def _canonical(name: str) -> str:
+    short = name.partition(",")[0].strip().lower()
+    return NUMBERED_BAND.sub(r"b\1\2", short) if NUMBERED_BAND.fullmatch(short) else short
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +51,16 @@ class Values:
     bands: numbers from 1, or names, of the bands that the network gets; () for all of them, which must then be as many
     as it takes. scale: the range of values that becomes 0 to 255; it applies to all numbers of more than 8 bits.
     nodata_fill: the value of pixels without data and of NaN; None for the middle of the scale.
+    wanted: the bands of the network's input specification, in order; () without one. They are found by their names.
+    subtract: a constant that a file's numbers contain; what it leaves below 0 becomes 0.
     """
 
     bands: tuple[str, ...] = ()
     scale: tuple[float, float] | None = None
     nodata_fill: float | None = None
     pixel_format: PixelFormat = RGB8
+    wanted: tuple[Band, ...] = ()
+    subtract: float = 0.0
 
     @property
     def is_default(self) -> bool:
@@ -44,16 +78,55 @@ DEFAULT = Values()
 def select(raster: Raster, values: Values) -> list[int]:
     """The samples that become the network's bands, in order; one alone becomes all three of an RGB network.
 
-    Raises DecodeError (unsupported).
+    FILLED stands for a band that the file lacks. Raises DecodeError (unsupported).
     """
     wanted = values.pixel_format.bands
     if raster.colour in ("palette", "CMYK", "YCbCr"):
         return list(range({"palette": 1, "CMYK": 4, "YCbCr": 3}[raster.colour]))
+    if values.bands and len(values.bands) == sum(band.filler is None for band in values.wanted) < wanted:
+        found = iter(_band(name, raster.samples, raster.names, raster.description) for name in values.bands)
+        return [next(found) if band.filler is None else FILLED for band in values.wanted]
+    if values.wanted and not values.bands and has_names(raster):
+        return _by_names(raster, values.wanted)
+    if values.wanted and not values.bands and raster.alpha is not None:
+        raise DecodeError(
+            "unsupported",
+            f"{raster.description} marks band {raster.alpha + 1} as an alpha, which may be a band of a sensor; choose "
+            f"the {wanted} bands of the input specification with --bands, as in "
+            f"--bands {','.join(map(str, range(1, wanted + 1)))}",
+        )
     if raster.samples == wanted and wanted != 3:
         default = list(range(raster.samples))
     else:
         default = raster.bands[:3] if raster.colour == "RGB" and wanted == 3 else raster.bands
     return _chosen(default, raster.samples, raster.names, values, raster.description)
+
+
+def has_names(raster: Raster) -> bool:
+    """Whether the file names its bands, and does not only count them."""
+    return not all(NO_NAME.fullmatch(name.strip().lower()) for name in raster.names)
+
+
+def _by_names(raster: Raster, wanted: Sequence[Band]) -> list[int]:
+    """The samples of the bands of an input specification, by the names in the file."""
+    found = [[sample for sample, name in enumerate(raster.names) if band.is_called(name)] for band in wanted]
+    for band, samples in zip(wanted, found, strict=True):
+        if len(samples) > 1:
+            raise DecodeError(
+                "unsupported", f"{raster.description} has {len(samples)} bands that are called {band.names[0]}"
+            )
+    missing = [
+        band.names[0] for band, samples in zip(wanted, found, strict=True) if not samples and band.filler is None
+    ]
+    if missing:
+        known = ", ".join(name for name in raster.names if name)
+        raise DecodeError(
+            "unsupported",
+            f"{raster.description} lacks {', '.join(missing)} of the input specification (its bands: {known}); choose "
+            "the bands in the order of the specification with --bands, or declare the value of a band that your files "
+            f"lack in a copy of it, as in missing: {{{missing[0]}: 0}}",
+        )
+    return [samples[0] if samples else FILLED for samples in found]
 
 
 def pick(count: int, values: Values, description: str) -> list[int]:
@@ -92,6 +165,9 @@ def _band(name: str, samples: int, names: Sequence[str], description: str) -> in
         raise DecodeError("unsupported", f"{description} has no band {number}; --bands asks for it")
     if name in names:
         return list(names).index(name)
+    alike = [sample for sample, other in enumerate(names) if Band((name,)).is_called(other)]
+    if len(alike) == 1:
+        return alike[0]
     known = ", ".join(each for each in names if each) or "none"
     raise DecodeError("unsupported", f"{description} has no band named {name!r} for --bands; its names: {known}")
 
@@ -116,10 +192,25 @@ def rgb_strips(
     to_8_bits = _to_8_bits(raster, array, values)
     if alpha is not None and alpha.max() == 0:
         alpha = None  # an alpha that hides every pixel was never meant
+    if alpha is not None and raster.alpha_may_be_band and _looks_like_a_band(raster, alpha):
+        raise DecodeError(
+            "unsupported",
+            f"{raster.description} marks its last band as an alpha, but its values are like those of a sensor; choose "
+            "the bands with --bands, as in --bands 1,2,3",
+        )
     for top, rows in row_strips(array, multiple):
         strip = to_8_bits(rows)
         opacity = None if alpha is None else _shift(raster, alpha[top : top + len(strip)])
         yield top, _image(raster, strip, opacity)
+
+
+def _looks_like_a_band(raster: Raster, alpha: np.ndarray) -> bool:
+    """Whether most values are neither opaque nor transparent, and there are many of them. Soft edges are few pixels."""
+    opaque = (1 << raster.bits) - 1 if raster.bits else alpha.max()
+    step = max(1, round((alpha.size / MAX_ALPHA_VALUES) ** 0.5))
+    seen = alpha[::step, ::step]
+    between = seen[(seen > 0) & (seen < opaque)]
+    return between.size > seen.size * MAX_SOFT_SHARE and len(np.unique(between)) > MAX_SOFT_VALUES
 
 
 def row_strips(array: np.ndarray, multiple: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -137,7 +228,7 @@ def _to_8_bits(raster: Raster, array: np.ndarray, values: Values) -> Callable[[n
         convert = (lambda rows: _shift(raster, rows)) if raster.colour != "palette" else (lambda rows: rows)
     elif values.scale is not None:
         convert = _scaler(raster, values.scale, values.nodata_fill)
-    elif raster.colour == "RGB" and 8 < raster.bits <= 16:
+    elif raster.colour == "RGB" and 8 < raster.bits <= 16 and not (values.wanted or raster.is_georeferenced):
         convert = lambda rows: _shift(raster, rows)  # noqa: E731
     else:
         raise DecodeError("unsupported", f"{raster.description}: {_range(raster, array)}")
@@ -230,7 +321,7 @@ def native(raster: Raster, array: np.ndarray, values: Values) -> np.ndarray:
         for top, rows in row_strips(array, 1):
             eight[top : top + len(rows)] = to_8_bits(rows)
         return eight
-    if not np.can_cast(raster.dtype, format.dtype):
+    if not (np.can_cast(raster.dtype, format.dtype) or (values.wanted and _fits(array, format.dtype))):
         raise DecodeError(
             "unsupported",
             f"{raster.description} does not fit without loss into the {format.dtype} that the network takes",
@@ -240,8 +331,31 @@ def native(raster: Raster, array: np.ndarray, values: Values) -> np.ndarray:
             raise DecodeError("unsupported", f"{raster.description}: white is zero, and these numbers have no black")
         array = ((1 << raster.bits) - 1 - array.astype(np.int64)).astype(raster.dtype)
     converted = array.astype(format.dtype)
+    if values.subtract:
+        converted = np.maximum(converted, np.array(values.subtract, format.dtype)) - np.array(
+            values.subtract, format.dtype
+        )
     if values.nodata_fill is not None:
         missing = missing_values(array, raster.nodata)
         if missing is not None:
             converted[missing] = values.nodata_fill
     return converted
+
+
+def _fits(array: np.ndarray, dtype: str) -> bool:
+    """Whether a type holds all these integers, or floats of more bits."""
+    if array.dtype.kind == "f":
+        return np.dtype(dtype).kind == "f"
+    return bool(np.array_equal(array.astype(dtype).astype(np.float64), array.astype(np.float64)))
+
+
+def filled(array: np.ndarray, samples: Sequence[int], wanted: Sequence[Band]) -> np.ndarray:
+    """Insert the bands that a file lacks: [height, width, samples that it has] → [height, width, wanted]."""
+    if FILLED not in samples:
+        return array
+    result = np.empty((*array.shape[:2], len(samples)), array.dtype)
+    result[..., [place for place, sample in enumerate(samples) if sample != FILLED]] = array
+    for place, band in enumerate(wanted):
+        if samples[place] == FILLED:
+            result[..., place] = band.filler
+    return result

@@ -69,7 +69,7 @@ class Lane:
             yield
 
     def upload(self, pixels: np.ndarray | Tensor, rows: int) -> Tensor:
-        """Copy uint8 [N, H, W, 3] to the device and pad it to [rows, H, W, 3]; the padding rows are ignored.
+        """Copy [N, H, W, bands] to the device and pad it to [rows, H, W, bands]; the padding rows are ignored.
 
         A tensor must be on the device. Tensors, and arrays on a CPU, are copied only if they have to be padded.
         """
@@ -83,9 +83,10 @@ class Lane:
         assert self.copied  # arrays on a CPU have returned above
         self.copied.synchronize()  # the previous copy still reads the staging memory
         staging = self.staging  # another thread may call free() meanwhile
-        if staging.shape[1:] != pixels.shape[1:] or len(staging) < rows:
+        dtype = torch.from_numpy(np.empty(0, pixels.dtype)).dtype
+        if staging.shape[1:] != pixels.shape[1:] or len(staging) < rows or staging.dtype != dtype:
             shape = (rows, *pixels.shape[1:])
-            staging = self.staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+            staging = self.staging = torch.zeros(shape, dtype=dtype, pin_memory=True)
         np.copyto(staging[: len(pixels)].numpy(), pixels)
         on_device = staging[:rows].to(self.device, non_blocking=True)
         self.copied.record(self.stream)

@@ -70,7 +70,7 @@ class InferenceSession:
         dtype = choose_dtype(precision, self.device)
         _configure_cudnn(dtype)
         self.state = f"{self.device}, {str(dtype).removeprefix('torch.')}"
-        self.transform = spec.transform
+        self.transform, self.pixel_format = spec.transform, spec.pixel_format
         self.decision = CompileDecision(images if compile == "auto" else None, self.device, lanes)
         self.launch_lock = threading.RLock()
         self.all_lanes = [Lane(self.device) for _ in range(lanes)]
@@ -94,8 +94,9 @@ class InferenceSession:
     def lane(self) -> Iterator[Callable[[np.ndarray | Tensor], Outputs]]:
         """Context manager that yields a function to run batches; blocks until a lane is free.
 
-        The function maps uint8 [N, crop, crop, 3], or smaller square tiles, N ≥ 1, to float32 [N, embedding_dim] and
-        [N, num_classes] or None, on the device. Use it in this thread. Copy the results before the context ends.
+        The function maps [N, crop, crop, bands] of the spec's pixel format, or smaller square tiles of uint8 RGB,
+        N ≥ 1, to float32 [N, embedding_dim] and [N, num_classes] or None, on the device. Use it in this thread. Copy
+        the results before the context ends.
         """
         lane = self.free_lanes.get()
         try:
@@ -105,7 +106,7 @@ class InferenceSession:
             self.free_lanes.put(lane)
 
     def join(self, pixels: Sequence[np.ndarray | Tensor]) -> Tensor:
-        """Join batches of uint8 [N, side, side, 3], of several sides, into one [N, crop, crop, 3] on the device."""
+        """Join batches of the spec's pixels, or of tiles of several sides, into one batch on the device."""
         tensors = (torch.as_tensor(np.array(each) if isinstance(each, np.ndarray) else each) for each in pixels)
         return torch.cat([self._at_crop(each.to(self.device)) for each in tensors])
 
@@ -123,7 +124,7 @@ class InferenceSession:
                 torch.cuda.empty_cache()
 
     def _packed(self, network: FromPixels, dtype: torch.dtype, workers: ThreadPoolExecutor) -> Forward:
-        noise = np.random.default_rng(0).integers(0, 256, self._blank(1).shape, np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, self._blank(1).shape).astype(self.pixel_format.dtype)
         return workers.submit(pack_convolutions, network, torch.from_numpy(noise), dtype, self.batch_size).result()
 
     def _move_to_gpu(self, network: FromPixels, share: float) -> None:
@@ -146,7 +147,7 @@ class InferenceSession:
         return images_that_fit(min(free, total * share), image_bytes, len(self.all_lanes))
 
     def _blank(self, images: int) -> np.ndarray:
-        return np.zeros((images, *RGB8.shape(self.transform)), RGB8.dtype)
+        return np.zeros((images, *self.pixel_format.shape(self.transform)), self.pixel_format.dtype)
 
     def _run(self, lane: Lane, pixels: np.ndarray | Tensor) -> Outputs:
         started = time.perf_counter()
@@ -177,6 +178,10 @@ class InferenceSession:
         return features[: len(pixels)], None if logits is None else logits[: len(pixels)]
 
     def _at_crop(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[1:] != self.pixel_format.shape(self.transform) and self.pixel_format != RGB8:
+            raise ValueError(
+                f"pixels of {list(pixels.shape[1:])}; the network takes {list(self.pixel_format.shape(self.transform))}"
+            )
         return pixels if pixels.shape[1] == self.transform.crop else enlarge_tiles(pixels, self.transform)
 
     def _compile_if_it_pays(self, images: int, seconds: float) -> None:

@@ -54,7 +54,7 @@ class Overrides:
         """Replace the given values. Raises SettingRefused if the crop becomes larger than the resized image."""
         changes = {field.name: getattr(self, field.name) for field in fields(self)}
         changed = replace(transform, **{name: value for name, value in changes.items() if value not in (None, ())})
-        if (self.resize or self.crop) and changed.crop > changed.resize:
+        if (self.resize or self.crop) and changed.crop > changed.resize > 0:
             raise SettingRefused(
                 f"the crop of {changed.crop} pixels is larger than the resized image of {changed.resize}: set --resize "
                 f"to {changed.crop} or more, or --crop to {changed.resize} or less"

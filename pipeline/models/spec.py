@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import WeightsRefused
+from pipeline.images.pixels import RGB8, PixelFormat
 from pipeline.images.transform import Transform
 from pipeline.models.checkpoint import align, fit, read_state, unwrap_head
 from pipeline.models.classifier import RGB, Network, Shape, find_classifier, first_convolution
 from pipeline.models.download import fetch_weights
 from pipeline.models.families import Family, WeightsSource
+from pipeline.models.input_spec import InputSpec
 from pipeline.models.labels import read_labels
 from pipeline.models.overrides import Overrides
 from pipeline.models.python_function import FunctionFamily
@@ -30,10 +32,11 @@ class ModelSpec:
     own_weights: the weights are torchvision's, timm's or the function's own, and not a file that was trained elsewhere.
     sha256: hex, of the file, or of all tensors of a function's own weights; "" for random weights.
     embedding_dim: width of the classifier's input. num_classes: 0 without a classifier.
-    in_channels: 3 (RGB) or 1 (luma).
+    in_channels: 3 (RGB) or 1 (luma), or the number of bands of `input`.
     labels: num_classes class names; () without a classifier.
     head: name of the classifier among the network's modules; "" without a classifier.
     notes: sentences for the user about defaults that may not fit these weights.
+    input: bands and numbers that the weights were trained on; None for RGB of 8 bits.
     """
 
     model: str
@@ -49,6 +52,12 @@ class ModelSpec:
     labels: tuple[str, ...]
     head: str
     notes: tuple[str, ...] = ()
+    input: InputSpec | None = None
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """The pixels that the network takes."""
+        return self.input.pixel_format if self.input else RGB8
 
 
 def resolve(
@@ -59,6 +68,7 @@ def resolve(
     seed: int = 0,
     need_head: bool = True,
     overrides: Overrides = Overrides(),  # noqa: B008
+    input: InputSpec | None = None,
 ) -> ModelSpec:
     """Check a choice of network and weights, without running data or using a GPU. Downloads the weights.
 
@@ -68,16 +78,20 @@ def resolve(
     .safetensors, or random.
     labels: path or URI of class names. None: the names of the weights, or class numbers if they have none.
     seed: of random weights. need_head: False if only the embedding is needed; the weights may then lack a classifier.
-    overrides: of the network's transform.
+    overrides: of the network's transform. input: what the weights were trained on, if it is not RGB of 8 bits. Its
+    transform replaces the network's own.
     Raises SettingRefused and WeightsRefused.
     """
     family = find_family(model, seed)
     source = family.source(weights)
     path, sha256 = fetch_weights(source.uri, family.is_official(source)) if source.uri else ("", "")
     source = family.recognise(source, sha256)
-    sizes = {"image_size": overrides.crop or (source.transform or family.transform).crop}
+    own_transform = input.transform if input else source.transform
+    sizes = {"image_size": overrides.crop or (own_transform or family.transform).crop}
+    if input and weights == "random":
+        sizes["in_channels"] = len(input.bands)
     network = family.skeleton(source.own, sizes)
-    transform = overrides.apply(source.transform or family.transform)  # that of a function is known only now
+    transform = overrides.apply(own_transform or family.transform)  # that of a function is known only now
     shape = find_classifier(network, model, transform.crop)
     notes = [_embedding_note(model, shape)] if isinstance(family, FunctionFamily) and not shape.head else []
     if path and not (source.own and family.loads_own):
@@ -85,9 +99,10 @@ def resolve(
         notes += [_head_note(source, inner_head, shape.head)] if inner_head else []
     elif source.own and not path:
         sha256 = _digest(network)
-    _check_shape(shape, model, source.name, need_head)
+    _check_channels(shape.channels, model, source.name, input)
+    _check_shape(shape, model, need_head)
     transform = overrides.for_channels(transform, shape.channels, model)
-    if not (source.transform or overrides.are_complete) and family.assumes_transform(source):
+    if not (own_transform or overrides.are_complete) and family.assumes_transform(source):
         notes.append(_transform_note(transform, model, source))
     return ModelSpec(
         model=model,
@@ -103,6 +118,7 @@ def resolve(
         labels=_class_names(labels if need_head else None, source.labels, shape.classes),
         head=shape.head,
         notes=tuple(notes),
+        input=input,
     )
 
 
@@ -163,12 +179,21 @@ def _check_state(
     return replace(shape, classes=classes if has_head else 0, channels=channels), inner_head
 
 
-def _check_shape(shape: Shape, model: str, weights: str, need_head: bool) -> None:
-    if shape.channels not in (1, RGB):
+def _check_channels(channels: int, model: str, weights: str, input: InputSpec | None) -> None:
+    if input and channels != len(input.bands):
         raise WeightsRefused(
-            f"{model} with weights {weights} takes {shape.channels} channels, but images have 3 (RGB) or are reduced "
-            "to 1 (luma); use a network of 3 channels or 1"
+            f"{model} with weights {weights} takes {channels} channels, but --input-spec {input.name} has "
+            f"{len(input.bands)} bands ({', '.join(input.band_names)}): use the specification of these weights"
         )
+    if not input and channels not in (1, RGB):
+        raise WeightsRefused(
+            f"{model} with weights {weights} takes {channels} channels, but images have 3 (RGB) or are reduced "
+            "to 1 (luma); name the bands and numbers that it was trained on with --input-spec, or use a network of 3 "
+            "channels or 1"
+        )
+
+
+def _check_shape(shape: Shape, model: str, need_head: bool) -> None:
     if need_head and not shape.classes:
         raise WeightsRefused(f"{model} does not end in a classifier: use embed, or a network with a classifier")
 

@@ -41,10 +41,15 @@ REMAINS = re.compile(
 
 
 def prepare(
-    config: RunConfig, record: RunRecord, archive: Archive, check_lock: Callable[[], object] = lambda: None
+    config: RunConfig,
+    record: RunRecord,
+    archive: Archive,
+    check_lock: Callable[[], object] = lambda: None,
+    settled: Callable[[Plan], RunRecord] | None = None,
 ) -> tuple[Plan, Change | None]:
     """Make the output ready for the next attempt. Returns its plan, new or old, and with `--update` also the changes.
 
+    settled: called with a new plan before it is saved; returns the record with settings that depend on the images.
     check_lock: called before each step that removes or replaces files; raises OutputLocked in a driver that has been
     replaced. Raises OutputRefused for another run's output, InputRefused for the archive, SettingRefused for `--keep`;
     an earlier run is then unchanged.
@@ -59,6 +64,7 @@ def prepare(
         if plan:
             return _update(plan, archive, check_lock) if config.update else (plan, None)
     plan = plans.make(config.output, archive.shards(), archive.keep_types, archive.left_out.counts)
+    record = settled(plan) if settled else record
     check_lock()
     if earlier and config.overwrite:
         _remove_all(plan, check_lock)
@@ -114,6 +120,16 @@ def check_writable(output: str) -> None:
         ) from error
     with contextlib.suppress(OSError):
         access.delete(probe)
+
+
+def with_recorded_scale(config: RunConfig) -> RunConfig:
+    """The settings with the range that an earlier attempt measured for the same percentiles of --scale."""
+    percentiles = config.scale_percentiles()
+    earlier = _read_run(config.output, config.overwrite) if percentiles and not config.overwrite else None
+    settings = (earlier or {}).get("settings") or {}
+    if percentiles and settings.get("scale_percentiles") == list(percentiles) and settings.get("scale"):
+        return config.with_measured_scale(*settings["scale"])
+    return config
 
 
 def check_settings(config: RunConfig, record: RunRecord) -> None:
@@ -225,10 +241,13 @@ def draft(archive: Archive) -> Iterator[Plan]:
         yield plans.make(folder, archive.shards(), archive.keep_types, archive.left_out.counts)
 
 
-def preview(archive: Archive, record: RunRecord, columns: list[str]) -> dict[str, Any]:
-    """Totals of the plan, result columns and settings, as JSON. Writes nothing to the output."""
+def preview(
+    archive: Archive, record: RunRecord, columns: list[str], settled: Callable[[Plan], RunRecord] | None = None
+) -> dict[str, Any]:
+    """Totals of the plan, result columns and settings, as JSON. Writes nothing to the output. settled: as above."""
     with draft(archive) as plan:
         kinds = dict(Counter(shard.kind for shard in plans.read_shards(plan)))
+        record = settled(plan) if settled else record
     return {
         "shards": plan.shards,
         "shards_by_kind": kinds,

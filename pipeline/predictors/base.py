@@ -20,6 +20,8 @@ from pipeline.images.transform import Transform
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.models.input_spec import InputSpec
+
 Columns = Mapping[str, np.ndarray | pa.Array]
 
 MOVED_TO_ALLOTMENT = {"threads": "cores", "batch_size": "batch_size", "images": "images", "gpu_share": "gpu_share"}
@@ -54,6 +56,8 @@ class Predictor:
     takes_encoded: `decode` turns JPEGs into pixels that `predict` accepts. Used with --decoder gpu.
     images_are_alike: all images take the same memory. If one does not fit, another process uses the memory.
 
+    specification: the bands and numbers that the network takes, by name; None if only `pixel_format` says it.
+
     Needs `join` with `takes_tiles` or `takes_encoded`, and if a source gives arrays of several shapes.
     """
 
@@ -64,6 +68,7 @@ class Predictor:
     images_are_alike: ClassVar[bool] = False
     takes_tiles: bool = False
     takes_encoded: bool = False
+    specification: "InputSpec | None" = None
 
     def __getattr__(self, name: str) -> Any:
         """Called for missing attributes only."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.config import check_choices, flag
 from pipeline.errors import DecodeError, SettingRefused, printable
 from pipeline.images.pixels import Encoded
+from pipeline.models import input_spec as input_specs
 from pipeline.models import names
 from pipeline.models.overrides import INTERPOLATIONS, Overrides, numbers
 from pipeline.predictors.base import Allotment, Columns, Predictor, field_values
@@ -37,6 +38,7 @@ class NetworkPredictor(Predictor):
     precision auto: bfloat16 if the hardware computes in it, else float16 on a GPU and float32 on a CPU.
     compile auto: compile if the remaining images save more time than compiling takes.
     resize, crop, interpolation, mean, std: replace values of the network's own transform.
+    input_spec: what weights for satellite imagery were trained on; its transform replaces the network's own.
     The fingerprint contains hashes of the weights and labels instead of their paths: a file may be moved. It contains
     the resulting transform instead of the flags that change it.
     """
@@ -44,6 +46,12 @@ class NetworkPredictor(Predictor):
     model: str = flag("torchvision name, timm:<name>, or package.module:function", "resnet50", metavar="NAME")
     weights: str = flag(
         "DEFAULT, a torchvision enum name, a path or URI, or random", "DEFAULT", metavar="WEIGHTS", fingerprint=False
+    )
+    input_spec: str | None = flag(
+        "bands and numbers that the weights were trained on: a shipped specification or a file",
+        None,
+        metavar="NAME|FILE.yaml",
+        fingerprint=False,
     )
     precision: str = flag("number format of the network", "auto", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag(
@@ -83,6 +91,16 @@ class NetworkPredictor(Predictor):
             raise SettingRefused(f"--seed is {self.seed}: it must be a number of at most 64 bits")
         self._overrides()
         names.check(self.model)
+        if self.input_spec is not None:
+            self._use(input_specs.load(self.input_spec))
+
+    def _use(self, specification: input_specs.InputSpec) -> None:
+        if self.mean not in ((), []) or self.std not in ((), []):
+            raise SettingRefused(
+                f"--mean and --std contradict --input-spec {self.input_spec}: leave them out, or write them into a "
+                "copy of the specification"
+            )
+        self.specification, self.pixel_format = specification, specification.pixel_format
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and ModelSpec are sent to the actors, but no loaded network."""
@@ -111,13 +129,15 @@ class NetworkPredictor(Predictor):
             seed=self.seed,
             need_head=self.needs_head,
             overrides=self._overrides(),
+            input=self.specification,
         )
         for note in self._spec.notes:
             log.warning("nightshift: %s", printable(note))
         self.transform = self._spec.transform
         pads = self.transform.resize < self.transform.crop
-        self.takes_tiles = self.transform.interpolation == "bilinear" and not pads
-        self.takes_encoded = self.transform.interpolation in ANTIALIASED and not pads
+        is_rgb = self.specification is None
+        self.takes_tiles = is_rgb and self.transform.interpolation == "bilinear" and not pads
+        self.takes_encoded = is_rgb and self.transform.interpolation in ANTIALIASED and not pads
         self.columns = self._columns(self._spec)
 
     def settings(self) -> dict[str, object]:
@@ -127,12 +147,14 @@ class NetworkPredictor(Predictor):
             **field_values(self),
             "weights": f"sha256:{spec.sha256}" if spec.sha256 else f"random, seed {spec.seed}",
             "transform": asdict(spec.transform),
+            **({"specification": self.specification.settings()} if self.specification else {}),
         }
 
     def provenance(self) -> dict[str, object]:
         spec = self.spec
         return {
             **self.settings(),
+            **({"input_spec": uris.redact(self.input_spec)} if self.input_spec else {}),
             "weights": spec.weights,
             "weights_uri": spec.weights_uri and uris.redact(spec.weights_uri),
             "weights_sha256": spec.sha256,
@@ -176,14 +198,14 @@ class NetworkPredictor(Predictor):
         return self._jpeg_decoder(jpegs)
 
     def join(self, pixels: "Sequence[np.ndarray | Tensor]") -> "Tensor":
-        """Join uint8 [N, side, side, 3] of several sides into [N, crop, crop, 3] on the network's device.
+        """Join RGB of several sides into [N, crop, crop, 3] on the network's device.
 
         One joined batch is faster than one batch per side.
         """
         return self.session.join(pixels)
 
     def predict(self, pixels: "np.ndarray | Tensor") -> Columns:
-        """uint8 [N, crop, crop, 3] RGB, or smaller square tiles if `takes_tiles` → N values per column.
+        """[N, crop, crop, bands] of `pixel_format`, or smaller square RGB tiles if `takes_tiles` → N values per column.
 
         A tensor must be on the network's device. NaN and infinity are returned as they are.
         """

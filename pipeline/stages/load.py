@@ -15,8 +15,10 @@ from pipeline import schema, sources
 from pipeline.config import RunConfig
 from pipeline.coverage import Ranges
 from pipeline.errors import ImageError, SettingRefused
+from pipeline.geo import sentinel2
+from pipeline.geo.sentinel2 import Claim
 from pipeline.images import pixels
-from pipeline.images.decode import decode, leave_encoded
+from pipeline.images.decode import OffsetOf, decode, leave_encoded
 from pipeline.images.pixels import RGB8, Decoded, Encoded, PixelFormat
 from pipeline.images.transform import Transform
 from pipeline.images.values import DEFAULT, Values
@@ -43,6 +45,7 @@ class Loader:
     keep: column of the shard → (column of the result, its type). rows_per_table: images in one table.
     decode_bytes: memory for the images that are decoded at once; a larger image is decoded alone.
     values: the bands, the range of values, and the format of the network's pixels.
+    harmonize: --harmonize, if the network takes digital numbers of Sentinel-2.
     leave_jpegs: leave JPEGs encoded that a GPU can decode.
     """
 
@@ -58,6 +61,7 @@ class Loader:
     decode_bytes: int = 1 << 30
     leave_jpegs: bool = False
     values: Values = DEFAULT
+    harmonize: str = ""
 
     @property
     def pixel_format(self) -> PixelFormat:
@@ -88,7 +92,8 @@ class Loader:
             threads=threads,
             decode_bytes=decode_bytes,
             leave_jpegs=config.decoder == "gpu" and predictor.takes_encoded,
-            values=Values(config.band_names(), config.scale_range(), config.nodata_fill, predictor.pixel_format),
+            values=_values(config, predictor),
+            harmonize=config.harmonize if predictor.specification and predictor.specification.harmonize else "",
         )
 
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
@@ -117,12 +122,21 @@ class Loader:
         size_bytes, record = _size_bytes(item), replace(item, data=None)  # stored bytes do not wait for their table
         started = time.perf_counter()
         try:
-            image = self._image(item.data, budget)
+            image = self._image(item.data, item.image_id, budget)
             return _Row(record, image, None, time.perf_counter() - started, size_bytes)
         except ImageError as error:
             return _Row(record, None, error, time.perf_counter() - started, size_bytes)
 
-    def _image(self, data: bytes | np.ndarray, budget: MemoryBudget) -> Decoded | Encoded:
+    def offset_of(self, image_id: str) -> OffsetOf | None:
+        """For `decode`: the offset of Sentinel-2 in the numbers of an image, by its name and its metadata."""
+        return (lambda metadata: self.offset_claim(image_id, metadata).offset) if self.harmonize else None
+
+    def offset_claim(self, image_id: str, metadata: Mapping[str, str]) -> Claim:
+        """The offset to subtract from the numbers of an image, and why. Raises DecodeError (unsupported)."""
+        claims = [*sentinel2.claims_of_name(image_id), *sentinel2.claims_of_file(metadata)]
+        return sentinel2.harmonize(self.harmonize, claims, "the image")
+
+    def _image(self, data: bytes | np.ndarray, image_id: str, budget: MemoryBudget) -> Decoded | Encoded:
         """Pixels that the predictor takes, or a JPEG for its GPU. Raises DecodeError."""
         if isinstance(data, np.ndarray):
             return Decoded(self.pixel_format.check(data), width=data.shape[1], height=data.shape[0])
@@ -137,6 +151,7 @@ class Loader:
             keep_tiles=self.keep_tiles,
             reserve=budget.reserve,
             values=self.values,
+            offset_of=self.offset_of(image_id),
         )
         self.pixel_format.check(decoded.pixels)
         return decoded
@@ -173,6 +188,15 @@ class Loader:
             {"image_id": each.image_id, "member": each.member, **{alias: each.kept.get(name) for name, alias in kept}}
             for each in item.repeats
         ]
+
+
+def _values(config: RunConfig, predictor: Predictor) -> Values:
+    """How the numbers of a run are read."""
+    specification, nodata_fill = predictor.specification, config.nodata_fill
+    if specification and nodata_fill is None and specification.pixels != "uint8":
+        nodata_fill = specification.nodata
+    wanted = specification.bands if specification else ()
+    return Values(config.band_names(), config.scale_range(), nodata_fill, predictor.pixel_format, wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +256,7 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
             f"{type(predictor).__qualname__}.pixel_format is {predictor.pixel_format!r}: it must be a PixelFormat, "
             'as in PixelFormat("uint8", 3)'
         )
-    _check_values(config, predictor.pixel_format)
+    _check_values(config, predictor)
     max_batch = predictor.pixel_format.max_batch_size(predictor.transform)
     if config.batch_size is not None and config.batch_size > max_batch:
         raise SettingRefused(
@@ -247,10 +271,17 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
         ) from error
 
 
-def _check_values(config: RunConfig, format: PixelFormat) -> None:
+def _check_values(config: RunConfig, predictor: Predictor) -> None:
     """Raise SettingRefused for bands and a range of values that the network cannot get."""
-    bands = len(config.band_names())
-    if bands and bands != format.bands and not (bands == 1 and format == RGB8):
+    format, specification = predictor.pixel_format, predictor.specification
+    bands, counts_of_bands = len(config.band_names()), {format.bands}
+    if specification:
+        counts_of_bands.add(sum(band.filler is None for band in specification.bands))
+    if config.harmonize != "auto" and not (specification and specification.harmonize):
+        raise SettingRefused(
+            f"--harmonize is {config.harmonize}: it needs an --input-spec for digital numbers of Sentinel-2"
+        )
+    if bands and bands not in counts_of_bands and not (bands == 1 and format == RGB8):
         counts = "1 or 3 bands" if format == RGB8 else f"{format.bands} bands"
         raise SettingRefused(f"--bands is {config.bands!r}: the network takes {counts}")
     if config.scale is not None and format.dtype != "uint8":

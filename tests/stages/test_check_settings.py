@@ -43,6 +43,7 @@ def test_bands_and_values_must_fit_the_network() -> None:
         ({"bands": "1,2,3"}, Radiances(), "the network takes 13 bands"),
         ({"scale": "0:1"}, Radiances(), "--scale is '0:1': the network takes uint16"),
         ({"nodata_fill": 0.0}, Labels(), "--nodata-fill needs --scale"),
+        ({"harmonize": "on"}, Labels(), "--harmonize is on: it needs an --input-spec"),
     ):
         with pytest.raises(SettingRefused, match=message):
             check_settings(config(**settings), predictor)

@@ -93,9 +93,10 @@ def palette_png(kind: str = "field", clear: int | None = 0) -> bytes:
 
 
 def with_alpha(mode: str = "RGBA", format: str = "PNG") -> bytes:
-    """A tile that is transparent on the left and opaque on the right."""
+    """A tile that is transparent on the left and opaque on the right, with a soft edge of a third of its width."""
     image = tile("urban").convert(mode)
-    fade = np.broadcast_to(np.linspace(0, 255, image.width).astype(np.uint8), image.size[::-1])
+    levels = np.linspace(-255, 510, image.width).clip(0, 255).astype(np.uint8)
+    fade = np.broadcast_to(levels, image.size[::-1])
     image.putalpha(Image.fromarray(np.ascontiguousarray(fade)))
     return encode(image, format, **({"lossless": True} if format == "WEBP" else {}))
 
