@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.errors import SettingRefused
 from pipeline.geo.tiles import MAX_ZOOM, Bounds, Selection
+from pipeline.geo.windows import EDGES, Tiling
 from pipeline.storage import uris
 
 PERCENTILE = "percentile:"
 """Starts a --scale that is measured. The range is appended when it is known: `percentile:2:98=0.0:3000.0`."""
+MAX_TILE_SIZE = 4096
 
 
 def flag(help: str, default: Any, **more: Any) -> Any:
@@ -82,6 +84,23 @@ class RunConfig:
         choices=("auto", "on", "off"),
     )
     any_values: bool = flag("run although sampled values are far from those of the input specification", False)
+    tile_size: int | None = flag(
+        "read rasters (.tif, .jp2, .vrt) as scenes, in windows of N × N pixels", None, metavar="N"
+    )
+    tile_stride: int | None = flag(
+        "distance of two windows in pixels (default: windows side by side)", None, metavar="N"
+    )
+    edge: str = flag(
+        "last windows of a scene: pad fills them up, drop leaves them out, shift moves them inside",
+        "pad",
+        choices=EDGES,
+    )
+    resolution: float | None = flag(
+        "metres per pixel of the windows (default: the pixels of each scene)", None, metavar="METRES"
+    )
+    max_nodata: float = flag(
+        "windows with a larger share of pixels without data are counted as empty, not written", 0.9, metavar="F"
+    )
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
         "rows per Parquet part, of 512 MiB at most (default: depends on the archive's size)", None, metavar="N"
@@ -113,7 +132,7 @@ class RunConfig:
         object.__setattr__(self, "output", uris.normalize(self.output))
         keep = [self.keep] if isinstance(self.keep, str) else list(self.keep)
         object.__setattr__(self, "keep", tuple(name for names in keep for name in names.split(",") if name))
-        for name in ("limit", "max_pixels", "batch_size", "rows_per_part"):
+        for name in ("limit", "max_pixels", "batch_size", "rows_per_part", "tile_size", "tile_stride"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingRefused(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -124,6 +143,7 @@ class RunConfig:
             raise SettingRefused(
                 "--update extends an earlier run of the whole archive: leave out --overwrite and --limit"
             )
+        self._check_tiling()
         self.actor_range()
         self.gpu_share()
         self.band_names()
@@ -131,6 +151,27 @@ class RunConfig:
         low, high = self.scale_range() or (-math.inf, math.inf)
         if self.nodata_fill is not None and not low <= self.nodata_fill <= high:
             raise SettingRefused(f"--nodata-fill is {self.nodata_fill:g}: it must be a number within --scale")
+
+    def _check_tiling(self) -> None:
+        given = {"tile_stride": self.tile_stride, "resolution": self.resolution}
+        defaults = {"edge": "pad", "max_nodata": 0.9}
+        names = [name for name, value in given.items() if value is not None]
+        names += [name for name, value in defaults.items() if getattr(self, name) != value]
+        if names and self.tile_size is None:
+            raise SettingRefused(f"--{names[0].replace('_', '-')} needs --tile-size, which reads rasters as scenes")
+        if self.tile_size is not None and self.tile_size > MAX_TILE_SIZE:
+            raise SettingRefused(f"--tile-size is {self.tile_size}: it can be at most {MAX_TILE_SIZE}")
+        if self.resolution is not None and not (math.isfinite(self.resolution) and self.resolution > 0):
+            raise SettingRefused(f"--resolution is {self.resolution:g}: it must be a number of metres above 0")
+        if not 0 <= self.max_nodata <= 1:
+            raise SettingRefused(f"--max-nodata is {self.max_nodata:g}: it must be between 0 and 1")
+
+    def tiling(self) -> Tiling | None:
+        """How raster scenes are cut into windows; None if rasters are images."""
+        if self.tile_size is None:
+            return None
+        stride = self.tile_stride or self.tile_size
+        return Tiling(self.tile_size, stride, self.edge, self.resolution, self.max_nodata)
 
     def actor_range(self) -> tuple[int, int] | None:
         """(min, max) number of actors, None for auto."""
@@ -266,6 +307,7 @@ class RunConfig:
             "max_pixels": self.max_pixels,
             "exif_rotate": self.exif_rotate,
             "decoder": self.decoder,
+            **({"tiling": asdict(tiling)} if (tiling := self.tiling()) else {}),
             **self.value_settings(),  # absent by default: outputs of earlier versions have none of them
             **self.tile_settings(),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting

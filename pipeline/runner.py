@@ -39,6 +39,7 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     config = directory.with_recorded_scale(config)
     predictor.prepare()
     check_settings(config, predictor)
+    _use_for(archive, predictor)
     record = RunRecord.of(config, predictor)
     directory.check_settings(config, record)
     if config.actor_range() or config.gpu_share() or config.decoder == "gpu":
@@ -47,6 +48,10 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
         cluster.connect()
         cluster.allocate(config)
     return directory.preview(archive, record, predictor.columns.names, _Settled.of(config, predictor, archive))
+
+
+def _use_for(archive: Archive, predictor: Predictor) -> None:
+    archive.use_for(predictor.pixel_format.bands, takes_8_bits=predictor.pixel_format.dtype == "uint8")
 
 
 @dataclass
@@ -100,12 +105,15 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
         check_settings(config, predictor)
         messages.detail(f"settings {json.dumps(predictor.settings())}")
         config = directory.with_recorded_scale(config)
+        _use_for(archive, predictor)
         record = RunRecord.of(config, predictor)
         settled = _Settled.of(config, predictor, archive)
         lock.check()  # this driver may have been paused and replaced
         plan, change = directory.prepare(config, record, archive, lock.check, settled)
         if settled and settled.record:
             config, record = settled.config, settled.record
+        for line in archive.notices.lines():
+            messages.say(line)
         if directory.is_finished(config.output):
             messages.say("already done, nothing new" + ("" if config.update else "; --update looks for new images"))
             return Report.load(config.output).already_done(change)

@@ -70,6 +70,8 @@ SHARD_ROWS = "shard_rows"
 
 SHARD_LEFT_OUT = "shard_left_out"
 """JSON on the same row: numbers of the shard's members that are not read, by suffix. Null if there are none."""
+IS_EMPTY = "is_empty"
+"""True on the row of an image without data, which is counted and not written."""
 
 
 def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -83,6 +85,7 @@ def loaded(keep: Mapping[str, pa.DataType]) -> pa.Schema:
             (REPEATS, _repeats(keep)),
             (SHARD_ROWS, pa.int64()),
             (SHARD_LEFT_OUT, pa.string()),
+            (IS_EMPTY, pa.bool_()),
             *SECONDS,
             *USAGE,
             ("size_bytes", pa.int64()),
@@ -97,7 +100,8 @@ def predicted(columns: pa.Schema, keep: Mapping[str, pa.DataType]) -> pa.Schema:
     network: see `Predictor.describe`.
     """
     numbers = [(SHARD_ROWS, pa.int64()), (SHARD_LEFT_OUT, pa.string()), *SECONDS, *USAGE, ("size_bytes", pa.int64())]
-    rest = [(REPEATS, _repeats(keep)), *numbers, (CONSTANT, pa.bool_()), ("network", pa.string())]
+    flags = [(IS_EMPTY, pa.bool_()), (CONSTANT, pa.bool_())]
+    rest = [(REPEATS, _repeats(keep)), *numbers, *flags, ("network", pa.string())]
     return pa.schema([*result(columns, keep), *FAULT, *rest])
 
 

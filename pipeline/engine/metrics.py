@@ -46,7 +46,7 @@ class RunMetrics:
     def update(self) -> None:
         """Export the state of the ledger; called once per commit."""
         now, earlier = self.ledger.current, self.ledger.earlier
-        self.images.reach(now.rows + now.errors)
+        self.images.reach(now.rows + now.errors + now.empty)
         for kind, images in now.errors_by_type.items():
             stage, _, error_type = kind.partition("/")
             self.errors.reach(images, stage=stage, error_type=error_type)
@@ -54,7 +54,7 @@ class RunMetrics:
         for stage, seconds in now.seconds.items():
             self.seconds.reach(seconds, stage=stage)
         self.commits.reach(len(self.ledger.names) - self.commits_before)
-        self.done_images.set(self.ledger.rows + self.ledger.errors)
+        self.done_images.set(self.ledger.rows + self.ledger.errors + self.ledger.empty)
         self.done_errors.set(self.ledger.errors)
         totals = self.ledger.coverage.totals
         self.planned_images.set(self.plan.images(totals) if len(totals) >= self.uncounted_shards else None)

@@ -129,7 +129,7 @@ def estimate(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
     this_machine = _this_machine(prices)
     cluster = prices.cluster(config.cluster or LOCAL, this_machine)
     _check(config, cluster)
-    archive = Archive(config)
+    archive = Archive(config, predictor.pixel_format.bands, predictor.pixel_format.dtype == "uint8")
     predictor.prepare()
     check_settings(config, predictor)
     decoder = _sampled_decoder(config, cluster, this_machine)

@@ -120,7 +120,7 @@ def load(loader: Loader, reads: Sequence[Read]) -> Loaded:
     seconds, tables = timed(lambda: [table for each in reads for table in load_first(loader, each.shard, each.images)])
     step = -(-sum(table.nbytes for table in tables) // MAX_TABLE_BYTES)
     rows = pa.concat_tables(tables[:: max(step, 1)])
-    records = rows.filter(pc.is_null(rows[schema.SHARD_ROWS]))
+    records = rows.filter(pc.and_not(pc.is_null(rows[schema.SHARD_ROWS]), pc.fill_null(rows[schema.IS_EMPTY], False)))
     images = records.filter(pc.is_valid(records[schema.PIXELS]))
     count = max(sum(each.images for each in reads), 1)
     return Loaded(seconds.per(count), images, 1 - len(images) / max(len(records), 1))

@@ -25,6 +25,7 @@ class Commit:
     nulls: number of null values by column of the results, without the columns that have none.
     left_out: numbers of members that are not read, by suffix, of the shards in `totals` that have any.
     constant: the rows with a result whose pixels were all equal after `--scale`, by shard.
+    empty: number of images without data, which the ranges cover and which are in neither file.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Commit:
     nulls: dict[str, int] = field(default_factory=dict)
     constant: dict[int, Ranges] = field(default_factory=dict)
     left_out: dict[int, dict[str, int]] = field(default_factory=dict)
+    empty: int = 0
 
     @property
     def files(self) -> list[str]:
@@ -90,6 +92,7 @@ class Tally:
     bytes_written: int = 0
     nulls: Counter[str] = field(default_factory=Counter)
     constant: int = 0
+    empty: int = 0
 
     def add(self, commit: Commit) -> None:
         self.rows += commit.rows
@@ -104,3 +107,4 @@ class Tally:
         self.bytes_written += commit.bytes_written
         self.nulls.update(commit.nulls)
         self.constant += sum(map(count, commit.constant.values()))
+        self.empty += commit.empty

@@ -69,6 +69,10 @@ class Ledger:
     def errors(self) -> int:
         return self.earlier.errors + self.current.errors
 
+    @property
+    def empty(self) -> int:
+        return self.earlier.empty + self.current.empty
+
 
 def begin(output: str, revise: Callable[[Commit, int], Commit | None] | None = None) -> Ledger:
     """Start the next attempt: accept the valid commits and record their names. No other old commit counts afterwards.

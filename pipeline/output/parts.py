@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pipeline import coverage, schema
 from pipeline.errors import OutputRefused, message_line
 from pipeline.output.commit import ERRORS, RESULTS, Commit
+from pipeline.output.geoparquet import GEOMETRY, geo_metadata, has_footprints
 from pipeline.output.ledger import commit_uri
 from pipeline.storage import access, uris
 from pipeline.storage.parquet import open_parquet
@@ -86,6 +87,8 @@ def drop_rows(output: str, dropped: Mapping[int, coverage.Ranges], commit: Commi
             for shard, ranges in commit.constant.items()
             if (kept := coverage.intersect(ranges, left.get(shard, ())))
         },
+        empty=sum(map(coverage.count, left.values()))
+        - sum(len(table) for table in (part, errors) if table is not None),
     )
     # An attempt that never began may have left a commit of this name, which does not count.
     access.write(commit_uri(output, name), rewritten.to_json().encode())
@@ -115,18 +118,27 @@ def remove(output: str, commit: Commit) -> None:
 
 def column_options(result: pa.Schema) -> dict[str, Any]:
     """Options of `encode` for results: no dictionary and no statistics for vectors, because they only cost time."""
-    plain = [f.name for f in result if not schema.is_vector(f.type)]
-    strings = [name for name in plain if pa.types.is_string(result.field(name).type)]
+    plain = [name for f in result if not schema.is_vector(f.type) and f.name != GEOMETRY for name in _leaves(f)]
+    strings = [f.name for f in result if pa.types.is_string(f.type)]
     return {"use_dictionary": strings, "write_statistics": plain}
+
+
+def _leaves(field: pa.Field) -> list[str]:
+    """Paths of the columns that Parquet stores for a field: those of a struct are its fields."""
+    if not pa.types.is_struct(field.type):
+        return [field.name]
+    return [f"{field.name}.{each}" for inner in field.type for each in _leaves(inner)]
 
 
 def encode(table: pa.Table, footer: str, **options: Any) -> bytes:
     """Encode a table as Parquet with page checksums.
 
-    footer: JSON for the file's metadata, under the key `nightshift`. options: of `pyarrow.parquet.write_table`.
+    footer: JSON for the file's metadata, under the key `nightshift`. A table with footprints gets the key `geo` too.
+    options: of `pyarrow.parquet.write_table`.
     """
     buffer = io.BytesIO()
-    table = table.replace_schema_metadata({"nightshift": footer})
+    geo = {"geo": geo_metadata(table)} if has_footprints(table.schema) else {}
+    table = table.replace_schema_metadata({"nightshift": footer, **geo})
     with pq.ParquetWriter(
         buffer,
         table.schema,

@@ -20,6 +20,7 @@ from pipeline.output.commit import ERRORS, RESULTS, Commit
 from pipeline.output.directory import RUN, SUCCESS, is_finished
 from pipeline.output.ledger import Ledger
 from pipeline.output.lock import Lock
+from pipeline.output.planned import differences
 from pipeline.planning import left_out
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import Plan
@@ -28,6 +29,7 @@ from pipeline.threads import ordered_map
 
 THREADS = 4
 MAX_PROBLEMS_SHOWN = 20
+NO_ROWS = pa.schema([(name, schema.IDENTITY.field(name).type) for name in ("image_id", "shard", "row")]).empty_table()
 
 
 @dataclass
@@ -35,8 +37,8 @@ class Verification:
     """The result of `verify` and `repair`.
 
     planned: number of planned images; None while some shards are uncounted. uncounted_shards: how many those are.
-    rows, errors: number of rows in the results and in `_errors/`. parts, commits: how many. problems: one sentence
-    each.
+    rows, errors: number of rows in the results and in `_errors/`. empty: number of images without data, which are in
+    neither. parts, commits: how many. problems: one sentence each.
     bad_commits: commits that are damaged, do not match their files, or cover rows that another commit covers. `repair`
     removes them.
     left_out: numbers of files of the archive that are not read, by suffix. empty_shards: number of tars and zips
@@ -54,6 +56,7 @@ class Verification:
     bad_commits: list[Commit] = field(default_factory=list)
     left_out: Mapping[str, int] = field(default_factory=dict)
     empty_shards: int = 0
+    empty: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -62,7 +65,8 @@ class Verification:
 
     def lines(self) -> Iterator[str]:
         """Describe the result in lines of text, with up to MAX_PROBLEMS_SHOWN problems."""
-        done = f"{self.rows:,} rows + {self.errors:,} errors, in {self.parts:,} parts"
+        empty = f" + {self.empty:,} empty" if self.empty else ""
+        done = f"{self.rows:,} rows + {self.errors:,} errors{empty}, in {self.parts:,} parts"
         if self.planned is not None:
             yield f"{self.output}: planned {self.planned:,} = {done}"
         elif self.uncounted_shards:
@@ -78,7 +82,8 @@ class Verification:
         if len(self.problems) > MAX_PROBLEMS_SHOWN:
             yield f"  … and {len(self.problems) - MAX_PROBLEMS_SHOWN:,} more"
         if self.is_whole:
-            yield "  whole: every planned image is exactly one row"
+            exception = ", except for those without data" if self.empty else ""
+            yield f"  whole: every planned image is exactly one row{exception}"
 
 
 def verify(output: str) -> Verification:
@@ -97,7 +102,7 @@ def verify(output: str) -> Verification:
     result.left_out = plan.left_out
     part_uris = [info.uri for info in ledgers.parts(output)]  # before the commits: a part is older than its commit
     ledger, commits = _check_ledger(result, plan)
-    _check_parts(result, commits, run)
+    _check_parts(result, commits, run, plan)
     _check_names(result, commits, part_uris)
     result.planned = plan.images(ledger.coverage.totals)
     result.empty_shards = plan.empty_shards(ledger.coverage.totals)
@@ -159,16 +164,17 @@ def _check_ledger(result: Verification, plan: Plan) -> tuple[Ledger, list[Commit
     return ledger, accepted
 
 
-def _check_parts(result: Verification, commits: list[Commit], run: Mapping[str, Any]) -> None:
+def _check_parts(result: Verification, commits: list[Commit], run: Mapping[str, Any], plan: Plan) -> None:
     """Check that every file matches its commit, that all have one schema, and that no image_id occurs twice."""
     result.commits = len(commits)
     kept = set(parse_keep(run["settings"].get("keep", ())).values())
-    check = partial(_check_commit, result.output, run["fingerprint"], kept)
+    check = partial(_check_commit, plan, run["fingerprint"], kept)
     schemas: dict[str, pa.Schema] = {}
     hashes: list[NDArray[np.uint64]] = []
     for commit, checked in zip(commits, ordered_map(check, commits, THREADS, 2 * THREADS), strict=True):
         result.rows += checked.rows
         result.errors += checked.errors
+        result.empty += commit.empty
         result.parts += commit.part is not None
         result.problems += checked.problems
         if checked.problems:
@@ -212,21 +218,21 @@ class _Checked:
     id_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
-def _check_commit(output: str, fingerprint: str, kept: Set[str], commit: Commit) -> _Checked:
+def _check_commit(plan: Plan, fingerprint: str, kept: Set[str], commit: Commit) -> _Checked:
     checked = _Checked(commit.rows, commit.errors)
     try:
-        _check_files(output, fingerprint, kept, commit, checked)
+        _check_files(plan, fingerprint, kept, commit, checked)
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:  # the file opens, but has other content
         checked.problems.append(f"the files of {commit.name} are damaged: {first_line(error)}")
     return checked
 
 
-def _check_files(output: str, fingerprint: str, kept: Set[str], commit: Commit, checked: _Checked) -> None:
+def _check_files(plan: Plan, fingerprint: str, kept: Set[str], commit: Commit, checked: _Checked) -> None:
     tables = []
     for kind, path, expected in ((RESULTS, commit.part, commit.rows), (ERRORS, commit.errors_part, commit.errors)):
         if path is None:
             continue
-        table = _read(uris.join(output, path), path, checked)
+        table = _read(uris.join(plan.output, path), path, checked)
         if table is None:
             continue
         checked.schemas[kind] = table.schema.remove_metadata()
@@ -236,11 +242,13 @@ def _check_files(output: str, fingerprint: str, kept: Set[str], commit: Commit, 
         if len(table) != expected:
             checked.problems.append(f"{path} has {len(table)} rows, but its commit says {expected}")
         checked.problems += [f"{path}: {problem}" for problem in _bad_vectors(table, kept)]
+        if kind == "part":
+            checked.problems += [f"{path}: {problem}" for problem in differences(plan, table)]
         tables.append(table.select(["image_id", "shard", "row"]))
-    if tables and not checked.problems:
-        both = pa.concat_tables(tables)
+    if not checked.problems:
+        both = pa.concat_tables([NO_ROWS, *tables])
         checked.id_hashes = np.array([hash(i) & 0xFFFFFFFFFFFFFFFF for i in both["image_id"].to_pylist()], np.uint64)
-        if _rows_by_shard(both) != commit.ranges or len(both) != sum(map(coverage.count, commit.ranges.values())):
+        if not _accounts_for(commit, both):
             checked.problems.append(f"{commit.name}: the rows in its files differ from those of its commit")
 
 
@@ -263,6 +271,15 @@ def _bad_vectors(table: pa.Table, kept: Set[str]) -> Iterator[str]:
                 yield f"{column.name} has nulls"
             elif not np.isfinite(values.to_numpy()).all():
                 yield f"{column.name} has NaN or infinity"
+
+
+def _accounts_for(commit: Commit, rows: pa.Table) -> bool:
+    """Whether the rows of its files and its empty images are the rows that a commit covers."""
+    in_files = _rows_by_shard(rows)
+    are_covered = all(not coverage.subtract(ranges, commit.ranges.get(shard, ())) for shard, ranges in in_files.items())
+    covered = sum(map(coverage.count, commit.ranges.values()))
+    is_unique = len(rows) == sum(map(coverage.count, in_files.values()))
+    return are_covered and is_unique and len(rows) + commit.empty == covered
 
 
 def _rows_by_shard(table: pa.Table) -> dict[int, coverage.Ranges]:

@@ -4,6 +4,7 @@ import itertools
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 from braceexpand import braceexpand
@@ -24,10 +25,11 @@ from pipeline.planning.listing import (
     objects_of,
     with_utf_8_name,
 )
+from pipeline.planning.notices import Notices
 from pipeline.planning.plan import OBJECTS_PER_SHARD, Plan
 from pipeline.planning.templates import TileImage
 from pipeline.planning.update import Change
-from pipeline.sources import parquet, source_of
+from pipeline.sources import parquet, scene, source_of
 from pipeline.sources.base import Contents, NoImages, ReadOptions, ShardEnd, Source
 from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
 from pipeline.sources.objects import LooseImages, keep_json
@@ -39,6 +41,7 @@ from pipeline.storage.base import ObjectInfo
 from pipeline.threads import ordered_map
 
 HEADER_THREADS = 16
+MAX_SCENE_LOOKS = 3
 LOOK_AHEAD_OBJECTS = 1000
 """An input is refused at once if it has no images and no more objects than this; a larger one at its end."""
 
@@ -47,17 +50,27 @@ LOOK_AHEAD_OBJECTS = 1000
 class Archive:
     """All objects that `--input` names.
 
+    network_bands, takes_8_bits: the number of bands that the network takes, and whether they are of 8 bits; to refuse
+    raster scenes early.
     keep_types: types of the `--keep` columns and of the sources' own, by their names in the shards. left_out: the
-    files that are not read.
-    Both are complete at the end of `shards()` and `new_shards()`.
+    files that are not read. notices: what the user should know of some objects.
+    They are complete at the end of `shards()` and `new_shards()`.
     """
 
     config: RunConfig
+    network_bands: int | None = None
+    takes_8_bits: bool = False
     keep_types: dict[str, pa.DataType] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
+    notices: Notices = field(default_factory=Notices)
+    _scene_looks: int = MAX_SCENE_LOOKS
     _started: dict[str, Iterator[ObjectInfo]] = field(default_factory=dict)
     """Lists that `check` began, by input. Planning continues them, so that no store is asked twice."""
     _is_check: bool = False
+
+    def use_for(self, bands: int, *, takes_8_bits: bool) -> None:
+        """Plan for a network, whose bands are known after `Predictor.prepare`."""
+        self.network_bands, self.takes_8_bits = bands, takes_8_bits
 
     def check(self) -> None:
         """Look at the start of the archive. Raises InputRefused if `--input` does not exist or has no images."""
@@ -70,6 +83,7 @@ class Archive:
             raise InputRefused(f"--update cannot compare a list of URIs: use another --output for {names[0]}")
         self.keep_types.update((column.name, column.type) for column in change.plan.keep)
         self.left_out.clear()
+        self.notices.clear()
         objects = self._listed(self._names())
         yield from self._group(change.new(objects), change)
         change.drop_others()
@@ -95,6 +109,7 @@ class Archive:
             tuple(credentials.with_credentials(self._names())),
             self.config.any_suffix,
             self.config.tile_selection(),
+            **self._scene_options(),
         )
 
     def keys_with_credentials(self, plan: Plan) -> dict[int, tuple[str, ...]]:
@@ -106,8 +121,14 @@ class Archive:
 
     def _list_shards(self) -> Iterator[Shard]:
         list_names = self._lists()
+        if list_names and self.config.tile_size is not None:
+            raise InputRefused(
+                f"--tile-size reads scenes from folders, globs and files, but {list_names[0]} is a list of URIs, whose "
+                "lines are images: leave out --tile-size, or name the scenes with --input"
+            )
         seen = lists.HashSet64()
         self.left_out.clear()
+        self.notices.clear()
         objects = self._listed(name for name in self._names() if name not in list_names)
         yield from self._group(_add_to(seen, objects) if list_names else objects)
         for name in list_names:
@@ -167,7 +188,7 @@ class Archive:
         for info in merge(list(streams)):
             if is_ours(info):
                 yield info
-            else:
+            elif self.config.tile_size is None or not info.uri.lower().endswith(scene.SIBLING_SUFFIXES):
                 self.left_out.add(info.uri)
 
     def _checked_objects(self, name: str) -> Iterator[ObjectInfo]:
@@ -223,7 +244,7 @@ class Archive:
         loose: list[ObjectInfo] = []
         with_headers: list[ObjectInfo] = []
         for info in objects:
-            source = _source(info.uri)
+            source = self._source(info.uri)
             may_be_broken |= not source.reads_header
             if source.reads_header:
                 with_headers.append(info)
@@ -231,6 +252,7 @@ class Archive:
                 yield self._shard(info, source.inspect(info.uri, self._inspect_options))
             else:
                 self._check_loose(info)
+                self._look_for_scene(info)
                 loose.append(info)
                 if len(loose) == OBJECTS_PER_SHARD:
                     yield _virtual_shard(loose)
@@ -239,6 +261,14 @@ class Archive:
             yield _virtual_shard(loose)
         if with_headers:
             yield from self._inspect_all(with_headers, may_be_broken, change)
+
+    def _look_for_scene(self, info: ObjectInfo) -> None:
+        """Note an image that should perhaps be read as a scene. Looks into a few large TIFFs, until it finds one."""
+        if self._scene_looks and scene.may_be_scene(info):
+            self._scene_looks -= 1
+            if text := scene.describe_as_image(info):
+                self.notices.add(info.uri, [text])
+                self._scene_looks = 0
 
     def _inspect_all(
         self, objects: list[ObjectInfo], may_be_broken: bool, change: Change | None = None
@@ -268,14 +298,14 @@ class Archive:
             if passed_over:
                 raise passed_over
             name = objects[0].uri
-            raise InputRefused(f"--input {name} cannot be read as {_source(name).title}: {contents}")
+            raise InputRefused(f"--input {name} cannot be read as {self._source(name).title}: {contents}")
 
     def _inspect(self, info: ObjectInfo) -> Iterable[Contents] | NoImages | str:
         """The contents of an object's shards, or the message of its error.
 
         The second shard is looked for too: most objects have one, and are then closed again.
         """
-        source = _source(info.uri)
+        source = self._source(info.uri)
         try:
             if source.shards is None:
                 return [source.inspect(info.uri, self._inspect_options)]
@@ -310,20 +340,33 @@ class Archive:
             lists.add_keep_type(self.keep_types, name, type_, uri)
 
     def _shard(self, info: ObjectInfo, contents: Contents) -> Shard:
-        source = _source(info.uri)
+        source = self._source(info.uri)
         self._check_selects(info.uri, source.selects)
         self._add_types({**contents.keep_types, **{field.name: field.type for field in source.columns}}, info.uri)
+        self.notices.add(info.uri, contents.notices)
         size_bytes = info.size_bytes if contents.size_bytes is None else contents.size_bytes
         return Shard(0, source.kind, info.uri, contents.rows, size_bytes, info.etag, contents.payload)
 
     @property
     def _inspect_options(self) -> ReadOptions:
-        selection = self.config.tile_selection()
-        return ReadOptions(tuple(self.config.keep_names()), self.config.image_column, selection=selection)
+        selection, scene_options = self.config.tile_selection(), self._scene_options()
+        columns = tuple(self.config.keep_names())
+        return ReadOptions(columns, self.config.image_column, selection=selection, **scene_options)
+
+    def _scene_options(self) -> dict[str, Any]:
+        return {
+            "tiling": self.config.tiling(),
+            "bands": self.config.band_names(),
+            "network_bands": self.network_bands,
+            "needs_8_bits": self.takes_8_bits and self.config.scale is None,
+        }
+
+    def _source(self, uri: str) -> Source:
+        return _source(uri, has_scenes=self.config.tile_size is not None)
 
 
-def _source(uri: str) -> Source:
-    return source_of(uri) or SOURCE_OF_UNNAMED
+def _source(uri: str, *, has_scenes: bool = False) -> Source:
+    return source_of(uri, has_scenes=has_scenes) or SOURCE_OF_UNNAMED
 
 
 def _expand(pattern: str) -> list[str]:

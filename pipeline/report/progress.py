@@ -41,7 +41,7 @@ class Meter:
         """Show the state of the ledger. Called after each commit."""
         if self.first is None and self.ledger.current.parts:
             self.first = time.monotonic(), self._images()
-        done = self.ledger.rows + self.ledger.errors
+        done = self.ledger.rows + self.ledger.errors + self.ledger.empty
         total = self.plan.images({})
         if total is None:
             total = self._estimated_total(done)
@@ -72,7 +72,7 @@ class Meter:
         return (self._images() - self.first[1]) / (time.monotonic() - self.first[0])
 
     def _images(self) -> int:
-        return self.ledger.current.rows + self.ledger.current.errors
+        return self.ledger.current.rows + self.ledger.current.errors + self.ledger.current.empty
 
     def _line(self, done: int, total: int | None) -> str:
         about = "about " if self.plan.uncounted_shards else ""

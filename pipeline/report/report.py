@@ -42,6 +42,7 @@ class Report:
     left_out: numbers of files of the archive that are not read, by suffix. members_left_out: of members of tars and
     zips.
     empty_shards: number of tars and zips without an image.
+    empty: number of images without data, which are counted and not written.
     null_columns: kept columns without a value in any row.
     constant_images: images with a result whose pixels are all equal after --scale.
     unchanged, removed: images or whole shards that the last --update skipped, and that are missing from the archive.
@@ -78,6 +79,7 @@ class Report:
     null_columns: list[str] = field(default_factory=list)
     constant_images: int = 0
     members_left_out: dict[str, int] = field(default_factory=dict)
+    empty: int = 0
 
     @staticmethod
     def of(
@@ -93,7 +95,7 @@ class Report:
         """Sum up the ledger. wall_seconds: of this attempt. cluster: its machines, for the cost. keep: kept columns."""
         earlier, current = ledger.earlier, ledger.current
         seconds = earlier.seconds + current.seconds
-        images = current.rows + current.errors
+        images = current.rows + current.errors + current.empty
         nulls = earlier.nulls + current.nulls
         return Report(
             output=plan.output,
@@ -104,7 +106,7 @@ class Report:
             errors=ledger.errors,
             parts=earlier.parts + current.parts,
             attempt=ledger.attempt,
-            resumed_images=earlier.rows + earlier.errors,
+            resumed_images=earlier.rows + earlier.errors + earlier.empty,
             wall_seconds=round(wall_seconds, 3),
             images_per_second=round(images / wall_seconds, 2) if wall_seconds else 0.0,
             bytes_read=earlier.bytes_read + current.bytes_read,
@@ -122,6 +124,7 @@ class Report:
             empty_shards=plan.empty_shards(ledger.coverage.totals),
             constant_images=earlier.constant + current.constant,
             members_left_out=dict(ledger.left_out),
+            empty=ledger.empty,
         )
 
     def save(self) -> None:
@@ -135,7 +138,7 @@ class Report:
 
     def already_done(self, change: Change | None) -> "Report":
         """The report of an attempt that found nothing to do. change: of an update."""
-        report = replace(self, resumed_images=self.rows + self.errors)
+        report = replace(self, resumed_images=self.rows + self.errors + self.empty)
         if change is None:
             return report
         return replace(report, unchanged=change.unchanged, removed=change.removed, left_out=dict(change.left_out))
@@ -148,7 +151,8 @@ class Report:
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         planned_text = f" of {self.planned:,} planned" if self.planned is not None else ""
-        yield "images", f"{self.rows + self.errors:,}{planned_text}: {self.rows:,} rows, {self.errors:,} errors"
+        done, empty = self.rows + self.errors + self.empty, f", {self.empty:,} empty" if self.empty else ""
+        yield "images", f"{done:,}{planned_text}: {self.rows:,} rows, {self.errors:,} errors{empty}"
         for kind, count in self.errors_by_type.items():
             yield "", f"{count:,} × {kind}"
         if self.left_out:

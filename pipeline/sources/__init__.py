@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pipeline.coverage import Ranges
-from pipeline.sources import mbtiles, objects, parquet, pmtiles, tar, zip
+from pipeline.sources import mbtiles, objects, parquet, pmtiles, scene, tar, zip
 from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, is_image
 from pipeline.sources.shard import Shard
 from pipeline.storage.credentials import hide_credentials
@@ -19,16 +19,22 @@ SOURCES: dict[str, Source] = {
         parquet.SOURCE,
         mbtiles.SOURCE,
         pmtiles.SOURCE,
+        scene.SOURCE,
     )
 }
 """All kinds of shards by name. To add a kind, write its module and add one line here."""
 
 
-def source_of(uri: str) -> Source | None:
-    """The source that reads a file of this name; None for hidden files and for other kinds of files."""
+def source_of(uri: str, *, has_scenes: bool = False) -> Source | None:
+    """The source that reads a file of this name; None for hidden files and for other kinds of files.
+
+    has_scenes: rasters such as .tif are scenes, not images.
+    """
     name = uri.lower()
     if name.rpartition("/")[2].startswith("."):
         return None
+    if has_scenes and name.endswith(scene.RASTER_SUFFIXES):
+        return scene.SOURCE
     return next((source for source in SOURCES.values() if name.endswith(source.suffixes)), None)
 
 

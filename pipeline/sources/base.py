@@ -23,6 +23,7 @@ import pyarrow as pa
 from pipeline.coverage import Ranges
 from pipeline.errors import ImageError, InputRefused
 from pipeline.geo.tiles import ALL_TILES, Selection
+from pipeline.geo.windows import Tiling
 from pipeline.sources.shard import Payload, Shard
 from pipeline.storage.base import ObjectInfo
 
@@ -42,6 +43,9 @@ class ReadOptions:
     any_suffix: read members of any name if their first bytes are those of an image.
     selection: the tiles to plan of a tile archive.
     with_credentials: the inputs with credentials, in full; the plan has them without.
+    tiling: how raster scenes are cut into windows; None to read them as images.
+    bands, network_bands: of raster scenes: the bands of `--bands`, and the number that the network takes, if known.
+    needs_8_bits: other numbers of raster scenes cannot become pixels, because there is no `--scale`.
     """
 
     keep: tuple[str, ...] = ()
@@ -49,6 +53,10 @@ class ReadOptions:
     with_credentials: tuple[str, ...] = ()
     any_suffix: bool = False
     selection: Selection = ALL_TILES
+    tiling: Tiling | None = None
+    bands: tuple[str, ...] = ()
+    network_bands: int | None = None
+    needs_8_bits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +75,14 @@ class Record:
     image_id: readable and unique in the archive: the URI of a loose image, `<shard uri>#<member>` in a shard. If a
         member name occurs again in its shard, `#row=<row>` is appended.
     source: URI of the object that holds the image. member: its name in that object, None for a loose image.
-    data: the encoded image, or pixels [height, width, bands] from a source that decodes; None if there is an `error`.
+    data: the encoded image; or an array [height, width, bands] from a source that decodes: pixels as the predictor
+        takes them, or as a masked array the numbers of a raster, which become such pixels; None if there is an `error`,
+        or if the image `is_empty`.
     kept: values of the `--keep` columns and of `Source.columns` by name. A missing name means null.
     read_seconds: wall time of reading the bytes.
     repeats: the rows `row + 1`, `row + 2` …, if their bytes are the same ones, such as an ocean tile of a map. They are
         in `todo` too, and get results of their own, but the bytes are read, decoded and computed once.
+    is_empty: the image has no data, so that it is counted and becomes no row.
     """
 
     row: int
@@ -83,6 +94,7 @@ class Record:
     kept: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     read_seconds: float = 0.0
     repeats: tuple[Place, ...] = ()
+    is_empty: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -135,13 +147,15 @@ class Contents:
     """A shard's contents as far as planning knows them.
 
     rows: None if only reading can count them. keep_types: Arrow types of the `--keep` columns. payload: for
-    `Shard.payload`. size_bytes: the shard's share of its object; None if the shard is the whole object.
+    `Shard.payload`. size_bytes: the shard's share of its object; None if the shard is the whole object. notices: what
+    the user should know of this object, each a text that is the same for all such objects.
     """
 
     rows: int | None
     keep_types: Mapping[str, pa.DataType]
     payload: Payload | None = None
     size_bytes: int | None = None
+    notices: tuple[str, ...] = ()
 
 
 def sidecar_contents(uri: str, options: ReadOptions) -> Contents:
@@ -171,6 +185,7 @@ class Source:
         refused.
     content_column: the one of `columns` that is a 64-bit hash of an image's bytes. After an object was replaced, an
         update then compares its images one by one; the payload is a `KeyedPayload`.
+    planned_columns: (payload, row) → those of `columns` that follow from the plan alone, which `verify` computes again.
     """
 
     kind: str
@@ -186,6 +201,7 @@ class Source:
     own_title: str = ""
     selects: tuple[str, ...] = ()
     content_column: str = ""
+    planned_columns: Callable[[Any, int], Mapping[str, Any]] | None = None
 
     @property
     def title(self) -> str:

@@ -22,6 +22,7 @@ from pipeline.images.decode import OffsetOf, decode, leave_encoded
 from pipeline.images.pixels import RGB8, Decoded, Encoded, PixelFormat
 from pipeline.images.transform import Transform
 from pipeline.images.values import DEFAULT, Values
+from pipeline.images.windows import to_pixels
 from pipeline.predictors.base import Allotment, Predictor
 from pipeline.sources import ReadOptions, Record, ShardEnd
 from pipeline.sources.shard import Shard
@@ -82,7 +83,7 @@ class Loader:
         exact, aliases = config.decoder == "exact", config.keep_names()
         return Loader(
             transform=predictor.transform,
-            options=options,
+            options=replace(options, network_bands=predictor.pixel_format.bands),
             keep={column.name: (aliases.get(column.name, column.name), column.type) for column in keep or ()},
             max_pixels=config.max_pixels,
             exif_rotate=config.exif_rotate,
@@ -139,7 +140,10 @@ class Loader:
     def _image(self, data: bytes | np.ndarray, image_id: str, budget: MemoryBudget) -> Decoded | Encoded:
         """Pixels that the predictor takes, or a JPEG for its GPU. Raises DecodeError."""
         if isinstance(data, np.ndarray):
-            return Decoded(self.pixel_format.check(data), width=data.shape[1], height=data.shape[0])
+            pixels = data
+            if isinstance(data, np.ma.MaskedArray):
+                pixels = to_pixels(data, self.transform, self.values)
+            return Decoded(self.pixel_format.check(pixels), width=data.shape[1], height=data.shape[0])
         if encoded := self._leave(data):
             return encoded
         decoded = decode(
@@ -223,6 +227,7 @@ class _Row:
             "message": error and error.message,
             schema.SHARD_ROWS: item.rows if isinstance(item, ShardEnd) else None,
             schema.SHARD_LEFT_OUT: json.dumps(left_out) if left_out else None,
+            schema.IS_EMPTY: record is not None and record.is_empty,
             "read_seconds": record.read_seconds if record else 0.0,
             "decode_seconds": self.decode_seconds,
             "predict_seconds": 0.0,
@@ -288,5 +293,6 @@ def _check_values(config: RunConfig, predictor: Predictor) -> None:
         raise SettingRefused(
             f"--scale is {config.scale!r}: the network takes {format.dtype}, whose values stay as they are"
         )
-    if config.nodata_fill is not None and config.scale is None and format.dtype == "uint8":
+    is_scaled = config.scale is not None or config.tile_size is not None
+    if config.nodata_fill is not None and not is_scaled and format.dtype == "uint8":
         raise SettingRefused("--nodata-fill needs --scale, the range that the value lies in")

@@ -52,7 +52,8 @@ class Sink:
         file_name = f"{name}-{uuid.uuid4().hex[:8]}.parquet"  # a retry never overwrites an earlier try
         is_image = pc.is_null(table[schema.SHARD_ROWS])
         is_error = pc.is_valid(table["error_type"])
-        rows = table.filter(pc.and_(is_image, pc.invert(is_error)))
+        is_empty = pc.and_(is_image, pc.fill_null(table[schema.IS_EMPTY], False))
+        rows = table.filter(pc.and_not(pc.and_not(is_image, is_error), is_empty))
         errors = table.filter(is_error)
         images, ends = table.filter(is_image), table.filter(pc.invert(is_image))
         files: dict[str, bytes] = {}
@@ -81,6 +82,7 @@ class Sink:
             bytes_written=sum(map(len, files.values())),
             nulls=count_nulls(rows.select(self.result_schema.names)),
             constant=_ranges(rows.filter(pc.fill_null(rows[schema.CONSTANT], False))),
+            empty=pc.sum(is_empty).as_py() or 0,
         )
         commit.seconds["write"] = time.perf_counter() - started
         return self._commit(commit)

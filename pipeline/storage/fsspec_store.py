@@ -142,8 +142,12 @@ class FsspecStore:
         return self._open_file(path, BUFFER_BYTES // 8)
 
     def _open_file(self, path: str, block_size: int | None) -> Any:
+        options: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+        if self.is_http and block_size:
+            options["cache_type"] = "none"  # a reader asks for the bytes that it needs
+
         def open_with(filesystem: Any) -> Any:
-            return filesystem.open(self._path(path), "rb", **({} if block_size is None else {"block_size": block_size}))
+            return filesystem.open(self._path(path), "rb", **options)
 
         return open_with(self._connections.new()) if self._connections else self._call(open_with)
 

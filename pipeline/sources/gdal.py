@@ -1,0 +1,425 @@
+"""Raster files through GDAL (rasterio), whose bytes come from `pipeline.storage`. Needs the extra [geo].
+
+GDAL opens files by a virtual file system that calls `_Files` here. So every store works with the same credentials and
+retries as everywhere else, and a file that was replaced after planning is noticed.
+"""
+
+import math
+import posixpath
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import affine
+import numpy as np
+import rasterio
+from affine import Affine
+from rasterio.abc import FileContainer
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from pipeline.errors import NightshiftError, ReadError, StorageRefused
+from pipeline.geo.footprints import crs_name, pixel_metres
+from pipeline.geo.windows import Span, Tiling
+from pipeline.sources.scene import Band, RasterFile, Scene
+from pipeline.storage import access
+from pipeline.storage.base import ObjectInfo
+
+DRIVERS = ("GTiff", "JP2OpenJPEG", "VRT")
+CHUNK_BYTES = 1 << 16
+CHUNKS = 32
+CHUNKS_AHEAD = 8
+"""Small reads, of headers and tables of tiles, are served from this many chunks of CHUNK_BYTES."""
+SIBLING_SUFFIXES = (".aux.xml", ".ovr", ".msk")
+HEADER_CACHE_BYTES = 16 << 20
+REFUSED_ROLES = {
+    ColorInterp.palette: "it has a table of colours; convert it with gdal_translate -expand rgb",
+    ColorInterp.cyan: "its colours are CMYK; convert it to RGB",
+    ColorInterp.Y: "its colours are YCbCr; convert it to RGB",
+}
+
+# Without a transform GDAL warns; `Scene.transform` says it.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+T = TypeVar("T")
+
+
+class _Bytes:
+    """The bytes of one object. Large reads go to the store as they are, small ones to chunks that are kept."""
+
+    def __init__(self, uri: str, etag: str) -> None:
+        self.file = access.open_read(uri, etag)
+        self.raw = getattr(self.file, "raw", self.file)  # a buffer would read megabytes for each tile
+        self.size = self.raw.seek(0, 2)
+        self.chunks: OrderedDict[int, bytes] = OrderedDict()
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`, fewer at the end of the object."""
+        stop = min(stop, self.size)
+        if stop <= start:
+            return b""
+        if stop - start >= CHUNK_BYTES // 4:
+            return self._fetch(start, stop)
+        first, last = start // CHUNK_BYTES, (stop - 1) // CHUNK_BYTES
+        data = b"".join(self._chunk(number) for number in range(first, last + 1))
+        return data[start - first * CHUNK_BYTES : stop - first * CHUNK_BYTES]
+
+    def _chunk(self, number: int) -> bytes:
+        if number not in self.chunks:
+            ahead = CHUNKS_AHEAD if number - 1 in self.chunks else 1  # strips, which are read one after the other
+            start = number * CHUNK_BYTES
+            data = self._fetch(start, min(start + ahead * CHUNK_BYTES, self.size))
+            self.chunks[number] = b""  # of an object that has become shorter
+            for offset in range(0, len(data), CHUNK_BYTES):
+                self.chunks[number + offset // CHUNK_BYTES] = data[offset : offset + CHUNK_BYTES]
+            while len(self.chunks) > CHUNKS:
+                self.chunks.popitem(last=False)
+        self.chunks.move_to_end(number)
+        return self.chunks[number]
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        self.raw.seek(start)
+        data = bytearray()
+        while len(data) < stop - start:
+            piece = self.raw.read(stop - start - len(data))
+            if not piece:
+                break
+            data += piece
+        return bytes(data)
+
+
+class _Handle:
+    """An open file of GDAL. It never raises, because GDAL's C code cannot pass an exception on."""
+
+    def __init__(self, files: "_Files", data: _Bytes) -> None:
+        self.files, self.data, self.position = files, data, 0
+
+    def __enter__(self) -> "_Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + {0: 0, 1: self.position, 2: self.data.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self.data.size if size < 0 else self.position + size
+        try:
+            data = self.data.read(self.position, stop)
+        except Exception as error:  # of any store
+            self.files.fault = error
+            return b""
+        # GDAL reads a kilobyte at the start of every file, however short it is.
+        self.files.is_cut_off |= len(data) < stop - self.position and self.position > 0
+        self.position += len(data)
+        return data
+
+    def close(self) -> None:
+        pass
+
+
+class _Files(FileContainer):  # type: ignore[misc]
+    """The files that GDAL may open: a raster, its siblings, and the rasters that a VRT names.
+
+    fault: the error of the store, which GDAL reports as broken bytes. is_cut_off: a read went beyond the end of a file.
+    """
+
+    def __init__(self, etags: dict[str, str]) -> None:
+        self.etags = etags
+        self.is_open = any(uri.lower().endswith(".vrt") for uri in etags)
+        self.fault: Exception | None = None
+        self.is_cut_off = False
+        self._bytes: dict[str, _Bytes] = {}
+
+    def _load(self, path: str) -> _Bytes:
+        uri = self._uri(path)
+        if uri not in self._bytes:
+            self._bytes[uri] = _Bytes(uri, self.etags.get(uri, ""))
+        return self._bytes[uri]
+
+    def _uri(self, path: str) -> str:
+        """The URI of a file. Raises FileNotFoundError for a name that GDAL only tries out."""
+        scheme, separator, rest = path.partition("://")
+        uri = f"{scheme}{separator}{posixpath.normpath(rest)}" if separator else posixpath.normpath(path)
+        if path in self.etags:
+            return path
+        if uri in self.etags or (self.is_open and uri.lower().endswith((".tif", ".tiff", ".jp2", ".j2k", ".vrt"))):
+            return uri
+        raise FileNotFoundError(path)
+
+    def open(self, path: str, mode: str = "r", **_: Any) -> _Handle:
+        try:
+            return _Handle(self, self._load(path))
+        except FileNotFoundError as error:
+            if path in self.etags:
+                self.fault = error
+            raise
+        except Exception as error:
+            self.fault = error
+            raise FileNotFoundError(path) from error
+
+    def isfile(self, path: str) -> bool:
+        try:
+            return bool(self._load(path).size >= 0)
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # of any store
+            self.fault = error
+            return False
+
+    def isdir(self, path: str) -> bool:
+        return False
+
+    def ls(self, path: str) -> list[str]:
+        """Names in a folder, so that GDAL need not try out names."""
+        return [posixpath.basename(uri) for uri in self.etags if posixpath.dirname(uri) == path.rstrip("/")]
+
+    def mtime(self, path: str) -> int:
+        return 0
+
+    def size(self, path: str) -> int:
+        return self._load(path).size
+
+    def rm(self, path: str) -> None:
+        raise PermissionError(path)
+
+    def close(self) -> None:
+        for data in self._bytes.values():
+            data.file.close()
+
+
+class _Dataset:
+    """An open raster. Every call of GDAL goes through `call`, which tells faults of the store from broken bytes."""
+
+    def __init__(self, uri: str, etags: dict[str, str], cache_bytes: int) -> None:
+        self.uri, self.files, self.cache_bytes = uri, _Files(etags), cache_bytes
+        self.dataset: Any = None
+        try:
+            self.files.open(uri)  # raises nothing that GDAL would hide
+        except FileNotFoundError:
+            raise self.files.fault or FileNotFoundError(uri) from None
+        try:
+            self.dataset = self.call(lambda: rasterio.open(uri, opener=self.files))
+        except BaseException:
+            self.close()
+            raise
+        if self.dataset.driver not in DRIVERS:
+            driver = self.dataset.driver
+            self.close()
+            raise ReadError("unsupported", f"{uri} is read by GDAL's driver {driver}, not by {', '.join(DRIVERS)}")
+
+    def call(self, action: Callable[[], T]) -> T:
+        """Raises OSError or StorageRefused for a fault of the store, ReadError (truncated, corrupt) for bad bytes."""
+        self.files.is_cut_off = False
+        try:
+            with rasterio.Env(GDAL_CACHEMAX=self.cache_bytes):
+                result = action()
+        except (RasterioError, ValueError, IndexError) as error:
+            self._check_store()
+            kind = "truncated" if self.files.is_cut_off else "corrupt"
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ReadError(kind, f"{self.uri} cannot be read: {reason}") from error
+        self._check_store()
+        return result
+
+    def _check_store(self) -> None:
+        fault, self.files.fault = self.files.fault, None
+        if isinstance(fault, (OSError, NightshiftError)):
+            raise fault
+        if fault is not None:
+            raise OSError(f"{type(fault).__name__}: {fault}") from fault
+
+    def close(self) -> None:
+        if self.dataset is not None:
+            self.dataset.close()
+        self.files.close()
+
+
+def inspect(info: ObjectInfo, tiling: Tiling) -> Scene:
+    """The scene of a file, from its header. Raises ReadError, OSError and StorageRefused."""
+    siblings = _siblings(info.uri)
+    dataset = _Dataset(info.uri, {info.uri: info.etag, **siblings}, HEADER_CACHE_BYTES)
+    try:
+        return dataset.call(lambda: _scene(dataset.dataset, info, siblings, tiling))
+    finally:
+        dataset.close()
+
+
+def _siblings(uri: str) -> dict[str, str]:
+    """The files beside a raster that GDAL reads with it: URI → etag."""
+    stem, dot, suffix = uri.rpartition(".")
+    worlds = [f"{stem}.{suffix[0]}{suffix[-1]}w", f"{stem}.wld"] if dot and suffix else []
+    found = {}
+    for name in [uri + suffix for suffix in SIBLING_SUFFIXES] + worlds:
+        try:
+            found[name] = access.head(name).etag
+        except (FileNotFoundError, PermissionError, StorageRefused):
+            continue  # a bucket that may not be listed forbids what does not exist
+    return found
+
+
+def _scene(dataset: Any, info: ObjectInfo, siblings: dict[str, str], tiling: Tiling) -> Scene:
+    bands = tuple(_band(dataset, index) for index in range(1, dataset.count + 1))
+    _check(dataset, bands, info.uri)
+    transform, crs = _georeferencing(dataset, info.uri, siblings)
+    is_interleaved = dataset.count > 1 and dataset.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") == "PIXEL"
+    block = max(dataset.block_shapes)
+    file = RasterFile(info.uri, info.etag, bands, tuple(block), is_interleaved, siblings)
+    factors = _factors(dataset, transform, crs, tiling, info.uri)
+    return Scene((file,), dataset.width, dataset.height, transform, crs, tiling, factors)
+
+
+def _band(dataset: Any, index: int) -> Band:
+    flags = dataset.mask_flag_enums[index - 1]
+    mask = next((name for flag, name in MASKS.items() if flag in flags), "")
+    return Band(
+        dataset.dtypes[index - 1],
+        dataset.colorinterp[index - 1].name,
+        dataset.descriptions[index - 1] or "",
+        dataset.nodatavals[index - 1],
+        mask,
+        dataset.scales[index - 1],
+        dataset.offsets[index - 1],
+    )
+
+
+MASKS = {MaskFlags.alpha: "alpha", MaskFlags.nodata: "nodata", MaskFlags.per_dataset: "mask"}
+
+
+def _check(dataset: Any, bands: Sequence[Band], uri: str) -> None:
+    """Raise ReadError (unsupported) for a raster whose numbers would not be read as they are meant."""
+    reasons = [REFUSED_ROLES[role] for role in dataset.colorinterp if role in REFUSED_ROLES]
+    structure = {**dataset.tags(ns="IMAGE_STRUCTURE"), **dataset.tags(1, ns="IMAGE_STRUCTURE")} if bands else {}
+    bits = int(structure.get("NBITS", 8))
+    if not bands:
+        reasons.append("it has no band; name one of its subdatasets in a VRT")
+    elif len({band.dtype for band in bands}) > 1:
+        reasons.append(f"its bands have different number types ({', '.join(band.dtype for band in bands)})")
+    elif np.dtype(bands[0].dtype).kind not in "iuf":
+        reasons.append(f"its numbers are {bands[0].dtype}")
+    if structure.get("MINISWHITE") == "YES":
+        reasons.append("its white is zero; invert it")
+    if bits < 8:
+        reasons.append(f"it has {bits} bits per number; convert it with gdal_translate -co NBITS=8")
+    if reasons:
+        raise ReadError("unsupported", f"{uri} is not supported as a scene: {reasons[0]}")
+
+
+def _georeferencing(
+    dataset: Any, uri: str, siblings: dict[str, str]
+) -> tuple[tuple[float, float, float, float, float, float] | None, str | None]:
+    """Transform and CRS, each None if the file has none. Raises ReadError (unsupported) for GCPs, RPCs and a CRS that
+    is not one of the Earth's surface."""
+    points, _ = dataset.gcps
+    placement = dataset.transform if not dataset.transform.is_identity else _world_file(siblings)
+    has_transform = placement is not None
+    if not has_transform and (points or dataset.rpcs):
+        kind = "ground control points" if points else "RPCs"
+        raise ReadError(
+            "unsupported",
+            f"{uri} is placed by {kind} alone, which give no exact footprint; warp it with gdalwarp, as in "
+            "gdalwarp -t_srs EPSG:4326",
+        )
+    if placement is None:
+        return None, None
+    transform = tuple(float(number) for number in tuple(placement)[:6])
+    if not all(map(math.isfinite, transform)) or placement.is_degenerate:
+        raise ReadError("unsupported", f"{uri} has an invalid transform: {transform}")
+    try:
+        return transform, crs_name(dataset.crs.to_wkt(version="WKT2_2019")) if dataset.crs else None  # type: ignore[return-value]
+    except ReadError as error:
+        raise ReadError(error.error_type, f"{uri}: {error.message}") from error
+
+
+def _world_file(siblings: dict[str, str]) -> Affine | None:
+    """The transform of a world file, which GDAL does not read through rasterio's virtual files."""
+    for uri, etag in siblings.items():
+        if not uri.endswith(SIBLING_SUFFIXES):
+            try:
+                return affine.loadsw(access.read(uri, etag).decode("ascii"))
+            except ValueError as error:
+                raise ReadError("corrupt", f"{uri} is no world file: {error}") from error
+    return None
+
+
+def _factors(
+    dataset: Any,
+    transform: tuple[float, float, float, float, float, float] | None,
+    crs: str | None,
+    tiling: Tiling,
+    uri: str,
+) -> tuple[float, float]:
+    """Pixels of the scene per pixel of a window, across and down."""
+    if tiling.resolution is None:
+        return 1.0, 1.0
+    if transform is None or crs is None:
+        raise ReadError("unsupported", f"{uri} has no CRS or no transform, which --resolution needs; leave it out")
+    across, down = pixel_metres(transform, crs, dataset.width, dataset.height)
+    return _whole(tiling.resolution / across), _whole(tiling.resolution / down)
+
+
+def _whole(factor: float) -> float:
+    """The factor, as a whole number if it is one but for rounding: 0.04 % are less than a tenth of a pixel in 224."""
+    return float(round(factor)) if round(factor) and abs(factor / round(factor) - 1) < 4e-4 else factor
+
+
+class Reader:
+    """Reads windows of a scene. Not thread-safe."""
+
+    def __init__(self, scene: Scene, bands: Sequence[int], cache_bytes: int) -> None:
+        """bands: indices over all files of the scene. Raises OSError, ReadError and StorageRefused."""
+        self.scene = scene
+        (file,) = scene.files
+        etags = {file.uri: file.etag, **file.siblings}
+        self.indexes = [index + 1 for index in bands]
+        self.masks = {file.bands[index].mask for index in bands}
+        self.input = _Dataset(file.uri, etags, cache_bytes)
+        self.size = scene.tiling.size
+
+    def read(self, across: Span, down: Span) -> np.ma.MaskedArray:
+        """A window [size, size, bands] in the file's number type, masked where a band has no data.
+
+        Outside of the scene all is masked. Raises OSError, ReadError and StorageRefused.
+        """
+        data, missing = self.input.call(lambda: self._read(across, down))
+        bands, height, width = data.shape
+        if (height, width) != (self.size, self.size):
+            whole = np.zeros((bands, self.size, self.size), data.dtype)
+            outside = np.ones(whole.shape, bool)
+            whole[:, :height, :width] = data
+            outside[:, :height, :width] = False if missing is None else missing
+            data, missing = whole, outside
+        pixels = np.ascontiguousarray(data.transpose(1, 2, 0))
+        mask = np.ma.nomask if missing is None else np.ascontiguousarray(missing.transpose(1, 2, 0))
+        return np.ma.MaskedArray(pixels, mask)
+
+    def _read(self, across: Span, down: Span) -> tuple[np.ndarray, np.ndarray | None]:
+        """Numbers [bands, height, width], and True for those without data; None if all have data."""
+        window = Window(across.start, down.start, across.length, down.length)
+        shape = down.pixels, across.pixels
+        enlarges = across.length < across.pixels or down.length < down.pixels
+        how = {
+            "window": window,
+            "out_shape": (len(self.indexes), *shape),
+            "resampling": Resampling.bilinear if enlarges else Resampling.average,
+        }
+        data = self.input.dataset.read(self.indexes, **how)
+        missing = None
+        if "nodata" in self.masks:
+            missing = self.input.dataset.read_masks(self.indexes, **how) == 0
+        elif self.masks != {""}:  # one mask for all bands
+            mask = self.input.dataset.read_masks(self.indexes[0], **{**how, "out_shape": shape}) == 0
+            missing = np.broadcast_to(mask, data.shape)
+        if data.dtype.kind == "f" and (bad := np.isnan(data)).any():
+            missing = bad if missing is None else missing | bad
+        return data, missing if missing is not None and missing.any() else None
+
+    def close(self) -> None:
+        self.input.close()
