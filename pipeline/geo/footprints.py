@@ -154,7 +154,7 @@ def crs_name(crs: str) -> str:
 
 def pixel_metres(transform: Affine, crs: str, width: int, height: int) -> tuple[float, float]:
     """Width and height of a pixel in metres: of the map if the CRS is projected, on the ground at the scene's centre
-    if it is geographic."""
+    if it is geographic. Raises ReadError (unsupported) if that is not on the Earth."""
     projection = projection_of(crs)
     a, b, _, d, e, _ = transform
     if not projection.is_geographic:
@@ -162,7 +162,10 @@ def pixel_metres(transform: Affine, crs: str, width: int, height: int) -> tuple[
         return math.hypot(a, d) * unit, math.hypot(b, e) * unit
     centre = np.array([[width / 2, height / 2], [width / 2 + 1, height / 2], [width / 2, height / 2 + 1]])
     degrees = projection.degrees(_apply(transform, centre))
-    assert degrees is not None
+    if degrees is None or np.abs(degrees[:, 1]).max() > 90:
+        raise ReadError(
+            "unsupported", "the centre of the scene is not on the Earth, so its pixels have no size in metres"
+        )
     geod = Geod(ellps="WGS84")
     _, _, across = geod.inv(*degrees[0], *degrees[1])
     _, _, down = geod.inv(*degrees[0], *degrees[2])

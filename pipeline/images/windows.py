@@ -78,14 +78,14 @@ def _fill(raster: Raster, transform: Transform, values: Values) -> Sequence[floa
     """The pixel value of no data, one for all bands or one per band."""
     is_8_bits = values.pixel_format.dtype == "uint8"
     if values.nodata_fill is None:
-        if not is_8_bits:
+        if not is_8_bits or len(transform.mean) not in (1, values.pixel_format.bands):
             raise DecodeError(
                 "unsupported",
-                f"{raster.description} has pixels without data, and the network takes {values.pixel_format.dtype}; "
-                "give the value that they get with --nodata-fill",
+                f"{raster.description} has pixels without data, and the network takes {values.pixel_format}, of which "
+                "no mean is known; give the value that they get with --nodata-fill",
             )
         return [round(255 * mean) for mean in transform.mean]
     if is_8_bits and values.scale is not None and raster.bits != 8:
         low, high = values.scale
         return [round(255 * (values.nodata_fill - low) / (high - low))]
-    return [values.nodata_fill]
+    return [min(max(round(values.nodata_fill), 0), 255)] if is_8_bits else [values.nodata_fill]

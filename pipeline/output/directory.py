@@ -195,7 +195,7 @@ def _update(plan: Plan, archive: Archive, check_lock: Callable[[], object]) -> t
     left_out = archive.left_out.counts
     extended = plans.extend(plan, archive.new_shards(change), archive.keep_types, change.dropped, left_out)
     change.left_out = extended.left_out
-    if extended.files == plan.files:
+    if extended.files == plan.files and extended.dropped == plan.dropped:
         same_shards = replace(plan, left_out=extended.left_out)
         if same_shards.left_out != plan.left_out:
             check_lock()
@@ -257,6 +257,7 @@ def preview(
         "left_out": plan.left_out,
         "columns": columns,
         "settings": record.settings,
+        **({"notices": notices} if (notices := list(archive.notices.lines())) else {}),
     }
 
 

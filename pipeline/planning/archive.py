@@ -95,8 +95,8 @@ class Archive:
             shards = _limited(shards, self.config.limit, self.options())
         first = next(shards, None)
         if first is None:
-            selected = "no tiles that --zoom and --bbox select" if self._selecting_flags() else "no images"
-            raise InputRefused(f"--input {' '.join(self.config.input)} contains {selected}")
+            what = f"no tiles of {self._selected()}" if self._selecting_flags() else "no images"
+            raise InputRefused(f"--input {' '.join(self.config.input)} contains {what}")
         yield from itertools.chain([first], shards)
         if self.config.keep and self.keep_types.keys().isdisjoint(self.config.keep_names()):
             raise InputRefused(f"--keep {','.join(self.config.keep)}: loose images have no columns")
@@ -224,8 +224,8 @@ class Archive:
                 is_file = info.uri == name
             yield with_utf_8_name(info) if is_read else replace(info, uri=uris.escaped(info.uri))
         if is_empty and is_template:
-            where = " that --zoom and --bbox select" if self._selecting_flags() else ""
-            raise InputRefused(f"--input {name} matches no tiles{where}")
+            of = f" of {self._selected()}" if self._selecting_flags() else ""
+            raise InputRefused(f"--input {name} matches no tiles{of}")
         if is_empty:
             raise _no_images(name, others, is_file=is_file)
 
@@ -334,6 +334,10 @@ class Archive:
 
     def _selecting_flags(self) -> list[str]:
         return [name for name in ("zoom", "bbox") if getattr(self.config, name) is not None]
+
+    def _selected(self) -> str:
+        """The settings that select tiles, as text."""
+        return " ".join(f"--{name} {getattr(self.config, name)}" for name in self._selecting_flags())
 
     def _add_types(self, types: Mapping[str, pa.DataType], uri: str) -> None:
         for name, type_ in types.items():

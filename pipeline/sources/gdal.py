@@ -304,6 +304,8 @@ def _check(dataset: Any, bands: Sequence[Band], uri: str) -> None:
         reasons.append(f"its bands have different number types ({', '.join(band.dtype for band in bands)})")
     elif np.dtype(bands[0].dtype).kind not in "iuf":
         reasons.append(f"its numbers are {bands[0].dtype}")
+    if len(dataset.subdatasets) > 1:
+        reasons.append(f"it has {len(dataset.subdatasets)} pages; write each to a file of its own")
     if structure.get("MINISWHITE") == "YES":
         reasons.append("its white is zero; invert it")
     if bits < 8:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -49,15 +50,16 @@ KEEP_COPIES_SECONDS = 24 * 3600
 """A copy that was not used for so long is removed when the next one is made."""
 
 
-class _Layout:
+class _Layout(NamedTuple):
     """Where a database has its tiles.
 
     rows: SQL of zoom_level, tile_column, tile_row and rowid of the data (NULL if only the tile itself identifies it).
     data: SQL of a tile's bytes, by that rowid, or by zoom, column and row.
     """
 
-    def __init__(self, rows: str, data: str, *, has_rowids: bool) -> None:
-        self.rows, self.data, self.has_rowids = rows, data, has_rowids
+    rows: str
+    data: str
+    has_rowids: bool
 
 
 _TABLE = _Layout(

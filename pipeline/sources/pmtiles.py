@@ -63,13 +63,33 @@ def shards(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
             header = _header(info.uri, read_range(0, min(HEADER_BYTES, size_bytes)))
             directories = _Directories(info.uri, header, read_range, size_bytes, _ranges(header, options.selection))
             is_empty = True
-            for piece in _cut(directories.entries()):
+            count = header["addressed_tiles_count"]
+            for piece in _counted(_cut(directories.entries()), count, is_all=options.selection.is_all):
                 is_empty = False
                 yield piece.contents() if isinstance(piece, Lost) else _contents(piece, header)
             if is_empty and options.selection.is_all:
                 raise NoTiles(f"{info.uri} has no tiles")
     except OSError as error:
         raise storage_fault(info.uri, error) from error
+
+
+def _counted(pieces: Iterator[_Entries | Lost], count: int, *, is_all: bool) -> Iterator[_Entries | Lost]:
+    """Compare the number of tiles with the one in the header. More tiles end the archive; fewer are one that is lost.
+
+    count: of the header, 0 if unknown. is_all: all tiles are selected.
+    """
+    tiles, is_whole = 0, True
+    for piece in pieces:
+        if isinstance(piece, Lost):
+            is_whole = False
+        else:
+            tiles += int(piece.runs.sum())
+        if count and tiles > count:  # a broken run may stand for any number of tiles
+            yield Lost(f"its directories have more tiles than the {count} of its header")
+            return
+        yield piece
+    if is_all and is_whole and tiles < count:
+        yield Lost(f"its directories have only {tiles} of the {count} tiles of its header")
 
 
 def _ranges(header: dict[str, Any], selection: Selection) -> NDArray[np.int64]:
@@ -114,13 +134,8 @@ class _Directories:
     def __init__(
         self, uri: str, header: dict[str, Any], read_range: ReadRange, size_bytes: int, ranges: NDArray[np.int64]
     ) -> None:
-        self.uri, self.header, self.read_range, self.size_bytes, self.ranges = (
-            uri,
-            header,
-            read_range,
-            size_bytes,
-            ranges,
-        )
+        self.uri, self.header, self.ranges = uri, header, ranges
+        self.read_range, self.size_bytes = read_range, size_bytes
         self.window, self.window_start = b"", 0
 
     def entries(self) -> Iterator[_Entries | Lost]:

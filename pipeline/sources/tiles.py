@@ -6,8 +6,10 @@ import io
 import json
 import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ from numpy.typing import NDArray
 
 from pipeline.coverage import Ranges, intersect
 from pipeline.errors import InputRefused, ReadError
-from pipeline.geo.tiles import Selection
 from pipeline.sources.base import Contents, NoImages, Place, ReadOptions, Record, ShardEnd
 from pipeline.sources.records import MAX_MEMBER_BYTES, Rows, storage_fault, too_large
 from pipeline.sources.shard import Shard
@@ -71,7 +72,7 @@ class TileRun:
         return TileRun(tuple(keys[order].tolist()), tuple(counts.tolist()), chosen(places), chosen(sizes))
 
     def to_json(self) -> str:
-        fields = {name: value for name, value in asdict(self).items() if value}
+        fields = {each.name: value for each in fields_of(self) if (value := getattr(self, each.name))}
         for name in ("keys", "places"):  # differences are short and compress well
             if name in fields:
                 fields[name] = np.diff(np.array(fields[name], np.int64), prepend=0).tolist()
@@ -121,13 +122,13 @@ class TileRun:
 
     def contents(self, todo: Ranges) -> list[tuple[int, Ranges]]:
         """The contents that have rows in `todo`, and these rows."""
-        found = []
-        stop = 0
-        for content, count in enumerate(self.counts):
-            start, stop = stop, stop + count
-            if rows := intersect(todo, ((start, stop),)):
-                found.append((content, rows))
-        return found
+        stops = np.cumsum(self.counts).tolist()
+        bounds = tuple(zip([0, *stops], stops, strict=False))
+        pieces: dict[int, Ranges] = {}
+        for start, stop in intersect(todo, bounds):
+            content = bisect_right(stops, start)
+            pieces[content] = (*pieces.get(content, ()), (start, stop))
+        return list(pieces.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +193,10 @@ class _Names:
 
     def record(self, rows: tuple[int, int], data: bytes | ReadError, seconds: float) -> Record:
         """The record of neighbouring rows with the same bytes."""
-        is_error = isinstance(data, ReadError)
-        content_hash = {} if isinstance(data, ReadError) else {"tile_hash": hash_of(data)}
+        image, error = (None, data) if isinstance(data, ReadError) else (data, None)
+        content_hash = {} if image is None else {"tile_hash": hash_of(image)}
         first, *others = (self._place(row, content_hash) for row in range(*rows))
-        return Record(
-            rows[0],
-            first.image_id,
-            self.uri,
-            first.member,
-            None if is_error else data,  # type: ignore[arg-type]
-            data if isinstance(data, ReadError) else None,
-            first.kept,
-            seconds,
-            tuple(others),
-        )
+        return Record(rows[0], first.image_id, self.uri, first.member, image, error, first.kept, seconds, tuple(others))
 
     def _place(self, row: int, content_hash: dict[str, int]) -> Place:
         z, x, y = self.tiles[row]
@@ -253,7 +244,9 @@ def _read_whole(archive: TileArchive, shard: Shard, todo: Ranges, options: ReadO
             inside = tuple((max(start - first, 0), stop - first) for start, stop in rows.todo if stop > first)
             for item in read(archive, part, inside, options):
                 if isinstance(item, Record):
-                    yield replace(item, row=item.row + first)
+                    row = item.row + first
+                    image_id = f"{shard.uri}#row={row}" if item.member is None else item.image_id
+                    yield replace(item, row=row, image_id=image_id)
             rows.advance(contents.rows or 0)
             if rows.row >= rows.stop and shard.rows is not None:
                 break
@@ -345,9 +338,3 @@ def _brotli(data: bytes) -> bytes:
 
 
 DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"gzip": _gzip, "zstd": _zstd, "brotli": _brotli}
-
-
-def describe(selection: Selection) -> str:
-    """A selection as text, for messages."""
-    zooms = f"zoom {selection.min_zoom} to {selection.max_zoom}"
-    return zooms if selection.box is None else f"{zooms}, {','.join(f'{value:g}' for value in selection.box)}"

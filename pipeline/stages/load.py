@@ -296,3 +296,9 @@ def _check_values(config: RunConfig, predictor: Predictor) -> None:
     is_scaled = config.scale is not None or config.tile_size is not None
     if config.nodata_fill is not None and not is_scaled and format.dtype == "uint8":
         raise SettingRefused("--nodata-fill needs --scale, the range that the value lies in")
+    if config.nodata_fill is not None and config.scale is None and format.dtype != "float32":
+        high = np.iinfo(format.dtype).max
+        if not 0 <= config.nodata_fill <= high or config.nodata_fill % 1:
+            raise SettingRefused(
+                f"--nodata-fill is {config.nodata_fill:g}: without --scale it must be a whole number from 0 to {high}"
+            )

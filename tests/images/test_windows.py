@@ -67,6 +67,7 @@ def test_no_data_of_one_band_is_filled_alone() -> None:
 @pytest.mark.parametrize(("fill", "scale", "dtype", "expected"), [
     (7.0, None, "uint8", 7),
     (7.0, (0.0, 70.0), "uint8", 7),  # 8 bits have their range
+    (1000.0, (0.0, 3000.0), "uint8", 255),
     (7.0, (0.0, 70.0), "int16", 26),
     (0.0, (0.0, 70.0), "float64", 0),
 ])  # fmt: skip
@@ -109,8 +110,12 @@ def test_networks_of_other_numbers() -> None:
     values = Values(pixel_format=PixelFormat("float32", 4))
     array = window(4, "uint16")
     np.testing.assert_array_equal(to_pixels(array, TRANSFORM, values), array.astype(np.float32))
-    with pytest.raises(DecodeError, match=r"has pixels without data, and the network takes float32; .*--nodata-fill"):
+    with pytest.raises(
+        DecodeError, match=r"has pixels without data, and the network takes 4 × float32, .*--nodata-fill"
+    ):
         to_pixels(masked(array), TRANSFORM, values)
+    with pytest.raises(DecodeError, match="of which no mean is known"):
+        to_pixels(masked(window(4)), TRANSFORM, Values(pixel_format=PixelFormat("uint8", 4)))
     filled = to_pixels(masked(array), TRANSFORM, Values(nodata_fill=-1.0, pixel_format=PixelFormat("float32", 4)))
     assert (filled[:8] == -1).all()
     np.testing.assert_array_equal(filled[8:], array[8:])

@@ -328,6 +328,13 @@ def test_numbers_with_another_meaning_are_refused(
         shards_of(path)
 
 
+def test_a_tiff_of_several_pages_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", numbers(1, 64, 64))
+    write(path, numbers(1, 64, 64), APPEND_SUBDATASET="YES")
+    with pytest.raises(ReadError, match="it has 2 pages; write each to a file of its own"):
+        shards_of(path)
+
+
 # Resolution and overviews
 
 
@@ -374,6 +381,13 @@ def test_resolution_of_degrees_and_of_finer_pixels(tmp_path: Path) -> None:
     with rasterio.open(utm) as file:
         expected = file.read(window=window_of(finer[1]), out_shape=(1, 64, 64), resampling=Resampling.bilinear)
     np.testing.assert_array_equal(finer[1].data, expected.transpose(1, 2, 0))
+
+
+def test_metres_of_a_scene_beside_the_earth(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", numbers(1, 64, 64), Affine(0.1, 0, 10, 0, -0.1, 120), "EPSG:4326")
+    with pytest.raises(ReadError, match="is not on the Earth"):
+        shards_of(path, tiling(resolution=20.0))
+    assert {record.kept.get("geometry") for record in all_windows(path)} == {None}
 
 
 def test_resolution_needs_georeferencing(tmp_path: Path) -> None:

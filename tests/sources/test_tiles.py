@@ -192,6 +192,7 @@ def test_a_long_run_is_cut_into_shards(tmp_path: Path) -> None:
     root = gzip.compress(gzip.decompress(serialize_directory([Entry(1398101, 0, len(data), 1 << 22)])))
     for place, value in ((16, len(root)), (24, 127 + len(root)), (32, 0), (40, 0), (48, 0), (56, 127 + len(root))):
         header[place : place + 8] = value.to_bytes(8, "little")
+    header[72:80] = (1 << 22).to_bytes(8, "little")
     header[100] = header[101] = 11
     path.write_bytes(bytes(header) + root + data)
     shards = planned(path)
@@ -258,7 +259,7 @@ def test_leaf_directories_outside_of_the_selection_are_not_read(tmp_path: Path) 
 def test_a_selection_without_tiles_is_refused(tmp_path: Path) -> None:
     path = write_pmtiles(tmp_path / "a.pmtiles", square(3, 5))
     other = write_mbtiles(tmp_path / "b.mbtiles", square(7, 5))
-    with pytest.raises(InputRefused, match="contains no tiles that --zoom and --bbox select"):
+    with pytest.raises(InputRefused, match="contains no tiles of --zoom 7"):
         planned(path, zoom="7")
     assert sum(shard.rows or 0 for shard in planned(tmp_path, zoom="7")) == 5
     assert other.exists()
@@ -361,6 +362,19 @@ def test_a_broken_leaf_directory_costs_its_tiles(tmp_path: Path) -> None:
     assert 40 <= len(rows) - len(errors) <= 50
     assert all("the directory at" in record.error.message for record in errors if record.error)
     assert len({image_id for _, _, image_id, _ in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, 20), (20, 20), (25, 21), (7, 1)])
+def test_the_number_of_tiles_in_the_header_is_checked(tmp_path: Path, count: int, rows: int) -> None:
+    path = write_pmtiles(tmp_path / "a.pmtiles", square(4, 20))
+    data = bytearray(path.read_bytes())
+    data[72:80] = count.to_bytes(8, "little")
+    path.write_bytes(data)
+    found = list(rows_of(planned(path)))
+    messages = [record.error.message for record, *_ in found if record.error]
+    assert len(found) == rows
+    assert len(messages) == (count not in (0, 20))
+    assert all(f"{count} " in message and "header" in message for message in messages)
 
 
 def test_mbtiles_that_were_cut_short(tmp_path: Path) -> None:
@@ -483,3 +497,23 @@ def test_real_archives() -> None:
         assert east > -118.3199
         assert south < 36.5931
         assert north > 36.5610
+
+
+def test_an_archive_that_planning_could_not_inspect_is_read_as_one_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pmtiles, "TILES_PER_SHARD", 16)
+    tiles = {tile: OCEAN if tile[1] else data for tile, data in square(5, 60).items()}
+    path = write_pmtiles(tmp_path / "a.pmtiles", tiles, leaf_size=4)
+    header = pmtiles._header("a", path.read_bytes()[:127])
+    data = bytearray(path.read_bytes())
+    for offset in (header["leaf_directory_offset"] + 30, header["tile_data_offset"] - 30):
+        data[offset : offset + 10] = bytes(10)
+    path.write_bytes(data)
+    shard = Shard(0, "pmtiles", str(path), etag=access.head(str(path)).etag)
+    rows = list(rows_of([shard]))
+    parts = planned(path)
+    assert [row for _, row, _, _ in rows] == list(range(sum(part.rows or 0 for part in parts)))
+    assert len({image_id for _, _, image_id, _ in rows}) == len(rows)
+    assert sum(record.error is not None for record, *_ in rows) in (2, 3, 4), "each of the broken directories is one"
+    assert [image_id for _, _, image_id, _ in rows_of([shard], ((20, 30),))] == [each[2] for each in rows[20:30]]

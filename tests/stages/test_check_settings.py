@@ -88,3 +88,9 @@ def test_an_attribute_that_moved_to_the_allotment_is_named(name: str) -> None:
     with pytest.raises(SettingRefused, match=rf"Labels.{name} does not exist: write load\(self, allotment\)"):
         getattr(Labels(), name)
     assert not hasattr(Labels(), "anything_else")
+
+
+@pytest.mark.parametrize("value", [-1.0, 256.0, 0.5])
+def test_a_fill_of_scenes_of_8_bits_is_one_of_their_numbers(value: float) -> None:
+    with pytest.raises(SettingRefused, match="without --scale it must be a whole number from 0 to 255"):
+        check_settings(config(tile_size=224, nodata_fill=value), Labels())
