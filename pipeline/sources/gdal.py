@@ -32,7 +32,7 @@ CHUNK_BYTES = 1 << 16
 CHUNKS = 32
 CHUNKS_AHEAD = 8
 """Small reads, of headers and tables of tiles, are served from this many chunks of CHUNK_BYTES."""
-SIBLING_SUFFIXES = (".aux.xml", ".ovr", ".msk")
+READ_BY_GDAL = (".aux.xml", ".ovr", ".msk")
 HEADER_CACHE_BYTES = 16 << 20
 REFUSED_ROLES = {
     ColorInterp.palette: "it has a table of colours; convert it with gdal_translate -expand rgb",
@@ -221,8 +221,12 @@ class _Dataset:
         try:
             with rasterio.Env(GDAL_CACHEMAX=self.cache_bytes):
                 result = action()
-        except (RasterioError, ValueError, IndexError) as error:
+        except (ReadError, NightshiftError, MemoryError):
+            raise
+        except Exception as error:  # rasterio passes on errors of GDAL that it does not document
             self._check_store()
+            if isinstance(error, OSError) and not isinstance(error, RasterioError):
+                raise
             kind = "truncated" if self.files.is_cut_off else "corrupt"
             reason = " ".join(str(error.__cause__ or error).split())
             raise ReadError(kind, f"{self.uri} cannot be read: {reason}") from error
@@ -257,7 +261,7 @@ def _siblings(uri: str) -> dict[str, str]:
     stem, dot, suffix = uri.rpartition(".")
     worlds = [f"{stem}.{suffix[0]}{suffix[-1]}w", f"{stem}.wld"] if dot and suffix else []
     found = {}
-    for name in [uri + suffix for suffix in SIBLING_SUFFIXES] + worlds:
+    for name in [uri + suffix for suffix in READ_BY_GDAL] + worlds:
         try:
             found[name] = access.head(name).etag
         except (FileNotFoundError, PermissionError, StorageRefused):
@@ -343,7 +347,7 @@ def _georeferencing(
 def _world_file(siblings: dict[str, str]) -> Affine | None:
     """The transform of a world file, which GDAL does not read through rasterio's virtual files."""
     for uri, etag in siblings.items():
-        if not uri.endswith(SIBLING_SUFFIXES):
+        if not uri.endswith(READ_BY_GDAL):
             try:
                 return affine.loadsw(access.read(uri, etag).decode("ascii"))
             except ValueError as error:
