@@ -36,6 +36,14 @@ ERRORS = pa.schema(
 )
 """The files of `_errors/`. stage: read, decode or predict. error_type: see `pipeline.errors.ImageError`."""
 
+FOOTPRINT = pa.schema(
+    [
+        ("geometry", pa.binary()),
+        ("bbox", pa.struct([(name, pa.float64()) for name in ("xmin", "ymin", "xmax", "ymax")])),
+    ]
+)
+"""Columns of images with a place on the Earth, in OGC:CRS84. geometry: WKB. bbox: range of its coordinates."""
+
 FAULT = pa.schema([("stage", pa.string()), ("error_type", pa.string()), ("message", pa.string())])
 SECONDS = pa.schema(
     [("read_seconds", pa.float32()), ("decode_seconds", pa.float32()), ("predict_seconds", pa.float32())]

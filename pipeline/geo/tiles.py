@@ -5,6 +5,7 @@ counts y from the south. The projection is web Mercator (EPSG:3857), which ends 
 """
 
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ MAX_ZOOM = 29
 MAX_LATITUDE = math.degrees(math.atan(math.sinh(math.pi)))
 EDGE = 1e-9
 """Share of a tile: a box that reaches less far into it only touches its edge."""
+
+LITTLE_ENDIAN, POLYGON = 1, 3
+"""Numbers of WKB (OGC 06-103r4, section 8.2)."""
 
 Ids = NDArray[np.int64]
 Bounds = tuple[float, float, float, float]
@@ -46,6 +50,19 @@ def bounds(z: int, x: int, y: int) -> Bounds:
     """West, south, east and north of a tile in degrees."""
     side = 360 / (1 << z)
     return x * side - 180, _latitude(z, y + 1), (x + 1) * side - 180, _latitude(z, y)
+
+
+def footprint(z: int, x: int, y: int) -> dict[str, Any]:
+    """The columns `geometry` and `bbox` of a tile: a polygon of its four corners, counterclockwise.
+
+    Its edges are straight in degrees as well, so they need no further points.
+    """
+    west, south, east, north = bounds(z, x, y)
+    ring = (west, south, east, south, east, north, west, north, west, south)
+    return {
+        "geometry": struct.pack("<BIII10d", LITTLE_ENDIAN, POLYGON, 1, 5, *ring),
+        "bbox": {"xmin": west, "ymin": south, "xmax": east, "ymax": north},
+    }
 
 
 def tile_at(longitude: float, latitude: float, z: int) -> tuple[int, int]:

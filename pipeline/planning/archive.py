@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from braceexpand import braceexpand
 
-from pipeline import sources
+from pipeline import schema, sources
 from pipeline.config import RunConfig
 from pipeline.errors import InputRefused, ReadError
 from pipeline.planning import left_out, lists, templates
@@ -319,7 +319,7 @@ class Archive:
     def _check_loose(self, info: ObjectInfo) -> None:
         """Add the columns of a tile; refuse other images if there is a selection of tiles."""
         if isinstance(info, TileImage):
-            self._add_types({name: PLACE.field(name).type for name in PLACE.names}, info.uri)
+            self._add_types({each.name: each.type for each in (*PLACE, *schema.FOOTPRINT)}, info.uri)
         else:
             self._check_selects(info.uri, ())
 

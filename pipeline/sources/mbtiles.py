@@ -13,6 +13,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -376,6 +377,7 @@ SOURCE = Source(
     reads_header=True,
     payload=TileRun,
     columns=tiles.COLUMNS,
+    planned_columns=partial(tiles.planned_columns, ARCHIVE.tiles),
     selects=("zoom", "bbox"),
     content_column="tile_hash",
     own_title="MBTiles",

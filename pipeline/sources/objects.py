@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.coverage import Ranges
 from pipeline.errors import NightshiftError, ReadError
+from pipeline.geo.tiles import footprint
 from pipeline.sources.base import IMAGE_SUFFIXES, ReadOptions, Record, ShardEnd, Source
 from pipeline.sources.shard import Shard
 from pipeline.storage import access, base, uris
@@ -105,6 +106,8 @@ def _fetch(shard: Shard, row: int) -> Record:
     if images.kept:
         kept = json.loads(images.kept[row])
         image_id = kept.pop(IMAGE_ID, image_id)
+        if "tile_z" in kept:  # of a folder of tiles; the plan is JSON, which holds no WKB
+            kept |= footprint(kept["tile_z"], kept["tile_x"], kept["tile_y"])
     return Record(row, image_id, plain, None, data, error, kept, time.perf_counter() - started)
 
 

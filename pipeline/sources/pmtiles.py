@@ -8,6 +8,7 @@ and only with gzip, so they are decoded here, in arrays.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -357,6 +358,7 @@ SOURCE = Source(
     reads_header=True,
     payload=TileRun,
     columns=tiles.COLUMNS,
+    planned_columns=partial(tiles.planned_columns, ARCHIVE.tiles),
     selects=("zoom", "bbox"),
     content_column="tile_hash",
     own_title="PMTiles",

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from pipeline import schema
 from pipeline.coverage import Ranges, intersect
 from pipeline.errors import InputRefused, NightshiftError, ReadError
 from pipeline.geo.windows import NO_WINDOWS, Axis, Part, Span, Tiling, parts
@@ -51,8 +52,7 @@ COLUMNS = pa.schema(
         ("crs", pa.string()),
         ("transform", pa.list_(pa.float64())),
         ("valid_fraction", pa.float32()),
-        ("geometry", pa.binary()),
-        ("bbox", pa.struct([(name, pa.float64()) for name in ("xmin", "ymin", "xmax", "ymax")])),
+        *schema.FOOTPRINT,
     ]
 )
 """Columns of a window.

@@ -17,8 +17,10 @@ import pyarrow as pa
 import zstandard
 from numpy.typing import NDArray
 
+from pipeline import schema
 from pipeline.coverage import Ranges, intersect
 from pipeline.errors import InputRefused, ReadError
+from pipeline.geo.tiles import footprint
 from pipeline.sources.base import Contents, NoImages, Place, ReadOptions, Record, ShardEnd
 from pipeline.sources.records import MAX_MEMBER_BYTES, Rows, storage_fault, too_large
 from pipeline.sources.shard import Shard
@@ -28,7 +30,7 @@ from pipeline.storage.base import ObjectInfo, check_etag
 TILES_PER_SHARD = 16_384
 PLACE = pa.schema([("tile_z", pa.int32()), ("tile_x", pa.int32()), ("tile_y", pa.int32())])
 """Columns of every tile: its place in the XYZ scheme."""
-COLUMNS = pa.schema([*PLACE, ("tile_hash", pa.int64())])
+COLUMNS = pa.schema([*PLACE, *schema.FOOTPRINT, ("tile_hash", pa.int64())])
 """Columns of a tile in an archive. tile_hash: of its bytes, uncompressed."""
 
 Numbers = NDArray[np.int64]
@@ -201,7 +203,18 @@ class _Names:
     def _place(self, row: int, content_hash: dict[str, int]) -> Place:
         z, x, y = self.tiles[row]
         member = self.member(row)
-        return Place(f"{self.uri}#{member}", member, {"tile_z": z, "tile_x": x, "tile_y": y, **content_hash})
+        return Place(f"{self.uri}#{member}", member, place_columns(z, x, y) | content_hash)
+
+
+def place_columns(z: int, x: int, y: int) -> dict[str, Any]:
+    """The columns of PLACE and the footprint of a tile."""
+    return {"tile_z": z, "tile_x": x, "tile_y": y, **footprint(z, x, y)}
+
+
+def planned_columns(tiles: Callable[[Numbers], Tiles], run: TileRun, row: int) -> dict[str, Any]:
+    """The columns of a tile that follow from the plan. tiles: of `TileArchive`."""
+    z, x, y = (int(column[0]) for column in tiles(np.array([run.keys[row]], np.int64)))
+    return place_columns(z, x, y)
 
 
 def hash_of(data: bytes) -> int:

@@ -106,3 +106,13 @@ def test_a_large_box_has_few_ranges() -> None:
     width, height = rectangle.east - rectangle.west + 1, rectangle.south - rectangle.north + 1
     assert int((ranges[:, 1] - ranges[:, 0]).sum()) == width * height
     assert len(ranges) < 2 * (width + height)
+
+
+@pytest.mark.parametrize("tile", [(0, 0, 0), (14, 2807, 6401), (3, 7, 7)])
+def test_a_footprint_is_a_counterclockwise_box_of_the_bounds(tile: tuple[int, int, int]) -> None:
+    shapely = pytest.importorskip("shapely")
+    columns = tiles.footprint(*tile)
+    polygon = shapely.from_wkb(columns["geometry"])
+    assert polygon.bounds == tiles.bounds(*tile) == tuple(columns["bbox"].values())
+    assert polygon.exterior.is_ccw
+    assert polygon.equals(shapely.box(*tiles.bounds(*tile)))

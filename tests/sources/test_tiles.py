@@ -55,6 +55,7 @@ def tiles_of(shards: list[Shard]) -> dict[Tile, bytes]:
         tile = kept["tile_z"], kept["tile_x"], kept["tile_y"]
         assert image_id == f"{record.source}#{tile[0]}/{tile[1]}/{tile[2]}"
         assert kept["tile_hash"] == hash_of(record.data)
+        assert tuple(kept["bbox"].values()) == bounds(*tile)
         assert tile not in found
         found[tile] = record.data
     for shard in shards:
