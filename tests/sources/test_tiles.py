@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from tile_archives import Layout, Tile, square, tile_image, write_mbtiles, write
 from pipeline import sources
 from pipeline.config import RunConfig
 from pipeline.coverage import END, Ranges
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, NightshiftError
 from pipeline.geo.tiles import Selection, bounds
 from pipeline.planning.archive import Archive
 from pipeline.sources import ReadOptions, Record, mbtiles, pmtiles
@@ -518,3 +519,25 @@ def test_an_archive_that_planning_could_not_inspect_is_read_as_one_shard(
     assert len({image_id for _, _, image_id, _ in rows}) == len(rows)
     assert sum(record.error is not None for record, *_ in rows) in (2, 3, 4), "each of the broken directories is one"
     assert [image_id for _, _, image_id, _ in rows_of([shard], ((20, 30),))] == [each[2] for each in rows[20:30]]
+
+
+def test_copies_of_mbtiles_are_kept_for_a_day(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_CACHE", str(tmp_path))
+    path = write_mbtiles(tmp_path / "local.mbtiles", square(3, 5))
+    folder = tmp_path / "mbtiles"
+    for name in ("a", "b"):
+        access.write(s3.uri(f"copies/{name}.mbtiles"), path.read_bytes())
+    planned(s3.uri("copies/a.mbtiles"))
+    (first,) = folder.glob("*.mbtiles")
+    os.utime(first, (0, 0))
+    assert len(tiles_of(planned(s3.uri("copies/a.mbtiles")))) == 5
+    assert first.stat().st_mtime > 0, "it was used again"
+    os.utime(first, (0, 0))
+    planned(s3.uri("copies/b.mbtiles"))
+    (second,) = folder.glob("*.mbtiles")
+    assert second != first
+    monkeypatch.setattr("pipeline.sources.mbtiles.FREE_BYTES", 1 << 60)
+    with pytest.raises(
+        NightshiftError, match=r"a\.mbtiles has \d+ bytes and must be copied to .*: set NIGHTSHIFT_CACHE"
+    ):
+        planned(s3.uri("copies/a.mbtiles"))
