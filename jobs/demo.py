@@ -113,7 +113,8 @@ def read(folder: Path, *columns: str) -> pd.DataFrame:
 
 def errors_by_type(folder: Path) -> str:
     """One line per error type: its name and its number of images."""
-    return str(read(folder)["error_type"].value_counts().to_string(header=False))
+    counts = read(folder)["error_type"].value_counts()
+    return str(counts.to_string(header=False)) if len(counts) else "none"
 
 
 if __name__ == "__main__":

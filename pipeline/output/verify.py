@@ -242,7 +242,7 @@ def _check_files(plan: Plan, fingerprint: str, kept: Set[str], commit: Commit, c
         if len(table) != expected:
             checked.problems.append(f"{path} has {len(table)} rows, but its commit says {expected}")
         checked.problems += [f"{path}: {problem}" for problem in _bad_vectors(table, kept)]
-        if kind == "part":
+        if kind == RESULTS:
             checked.problems += [f"{path}: {problem}" for problem in differences(plan, table)]
         tables.append(table.select(["image_id", "shard", "row"]))
     if not checked.problems:

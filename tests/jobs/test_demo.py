@@ -46,6 +46,9 @@ def test_an_output_without_errors_is_shown(tmp_path: Path, capsys: pytest.Captur
     vectors.to_parquet(tmp_path / "embeddings" / "part.parquet")
     labels = ids.assign(width=4, height=3, cls=None, label="cat", score=0.5)
     labels.to_parquet(tmp_path / "labels" / "part.parquet")
+    (tmp_path / "embeddings" / "_errors").mkdir()
+    errors = pd.DataFrame({"error_type": pd.Series([], dtype=str)})
+    errors.to_parquet(tmp_path / "embeddings" / "_errors" / "empty.parquet")
     demo.show(tmp_path)
     assert "one row each in _errors/:\nnone\n" in capsys.readouterr().out
 

@@ -93,12 +93,12 @@ class SourceContract:
     def test_a_read_that_is_closed_early_closes_its_files(self, tmp_path: Path) -> None:
         shard = self.make(tmp_path, numbered(20))
         gc.collect()
-        before = os.listdir("/proc/self/fd")
+        before = set(os.listdir("/proc/self/fd"))
         reading = sources.read(shard, ALL, ReadOptions())
         next(reading)
         reading.close()  # type: ignore[attr-defined]
         del reading
-        assert os.listdir("/proc/self/fd") == before
+        assert set(os.listdir("/proc/self/fd")) <= before, "others may be closed meanwhile"
 
     def test_a_missing_object_is_an_error(self, tmp_path: Path) -> None:
         shard = self.make(tmp_path, numbered(1))
