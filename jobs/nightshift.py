@@ -13,6 +13,8 @@ COMMANDS = {
     "classify": "label, score and top classes per image",
     "estimate": "hours, dollars and bottleneck of a run, before it starts",
     "verify": "proof from the files that no image is missing",
+    "map": "the results of a scene as a GeoTIFF and a picture",
+    "export": "footprints and results for a GIS or the web",
     "submit": "run a job on a Ray cluster and follow it to its end",
 }
 FOOTER = """\

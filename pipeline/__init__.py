@@ -25,6 +25,7 @@ from pipeline.version import __version__
 
 if TYPE_CHECKING:
     from pipeline.estimates.forecast import Forecast, estimate
+    from pipeline.explore.table import Output, open_output
     from pipeline.images.pixels import PixelFormat
     from pipeline.output.verify import Verification, verify
     from pipeline.predictors.base import Allotment, Predictor
@@ -44,6 +45,7 @@ __all__ = [
     "Interrupted",
     "NightshiftError",
     "NotWhole",
+    "Output",
     "OutputLocked",
     "OutputRefused",
     "PixelFormat",
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "estimate",
     "flag",
+    "open_output",
     "run",
     "verify",
 ]
@@ -71,11 +74,13 @@ _MODULES = {
     "Classifier": "predictors.classify",
     "Embedder": "predictors.embed",
     "Forecast": "estimates.forecast",
+    "Output": "explore.table",
     "PixelFormat": "images.pixels",
     "Predictor": "predictors.base",
     "Report": "report.report",
     "Verification": "output.verify",
     "estimate": "estimates.forecast",
+    "open_output": "explore.table",
     "run": "runner",
     "verify": "output.verify",
 }

@@ -14,15 +14,18 @@ from pipeline import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
-    "Allotment", "Classifier", "Embedder", "Forecast", "PixelFormat", "Predictor", "Report", "RunConfig", "Transform",
-    "Verification", "__version__", "estimate", "flag", "run", "verify",
+    "Allotment", "Classifier", "Embedder", "Forecast", "Output", "PixelFormat", "Predictor", "Report", "RunConfig",
+    "Transform", "Verification", "__version__", "estimate", "flag", "open_output", "run", "verify",
     # errors that end a job
     "InputRefused", "Interrupted", "NightshiftError", "NotWhole", "OutputLocked", "OutputRefused", "Refused",
     "SettingRefused", "StorageRefused", "TooManyErrors", "WeightsRefused",
     # errors of one image
     "DecodeError", "ImageError", "PredictError", "ReadError",
 }  # fmt: skip
-COMMANDS = {"classify", "demo", "demo_archive", "demo_picture", "embed", "estimate", "nightshift", "submit", "verify"}
+COMMANDS = {
+    "classify", "demo", "demo_archive", "demo_picture", "embed", "estimate", "export", "map", "nightshift", "submit",
+    "verify",
+}  # fmt: skip
 
 
 def run_python(code: str) -> str:

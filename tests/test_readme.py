@@ -132,6 +132,10 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
         case "verify":
             places = [word if word.startswith("--") else str(folder / word) for word in arguments]
             assert verify.main(places) == 2, "the arguments are accepted, but the output does not exist"
+        case "map" | "export":
+            given = importlib.import_module(f"jobs.{job}").parser().parse_args(arguments)
+            assert given.to or given.png
+            assert not Path(given.output).exists()
         case "submit":
             given, job_arguments = submit.parse(arguments)
             if given.job:

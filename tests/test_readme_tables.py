@@ -14,7 +14,7 @@ import pytest
 from pages import PAGES, ROOT, blocks, code_spans, prose, tables, text_of
 
 import pipeline
-from jobs import estimate
+from jobs import estimate, nightshift
 from pipeline import Allotment, Classifier, Embedder, NightshiftError, Predictor, RunConfig, errors, schema
 from pipeline.report.messages import MessageFlags
 
@@ -53,6 +53,12 @@ def test_the_table_has_all_flags_of_submit() -> None:
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags("submit")
 
 
+@pytest.mark.parametrize("job", ["map", "export"])
+def test_the_table_of_an_exploring_job_has_all_flags(job: str) -> None:
+    cells = [cell for cell, _ in tables("jobs/README.md", f"| `{job}` flag | meaning |")]
+    assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags(job)
+
+
 def test_the_defaults_in_the_tables_are_those_of_the_code() -> None:
     defaults = {
         f"--{field.name.replace('_', '-')}": field.default
@@ -72,7 +78,7 @@ def test_the_defaults_in_the_tables_are_those_of_the_code() -> None:
 def test_flags_named_in_the_text_exist(page: str) -> None:
     if not (ROOT / page).exists():
         pytest.skip(f"there is no {page}")
-    known = {flag for job in ("embed", "classify", "estimate", "verify", "submit") for flag in help_flags(job)}
+    known = {flag for job in nightshift.COMMANDS for flag in help_flags(job)}
     known |= {"--help", "--config"}
     for path in (ROOT / "jobs" / "bench").rglob("*.py"):
         known |= set(re.findall(r'"(--[a-z][a-z-]*)"', path.read_text()))
