@@ -23,7 +23,7 @@ NAMES = {
     "DecodeError", "ImageError", "PredictError", "ReadError",
 }  # fmt: skip
 COMMANDS = {
-    "classify", "demo", "demo_archive", "demo_picture", "embed", "estimate", "export", "map", "nightshift", "submit",
+    "classify", "demo", "demo_archive", "demo_picture", "demo_scene", "embed", "estimate", "export", "map", "nightshift", "submit",
     "verify",
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from small_run import SmallRun, small_run
 
-from jobs import demo, demo_archive, demo_picture
+from jobs import demo, demo_archive, demo_picture, demo_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = """
@@ -129,3 +129,16 @@ def test_it_has_nothing_to_do_the_second_time(run: SmallRun) -> None:
     for output in ("embeddings", "labels"):
         attempts = [path.name for path in (run.folder / output / "_attempts").iterdir()]
         assert attempts == ["1.json"], "the second run started no attempt"
+
+
+def test_a_scene_has_areas_of_every_kind_and_a_place(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    demo_scene.write_scene(tmp_path / "scene.tif")
+    with rasterio.open(tmp_path / "scene.tif") as file:
+        pixels = file.read().transpose(1, 2, 0)
+        assert (file.width, file.height) == demo_scene.SIZE
+        assert str(file.crs) == demo_scene.CRS
+    drawn, areas = demo_scene.draw_scene()
+    assert (pixels == drawn).all()
+    shares = np.bincount(areas.ravel(), minlength=len(demo_archive.KINDS)) / areas.size
+    assert (shares > 0.05).all()
