@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.errors import SettingRefused
+from pipeline.geo.items import TimeRange
 from pipeline.geo.tiles import MAX_ZOOM, Bounds, Selection
-from pipeline.geo.windows import EDGES, Tiling
+from pipeline.geo.windows import EDGES, RESAMPLINGS, Tiling
 from pipeline.storage import uris
 
 PERCENTILE = "percentile:"
@@ -53,9 +54,13 @@ class RunConfig:
     any_suffix: bool = flag("read files and members of any name if their first bytes are those of an image", False)
     zoom: str | None = flag("zooms to read from tile archives", None, metavar="14|12:14")
     bbox: str | None = flag(
-        "tiles to read from tile archives: those of a box in degrees; W > E crosses the antimeridian",
+        "tiles of tile archives, and STAC items, that touch a box in degrees; W > E crosses the antimeridian",
         None,
         metavar="W,S,E,N",
+    )
+    datetime: str | None = flag("STAC items of a time or range, RFC 3339; .. is an open end", None, metavar="START/END")
+    assets: str | None = flag(
+        "assets or bands of STAC items (default: those of the input specification)", None, metavar="red,nir"
     )
     limit: int | None = flag("only the first N images of the archive", None, metavar="N")
     max_pixels: int = flag("largest image in pixels; guards against decompression bombs", 200_000_000, metavar="N")
@@ -97,6 +102,11 @@ class RunConfig:
     )
     resolution: float | None = flag(
         "metres per pixel of the windows (default: the pixels of each scene)", None, metavar="METRES"
+    )
+    resampling: str = flag(
+        "of windows to another resolution; auto: bilinear to finer pixels, average to coarser ones",
+        "auto",
+        choices=RESAMPLINGS,
     )
     max_nodata: float = flag(
         "windows with a larger share of pixels without data are counted as empty, not written", 0.9, metavar="F"
@@ -148,13 +158,15 @@ class RunConfig:
         self.gpu_share()
         self.band_names()
         self.tile_selection()
+        self.time_range()
+        self.asset_names()
         low, high = self.scale_range() or (-math.inf, math.inf)
         if self.nodata_fill is not None and not low <= self.nodata_fill <= high:
             raise SettingRefused(f"--nodata-fill is {self.nodata_fill:g}: it must be a number within --scale")
 
     def _check_tiling(self) -> None:
         given = {"tile_stride": self.tile_stride, "resolution": self.resolution}
-        defaults = {"edge": "pad", "max_nodata": 0.9}
+        defaults = {"edge": "pad", "max_nodata": 0.9, "resampling": "auto"}
         names = [name for name, value in given.items() if value is not None]
         names += [name for name, value in defaults.items() if getattr(self, name) != value]
         if names and self.tile_size is None:
@@ -171,7 +183,14 @@ class RunConfig:
         if self.tile_size is None:
             return None
         stride = self.tile_stride or self.tile_size
-        return Tiling(self.tile_size, stride, self.edge, self.resolution, self.max_nodata)
+        return Tiling(self.tile_size, stride, self.edge, self.resolution, self.max_nodata, self.resampling)
+
+    def _tiling_settings(self) -> dict[str, Any]:
+        tiling = self.tiling()
+        settings = asdict(tiling) if tiling else {}
+        if settings.get("resampling") == "auto":  # outputs from before this flag have no such setting
+            del settings["resampling"]
+        return {"tiling": settings} if settings else {}
 
     def actor_range(self) -> tuple[int, int] | None:
         """(min, max) number of actors, None for auto."""
@@ -286,10 +305,34 @@ class RunConfig:
             )
         return west, south, east, north
 
+    def time_range(self) -> TimeRange | None:
+        """The times that --datetime selects, None for all of them."""
+        if self.datetime is None:
+            return None
+        try:
+            return TimeRange.parse(self.datetime)
+        except ValueError as error:
+            raise SettingRefused(
+                f"--datetime is {self.datetime!r}: {error}; it must be a time or START/END of RFC 3339, as in "
+                "2024-06-01T00:00:00Z/2024-07-01T00:00:00Z, and .. is an open end"
+            ) from error
+
+    def asset_names(self) -> tuple[str, ...]:
+        """The assets of --assets, () for none."""
+        names = tuple(name.strip() for name in self.assets.split(",")) if self.assets is not None else ()
+        if not all(names) or len(set(names)) < len(names):
+            raise SettingRefused(f"--assets is {self.assets!r}: it must be different names, as in red,nir")
+        return names
+
     def tile_settings(self) -> dict[str, Any]:
         """The settings of tiles that are set, as JSON."""
         zooms, box = self._zooms(), self._box()
-        given = {"zoom": self.zoom and list(zooms), "bbox": box and list(box)}
+        given = {
+            "zoom": self.zoom and list(zooms),
+            "bbox": box and list(box),
+            "datetime": self.datetime,
+            "assets": list(self.asset_names()) or None,
+        }
         return {name: value for name, value in given.items() if value is not None}
 
     def keep_names(self) -> dict[str, str]:
@@ -307,7 +350,7 @@ class RunConfig:
             "max_pixels": self.max_pixels,
             "exif_rotate": self.exif_rotate,
             "decoder": self.decoder,
-            **({"tiling": asdict(tiling)} if (tiling := self.tiling()) else {}),
+            **self._tiling_settings(),
             **self.value_settings(),  # absent by default: outputs of earlier versions have none of them
             **self.tile_settings(),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting

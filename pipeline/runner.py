@@ -20,7 +20,7 @@ from pipeline.report.failures import show_first_failure
 from pipeline.report.progress import meter
 from pipeline.report.report import Report, reported
 from pipeline.stages import value_sample
-from pipeline.stages.load import check_settings
+from pipeline.stages.load import check_settings, harmonize_of
 from pipeline.threads import in_background
 
 
@@ -31,7 +31,7 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     to Ray only for settings that may not fit the cluster.
     """
     _machines(config)
-    archive = Archive(config)
+    archive = _archive(config, predictor)
     predictor.check()
     directory.check(config, archive)
     refuse_if_held(config.output)
@@ -48,6 +48,14 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
         cluster.connect()
         cluster.allocate(config)
     return directory.preview(archive, record, predictor.columns.names, _Settled.of(config, predictor, archive))
+
+
+def _archive(config: RunConfig, predictor: Predictor) -> Archive:
+    """The archive, for the bands that an input specification names; they are known before the network is."""
+    archive = Archive(config)
+    if predictor.specification:
+        archive.use_bands(predictor.specification.bands, harmonize_of(config, predictor))
+    return archive
 
 
 def _use_for(archive: Archive, predictor: Predictor) -> None:
@@ -88,7 +96,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
     and its subclasses (`pipeline.errors`). Committed parts stay, and the same call continues from them.
     """
     machines = _machines(config)
-    archive = Archive(config)
+    archive = _archive(config, predictor)
     predictor.check()
     directory.check(config, archive)  # before weights are downloaded, and before Ray and torch are imported
     wait_until_prepared = in_background(predictor.prepare)

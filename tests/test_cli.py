@@ -23,12 +23,13 @@ from pipeline.report import messages
 from pipeline.version import __version__
 
 FLAGS = {
-    "--input", "--output", "--keep", "--image-column", "--uri-column", "--any-suffix", "--zoom", "--bbox", "--limit",
+    "--input", "--output", "--keep", "--image-column", "--uri-column", "--any-suffix", "--zoom", "--bbox", "--datetime",
+    "--assets", "--limit",
     "--max-pixels", "--exif-rotate",
     "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
     "--update", "--cluster", "--prices", "--dry-run", "--bands", "--scale", "--nodata-fill", "--quiet", "--verbose",
     "--log-file", "--harmonize", "--any-values",
-    "--tile-size", "--tile-stride", "--edge", "--resolution", "--max-nodata",
+    "--tile-size", "--tile-stride", "--edge", "--resolution", "--resampling", "--max-nodata",
 }  # fmt: skip
 NETWORK_FLAGS = {
     "--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype", "--resize", "--crop",

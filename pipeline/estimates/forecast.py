@@ -24,7 +24,7 @@ from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
 from pipeline.predictors.network import NetworkPredictor
 from pipeline.stages import value_sample
-from pipeline.stages.load import Loader, check_settings
+from pipeline.stages.load import Loader, check_settings, harmonize_of
 
 WIDTH = 100
 VARIANT = r"(?i:Ti|Super|D|Laptop|Max-Q|MIG)"
@@ -130,6 +130,8 @@ def estimate(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
     cluster = prices.cluster(config.cluster or LOCAL, this_machine)
     _check(config, cluster)
     archive = Archive(config, predictor.pixel_format.bands, predictor.pixel_format.dtype == "uint8")
+    if predictor.specification:
+        archive.use_bands(predictor.specification.bands, harmonize_of(config, predictor))
     predictor.prepare()
     check_settings(config, predictor)
     decoder = _sampled_decoder(config, cluster, this_machine)

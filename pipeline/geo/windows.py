@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 EDGES = ("pad", "drop", "shift")
+RESAMPLINGS = ("auto", "nearest", "bilinear", "cubic", "average")
 MAX_WINDOWS = 2048
 """Windows of one shard, so that a cluster shares a large scene."""
 
@@ -18,6 +19,7 @@ class Tiling:
     in part. drop: nothing. shift: one window more, which ends with the scene.
     resolution: metres per pixel; None for the scene's own pixels.
     max_nodata: a window with a larger share of pixels without data is empty.
+    resampling: nearest, bilinear, cubic or average; auto: bilinear to finer pixels, average to coarser ones.
     """
 
     size: int
@@ -25,6 +27,7 @@ class Tiling:
     edge: str = "pad"
     resolution: float | None = None
     max_nodata: float = 0.9
+    resampling: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from pipeline.errors import DecodeError
+from pipeline.geo.bands import FILLED
 from pipeline.images import deep, header, tiff
 from pipeline.images.pixels import RGB8, Decoded, Encoded
 from pipeline.images.png import is_text_too_large, without_large_text
@@ -34,7 +35,6 @@ from pipeline.images.resize import (
 from pipeline.images.transform import Transform
 from pipeline.images.values import (
     DEFAULT,
-    FILLED,
     STRIP_VALUES,
     Values,
     filled,

@@ -1,6 +1,5 @@
 """From the numbers of a Raster to the pixels that a network takes: bands, range of values, pixels without data."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import DecodeError
+from pipeline.geo.bands import FILLED, Band, are_named, match, with_fillers
 from pipeline.images.pixels import RGB8, PixelFormat
 from pipeline.images.raster import Raster
 
@@ -16,32 +16,6 @@ STRIP_VALUES = 1 << 20
 MAX_ALPHA_VALUES = 1 << 16
 MAX_SOFT_SHARE, MAX_SOFT_VALUES = 0.5, 16
 """An alpha with a larger share of half-transparent pixels, and with more different values, is taken for a band."""
-FILLED = -1
-"""Stands for a sample that the file lacks and that has a declared value."""
-NUMBERED_BAND = re.compile(r"b0*(\d+)(a?)")
-NO_NAME = re.compile(r"band[ _]?\d+|")
-"""Names that only count the bands."""
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """A band of an input specification.
-
-    names: that files give it, without regard to case and to zeros as in B02; the first one is shown. filler: the stored
-    value to use if a file lacks the band; None if it must not.
-    """
-
-    names: tuple[str, ...]
-    filler: float | None = None
-
-    def is_called(self, name: str) -> bool:
-        """Whether a file's band description, such as "B02" or "B2, central wavelength 490 nm", names this band."""
-        return _canonical(name) in map(_canonical, self.names)
-
-
-def _canonical(name: str) -> str:
-    short = name.partition(",")[0].strip().lower()
-    return NUMBERED_BAND.sub(r"b\1\2", short) if NUMBERED_BAND.fullmatch(short) else short
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +58,10 @@ def select(raster: Raster, values: Values) -> list[int]:
     if raster.colour in ("palette", "CMYK", "YCbCr"):
         return list(range({"palette": 1, "CMYK": 4, "YCbCr": 3}[raster.colour]))
     if values.bands and len(values.bands) == sum(band.filler is None for band in values.wanted) < wanted:
-        found = iter(_band(name, raster.samples, raster.names, raster.description) for name in values.bands)
-        return [next(found) if band.filler is None else FILLED for band in values.wanted]
+        found = [_band(name, raster.samples, raster.names, raster.description) for name in values.bands]
+        return with_fillers(found, values.wanted)
     if values.wanted and not values.bands and has_names(raster):
-        return _by_names(raster, values.wanted)
+        return match([(name,) for name in raster.names], values.wanted, raster.description)
     if values.wanted and not values.bands and raster.alpha is not None:
         raise DecodeError(
             "unsupported",
@@ -104,29 +78,7 @@ def select(raster: Raster, values: Values) -> list[int]:
 
 def has_names(raster: Raster) -> bool:
     """Whether the file names its bands, and does not only count them."""
-    return not all(NO_NAME.fullmatch(name.strip().lower()) for name in raster.names)
-
-
-def _by_names(raster: Raster, wanted: Sequence[Band]) -> list[int]:
-    """The samples of the bands of an input specification, by the names in the file."""
-    found = [[sample for sample, name in enumerate(raster.names) if band.is_called(name)] for band in wanted]
-    for band, samples in zip(wanted, found, strict=True):
-        if len(samples) > 1:
-            raise DecodeError(
-                "unsupported", f"{raster.description} has {len(samples)} bands that are called {band.names[0]}"
-            )
-    missing = [
-        band.names[0] for band, samples in zip(wanted, found, strict=True) if not samples and band.filler is None
-    ]
-    if missing:
-        known = ", ".join(name for name in raster.names if name)
-        raise DecodeError(
-            "unsupported",
-            f"{raster.description} lacks {', '.join(missing)} of the input specification (its bands: {known}); choose "
-            "the bands in the order of the specification with --bands, or declare the value of a band that your files "
-            f"lack in a copy of it, as in missing: {{{missing[0]}: 0}}",
-        )
-    return [samples[0] if samples else FILLED for samples in found]
+    return are_named(raster.names)
 
 
 def pick(count: int, values: Values, description: str) -> list[int]:

@@ -1,7 +1,8 @@
 """Windows of raster scenes → the pixels that a network takes: range of values, pixels without data, size.
 
 The bands are chosen by the source, which reads no others. A window that has another size than the network's is resized
-as a whole, without a crop, so that its footprint is exactly what the network sees.
+as a whole, without a crop, so that its footprint is exactly what the network sees. With an input specification it is
+resized and cropped as every image is, because that is how the weights were trained.
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def to_pixels(numbers: np.ma.MaskedArray, transform: Transform, values: Values) 
         pixels = np.where(missing, np.asarray(fill, pixels.dtype), pixels)
     if values.pixel_format == RGB8 and pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
+    if values.wanted:
+        return resize_bands(pixels, transform)
     if pixels.shape[:2] == (transform.crop, transform.crop):
         return pixels
     return resize_bands(pixels, replace(transform, resize=transform.crop, squash=True))

@@ -32,9 +32,9 @@ import numpy as np
 import yaml
 
 from pipeline.errors import SettingRefused
+from pipeline.geo.bands import Band
 from pipeline.images.pixels import PixelFormat
 from pipeline.images.transform import Transform
-from pipeline.images.values import Band
 from pipeline.models.overrides import INTERPOLATIONS, MAX_SIDE
 from pipeline.storage import access, uris
 

@@ -12,7 +12,8 @@ from braceexpand import braceexpand
 from pipeline import schema, sources
 from pipeline.config import RunConfig
 from pipeline.errors import InputRefused, ReadError
-from pipeline.planning import left_out, lists, templates
+from pipeline.geo.bands import Band
+from pipeline.planning import left_out, lists, stac, templates
 from pipeline.planning import plan as plans
 from pipeline.planning.listing import (
     by_first_bytes,
@@ -29,8 +30,8 @@ from pipeline.planning.notices import Notices
 from pipeline.planning.plan import OBJECTS_PER_SHARD, Plan
 from pipeline.planning.templates import TileImage
 from pipeline.planning.update import Change
-from pipeline.sources import parquet, scene, source_of
-from pipeline.sources.base import Contents, NoImages, ReadOptions, ShardEnd, Source
+from pipeline.sources import parquet, safe, scene, source_of
+from pipeline.sources.base import Compound, Contents, NoImages, ReadOptions, ShardEnd, Source
 from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
 from pipeline.sources.objects import LooseImages, keep_json
 from pipeline.sources.shard import Shard
@@ -51,7 +52,7 @@ class Archive:
     """All objects that `--input` names.
 
     network_bands, takes_8_bits: the number of bands that the network takes, and whether they are of 8 bits; to refuse
-    raster scenes early.
+    raster scenes early. wanted, harmonize: as in `ReadOptions`.
     keep_types: types of the `--keep` columns and of the sources' own, by their names in the shards. left_out: the
     files that are not read. notices: what the user should know of some objects.
     They are complete at the end of `shards()` and `new_shards()`.
@@ -60,6 +61,8 @@ class Archive:
     config: RunConfig
     network_bands: int | None = None
     takes_8_bits: bool = False
+    wanted: tuple[Band, ...] = ()
+    harmonize: str = ""
     keep_types: dict[str, pa.DataType] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
     notices: Notices = field(default_factory=Notices)
@@ -72,10 +75,15 @@ class Archive:
         """Plan for a network, whose bands are known after `Predictor.prepare`."""
         self.network_bands, self.takes_8_bits = bands, takes_8_bits
 
+    def use_bands(self, wanted: tuple[Band, ...], harmonize: str) -> None:
+        """Plan for the bands of an input specification. harmonize: "" for no offset of Sentinel-2."""
+        self.wanted, self.harmonize = wanted, harmonize
+
     def check(self) -> None:
         """Look at the start of the archive. Raises InputRefused if `--input` does not exist or has no images."""
         config = replace(self.config, limit=None)
-        next(Archive(config, _started=self._started, _is_check=True).shards())
+        check = Archive(config, wanted=self.wanted, harmonize=self.harmonize, _started=self._started, _is_check=True)
+        next(check.shards())
 
     def new_shards(self, change: Change) -> Iterator[Shard]:
         """The shards of the objects that an earlier plan does not contain as they are now. There may be none."""
@@ -117,7 +125,8 @@ class Archive:
         if not plan.hides_credentials:
             return {}
         planned = (shard for shard in plans.read_shards(plan) if _is_of_list(shard))
-        return lists.keys_with_credentials(planned, self._lists(), self.config.uri_column)
+        keys = lists.keys_with_credentials(planned, self._lists(), self.config.uri_column)
+        return keys | stac.keys_with_credentials(plans.read_shards(plan), filter(self._is_stac, self._names()))
 
     def _list_shards(self) -> Iterator[Shard]:
         list_names = self._lists()
@@ -156,6 +165,8 @@ class Archive:
 
     def _is_list(self, name: str) -> bool:
         if uris.is_glob(name):
+            return False
+        if self._is_stac(name):
             return False
         if name.lower().endswith(lists.LIST_SUFFIXES):
             existing(name)
@@ -211,8 +222,13 @@ class Archive:
         """The objects of one input. Raises InputRefused at their end if none of them is an image or a shard."""
         others = LeftOut()
         is_empty, is_file = True, False
-        is_template = templates.is_template(name)
-        objects = templates.list_tiles(name, self.config.tile_selection()) if is_template else objects_of(name)
+        is_template, is_stac = templates.is_template(name), False
+        if is_template:
+            objects: Iterator[ObjectInfo] = templates.list_tiles(name, self.config.tile_selection())
+        elif is_stac := self._is_stac(name):
+            objects = self._items(name)
+        else:
+            objects = objects_of(name) if self.config.tile_size is None else safe.grouped(objects_of(name))
         for info in self._looked_at(objects):
             if info.uri.startswith(self.config.output + "/"):
                 continue
@@ -226,8 +242,23 @@ class Archive:
         if is_empty and is_template:
             of = f" of {self._selected()}" if self._selecting_flags() else ""
             raise InputRefused(f"--input {name} matches no tiles{of}")
+        if is_empty and is_stac:
+            where = f" that {' and '.join(flags)} select" if (flags := self._flags_of_items()) else ""
+            raise InputRefused(f"--input {name} has no STAC items{where}")
         if is_empty:
             raise _no_images(name, others, is_file=is_file)
+
+    def _is_stac(self, name: str) -> bool:
+        return stac.is_stac(name, has_scenes=self.config.tile_size is not None)
+
+    def _items(self, name: str) -> Iterator[ObjectInfo]:
+        if self.config.tile_size is None:
+            raise InputRefused(f"--input {name} is read as STAC items, which are scenes: give --tile-size")
+        selection = stac.ItemSelection(self.config.tile_selection().box, self.config.time_range())
+        return stac.items_of(name, selection)
+
+    def _flags_of_items(self) -> list[str]:
+        return [f"--{name}" for name in ("bbox", "datetime") if getattr(self.config, name) is not None]
 
     def _looked_at(self, objects: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
         """With `--any-suffix`, look at the first bytes of the objects whose names say nothing, several at once."""
@@ -244,7 +275,9 @@ class Archive:
         loose: list[ObjectInfo] = []
         with_headers: list[ObjectInfo] = []
         for info in objects:
-            source = self._source(info.uri)
+            source = self._source(info)
+            if isinstance(info, Compound):
+                self.notices.add(info.uri, info.notices)
             may_be_broken |= not source.reads_header
             if source.reads_header:
                 with_headers.append(info)
@@ -288,9 +321,11 @@ class Archive:
                 passed_over = passed_over or contents
                 self.left_out.add(info.uri, "without images")
                 continue
-            readable += not isinstance(contents, str)
-            parts = [Contents(None, {})] if isinstance(contents, str) else contents
-            if change and not isinstance(contents, str):
+            is_broken = isinstance(contents, ReadError)
+            readable += not is_broken
+            parts = [self._broken(info, contents)] if isinstance(contents, ReadError) else contents
+            fault = contents.message if isinstance(contents, ReadError) else ""
+            if change and not is_broken:
                 parts = change.contents(info, parts, self.options())
             for each in parts:
                 yield self._shard(info, each)
@@ -298,33 +333,40 @@ class Archive:
             if passed_over:
                 raise passed_over
             name = objects[0].uri
-            raise InputRefused(f"--input {name} cannot be read as {self._source(name).title}: {contents}")
+            raise InputRefused(f"--input {name} cannot be read as {self._source(objects[0]).title}: {fault}")
 
-    def _inspect(self, info: ObjectInfo) -> Iterable[Contents] | NoImages | str:
-        """The contents of an object's shards, or the message of its error.
+    def _broken(self, info: ObjectInfo, error: ReadError) -> Contents:
+        """The contents of an object that cannot be inspected. It becomes an error row."""
+        source = self._source(info)
+        return Contents(None, {}, source.fault_payload(error) if source.fault_payload else None)
+
+    def _inspect(self, info: ObjectInfo) -> Iterable[Contents] | NoImages | ReadError:
+        """The contents of an object's shards, or its error.
 
         The second shard is looked for too: most objects have one, and are then closed again.
         """
-        source = self._source(info.uri)
+        source = self._source(info)
         try:
             if source.shards is None:
                 return [source.inspect(info.uri, self._inspect_options)]
             shards = source.shards(info, self._inspect_options)
             return itertools.chain(list(itertools.islice(shards, 2)), shards)
-        except NoImages as error:
+        except (NoImages, ReadError) as error:
             return error
-        except ReadError as error:
-            return error.message
 
     def _check_loose(self, info: ObjectInfo) -> None:
         """Add the columns of a tile; refuse other images if there is a selection of tiles."""
         if isinstance(info, TileImage):
+            self._check_selects(info.uri, ("zoom", "bbox"))
             self._add_types({each.name: each.type for each in (*PLACE, *schema.FOOTPRINT)}, info.uri)
         else:
             self._check_selects(info.uri, ())
 
     def _check_selects(self, uri: str, selects: tuple[str, ...]) -> None:
         """Raise InputRefused if the settings select tiles of an object without tiles."""
+        for name in ("datetime", "assets"):
+            if getattr(self.config, name) is not None and name not in selects:
+                raise InputRefused(f"--{name} selects from STAC items, and {uri} is none: leave it out")
         for name in self._selecting_flags():
             if name not in selects:
                 raise InputRefused(
@@ -344,7 +386,7 @@ class Archive:
             lists.add_keep_type(self.keep_types, name, type_, uri)
 
     def _shard(self, info: ObjectInfo, contents: Contents) -> Shard:
-        source = self._source(info.uri)
+        source = self._source(info)
         self._check_selects(info.uri, source.selects)
         self._add_types({**contents.keep_types, **{field.name: field.type for field in source.columns}}, info.uri)
         self.notices.add(info.uri, contents.notices)
@@ -361,16 +403,17 @@ class Archive:
         return {
             "tiling": self.config.tiling(),
             "bands": self.config.band_names(),
+            "assets": self.config.asset_names(),
             "network_bands": self.network_bands,
             "needs_8_bits": self.takes_8_bits and self.config.scale is None,
+            "wanted": self.wanted,
+            "harmonize": self.harmonize,
         }
 
-    def _source(self, uri: str) -> Source:
-        return _source(uri, has_scenes=self.config.tile_size is not None)
-
-
-def _source(uri: str, *, has_scenes: bool = False) -> Source:
-    return source_of(uri, has_scenes=has_scenes) or SOURCE_OF_UNNAMED
+    def _source(self, info: ObjectInfo) -> Source:
+        if isinstance(info, Compound):
+            return sources.SOURCES[info.kind]
+        return source_of(info.uri, has_scenes=self.config.tile_size is not None) or SOURCE_OF_UNNAMED
 
 
 def _expand(pattern: str) -> list[str]:

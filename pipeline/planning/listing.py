@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pipeline.errors import InputRefused
 from pipeline.sources import source_of
-from pipeline.sources.base import MAGIC_BYTES, starts_as_image
+from pipeline.sources.base import MAGIC_BYTES, Compound, starts_as_image
 from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
 from pipeline.sources.suffixes import NO_SUFFIX, suffix_of
 from pipeline.storage import access, uris
@@ -121,7 +121,7 @@ def existing(name: str) -> ObjectInfo:
 
 def is_ours(info: ObjectInfo) -> bool:
     """True for images and shards."""
-    return isinstance(info, UnnamedImage) or source_of(info.uri) is not None
+    return isinstance(info, UnnamedImage | Compound) or source_of(info.uri) is not None
 
 
 class UnnamedImage(ObjectInfo):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pipeline.coverage import Ranges
-from pipeline.sources import mbtiles, objects, parquet, pmtiles, scene, tar, zip
+from pipeline.sources import mbtiles, objects, parquet, pmtiles, safe, scene, stac, tar, zip
 from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, is_image
 from pipeline.sources.shard import Shard
 from pipeline.storage.credentials import hide_credentials
@@ -20,6 +20,8 @@ SOURCES: dict[str, Source] = {
         mbtiles.SOURCE,
         pmtiles.SOURCE,
         scene.SOURCE,
+        safe.SOURCE,
+        stac.SOURCE,
     )
 }
 """All kinds of shards by name. To add a kind, write its module and add one line here."""

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.coverage import Ranges
-from pipeline.errors import ImageError, InputRefused
+from pipeline.errors import ImageError, InputRefused, ReadError
+from pipeline.geo.bands import Band
 from pipeline.geo.tiles import ALL_TILES, Selection
 from pipeline.geo.windows import Tiling
 from pipeline.sources.shard import Payload, Shard
@@ -46,6 +47,9 @@ class ReadOptions:
     tiling: how raster scenes are cut into windows; None to read them as images.
     bands, network_bands: of raster scenes: the bands of `--bands`, and the number that the network takes, if known.
     needs_8_bits: other numbers of raster scenes cannot become pixels, because there is no `--scale`.
+    assets: of STAC items: the assets of `--assets`.
+    wanted: of raster scenes: the bands of the network's input specification, in order; () without one.
+    harmonize: --harmonize, if the network takes digital numbers of Sentinel-2, otherwise "".
     """
 
     keep: tuple[str, ...] = ()
@@ -57,6 +61,20 @@ class ReadOptions:
     bands: tuple[str, ...] = ()
     network_bands: int | None = None
     needs_8_bits: bool = False
+    assets: tuple[str, ...] = ()
+    wanted: tuple[Band, ...] = ()
+    harmonize: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Compound(ObjectInfo):
+    """Several objects that are one, such as the files of a scene.
+
+    kind: of the source that reads it. notices: as in `Contents`.
+    """
+
+    kind: str = ""
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +199,12 @@ class Source:
     payload: class of `Shard.payload`; None if this kind has no payload.
     own_title: the format's name in messages, if it is not the kind with a capital letter.
     columns: result columns that every row of this kind has, beside those of `--keep`.
-    selects: the flags of `ReadOptions.selection` that planning honours, of zoom and bbox. With another kind they are
-        refused.
+    selects: the flags that select parts of such objects, of zoom, bbox, datetime and assets. With another kind they
+    are refused.
     content_column: the one of `columns` that is a 64-bit hash of an image's bytes. After an object was replaced, an
         update then compares its images one by one; the payload is a `KeyedPayload`.
+    fault_payload: the error of an object that cannot be inspected → the payload of its shard, if it is not inspected
+    again when it is read.
     planned_columns: (payload, row) → those of `columns` that follow from the plan alone, which `verify` computes again.
     """
 
@@ -202,6 +222,7 @@ class Source:
     selects: tuple[str, ...] = ()
     content_column: str = ""
     planned_columns: Callable[[Any, int], Mapping[str, Any]] | None = None
+    fault_payload: Callable[[ReadError], Payload] | None = None
 
     @property
     def title(self) -> str:

@@ -18,6 +18,7 @@ from affine import Affine
 from rasterio.abc import FileContainer
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.warp import reproject
 from rasterio.windows import Window
 
 from pipeline.errors import NightshiftError, ReadError, StorageRefused
@@ -246,14 +247,26 @@ class _Dataset:
         self.files.close()
 
 
-def inspect(info: ObjectInfo, tiling: Tiling) -> Scene:
-    """The scene of a file, from its header. Raises ReadError, OSError and StorageRefused."""
-    siblings = _siblings(info.uri)
+def inspect(info: ObjectInfo, tiling: Tiling, *, has_siblings: bool = True) -> tuple[Scene, dict[str, str]]:
+    """The scene of a file and its metadata, from its header. has_siblings: look for files beside it.
+
+    Raises ReadError, OSError and StorageRefused.
+    """
+    siblings = _siblings(info.uri) if has_siblings else {}
     dataset = _Dataset(info.uri, {info.uri: info.etag, **siblings}, HEADER_CACHE_BYTES)
     try:
-        return dataset.call(lambda: _scene(dataset.dataset, info, siblings, tiling))
+        return dataset.call(lambda: (_scene(dataset.dataset, info, siblings, tiling), _metadata(dataset.dataset)))
     finally:
         dataset.close()
+
+
+def _metadata(dataset: Any) -> dict[str, str]:
+    """The tags of a file, with `SCALE:<band>` and `OFFSET:<band>` of the bands that have them."""
+    metadata: dict[str, str] = dict(dataset.tags())
+    for band, (scale, offset) in enumerate(zip(dataset.scales, dataset.offsets, strict=True)):
+        if (scale, offset) != (1, 0):
+            metadata |= {f"SCALE:{band}": str(scale), f"OFFSET:{band}": str(offset)}
+    return metadata
 
 
 def _siblings(uri: str) -> dict[str, str]:
@@ -376,45 +389,100 @@ def _whole(factor: float) -> float:
     return float(round(factor)) if round(factor) and abs(factor / round(factor) - 1) < 4e-4 else factor
 
 
+RESAMPLINGS = {name: Resampling[name] for name in ("nearest", "bilinear", "cubic", "average")}
+MAX_NATIVE_PIXELS = 1 << 25
+"""Of one band, which are read at once before they are averaged without zeros."""
+MARGIN_PIXELS = 3
+"""Of a file around a window, which cubic resampling needs."""
+ANY_CRS = "EPSG:3857"
+"""`reproject` needs a CRS; source and destination have the same, so that it does not matter which."""
+
+
+UNIT = Affine.scale(10, -10)
+"""Size of a file's pixels for `reproject`. GDAL takes pixels of 1 × 1 at 0, 0 for a file without a transform."""
+
+
 class Reader:
     """Reads windows of a scene. Not thread-safe."""
 
     def __init__(self, scene: Scene, bands: Sequence[int], cache_bytes: int) -> None:
         """bands: indices over all files of the scene. Raises OSError, ReadError and StorageRefused."""
-        self.scene = scene
-        (file,) = scene.files
-        etags = {file.uri: file.etag, **file.siblings}
-        self.indexes = [index + 1 for index in bands]
-        self.masks = {file.bands[index].mask for index in bands}
-        self.input = _Dataset(file.uri, etags, cache_bytes)
-        self.size = scene.tiling.size
+        self.scene, self.size, self.bands = scene, scene.tiling.size, len(bands)
+        self.dtype = np.dtype(scene.bands[bands[0]].dtype)
+        self.files: list[_BandReader] = []
+        first = 0
+        try:
+            for file in scene.files:
+                places = [place for place, band in enumerate(bands) if first <= band < first + len(file.bands)]
+                if places:
+                    indices = [bands[place] - first for place in places]
+                    self.files.append(_BandReader(scene, file, indices, places, cache_bytes))
+                first += len(file.bands)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, across: Span, down: Span) -> np.ma.MaskedArray:
         """A window [size, size, bands] in the file's number type, masked where a band has no data.
 
         Outside of the scene all is masked. Raises OSError, ReadError and StorageRefused.
         """
-        data, missing = self.input.call(lambda: self._read(across, down))
-        bands, height, width = data.shape
-        if (height, width) != (self.size, self.size):
-            whole = np.zeros((bands, self.size, self.size), data.dtype)
-            outside = np.ones(whole.shape, bool)
-            whole[:, :height, :width] = data
-            outside[:, :height, :width] = False if missing is None else missing
-            data, missing = whole, outside
-        pixels = np.ascontiguousarray(data.transpose(1, 2, 0))
-        mask = np.ma.nomask if missing is None else np.ascontiguousarray(missing.transpose(1, 2, 0))
-        return np.ma.MaskedArray(pixels, mask)
+        data = np.zeros((self.size, self.size, self.bands), self.dtype)
+        mask = np.zeros(data.shape, bool)
+        mask[down.pixels :], mask[:, across.pixels :] = True, True
+        for file in self.files:
+            numbers, missing = file.read(across, down)
+            inside = np.s_[: down.pixels, : across.pixels, file.places]
+            data[inside] = numbers.transpose(1, 2, 0)
+            if missing is not None:
+                mask[inside] = missing.transpose(1, 2, 0)
+        return np.ma.MaskedArray(data, mask if mask.any() else np.ma.nomask)
 
-    def _read(self, across: Span, down: Span) -> tuple[np.ndarray, np.ndarray | None]:
-        """Numbers [bands, height, width], and True for those without data; None if all have data."""
-        window = Window(across.start, down.start, across.length, down.length)
+    def close(self) -> None:
+        for file in self.files:
+            file.input.close()
+
+
+class _BandReader:
+    """Reads windows of some bands of one file. places: of these bands in the window."""
+
+    def __init__(
+        self, scene: Scene, file: RasterFile, bands: Sequence[int], places: Sequence[int], cache_bytes: int
+    ) -> None:
+        """bands: indices in the file."""
+        self.scene, self.file, self.places = scene, file, list(places)
+        self.indexes = [index + 1 for index in bands]
+        self.masks = {file.bands[index].mask for index in bands}
+        self.input = _Dataset(file.uri, {file.uri: file.etag, **file.siblings}, cache_bytes)
+
+    def read(self, across: Span, down: Span) -> tuple[np.ndarray, np.ndarray | None]:
+        """Numbers [bands, height, width] of a window, and True for those without data; None if all have data."""
+        window = self._window(across, down)
         shape = down.pixels, across.pixels
-        enlarges = across.length < across.pixels or down.length < down.pixels
+        if self.scene.zero_is_missing and self.masks == {""}:
+            return self.input.call(lambda: self._read_without_zeros(window, shape))
+        return self.input.call(lambda: self._read(window, shape))
+
+    def _window(self, across: Span, down: Span) -> Window:
+        """The part of the file that a window covers, in its own pixels."""
+        x, y = self.file.factor
+        left, top = across.start / x, down.start / y
+        right = min((across.start + across.length) / x, self.input.dataset.width)
+        bottom = min((down.start + down.length) / y, self.input.dataset.height)
+        return Window(left, top, right - left, bottom - top)
+
+    def _resampling(self, window: Window, shape: tuple[int, int]) -> Resampling:
+        chosen = self.scene.tiling.resampling
+        if chosen in RESAMPLINGS:
+            return RESAMPLINGS[chosen]
+        enlarges = window.width < shape[1] or window.height < shape[0]
+        return Resampling.bilinear if enlarges else Resampling.average
+
+    def _read(self, window: Window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         how = {
             "window": window,
             "out_shape": (len(self.indexes), *shape),
-            "resampling": Resampling.bilinear if enlarges else Resampling.average,
+            "resampling": self._resampling(window, shape),
         }
         data = self.input.dataset.read(self.indexes, **how)
         missing = None
@@ -423,9 +491,43 @@ class Reader:
         elif self.masks != {""}:  # one mask for all bands
             mask = self.input.dataset.read_masks(self.indexes[0], **{**how, "out_shape": shape}) == 0
             missing = np.broadcast_to(mask, data.shape)
+        if self.scene.zero_is_missing:
+            missing = data == 0 if missing is None else missing | (data == 0)
         if data.dtype.kind == "f" and (bad := np.isnan(data)).any():
             missing = bad if missing is None else missing | bad
         return data, missing if missing is not None and missing.any() else None
 
-    def close(self) -> None:
-        self.input.close()
+    def _read_without_zeros(self, window: Window, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `_read`, where 0 is no data although the file does not say so: it must not be mixed into other numbers."""
+        if (window.height, window.width) == shape:
+            return self._read(window, shape)
+        data = np.zeros((len(self.indexes), *shape), self.input.dataset.dtypes[0])
+        resampling = self._resampling(window, shape)
+        height = window.height / shape[0]  # in the file, of one row of the result
+        rows = max(1, int(MAX_NATIVE_PIXELS / (window.width * height)))
+        for index, target in zip(self.indexes, data, strict=True):
+            for first in range(0, shape[0], rows):
+                strip = target[first : first + rows]
+                part = Window(window.col_off, window.row_off + first * height, window.width, len(strip) * height)
+                self._resample(index, part, strip, resampling)
+        missing = data == 0
+        return data, missing if missing.any() else None
+
+    def _resample(self, index: int, window: Window, target: np.ndarray, resampling: Resampling) -> None:
+        """Fill [height, width] with a band's numbers in a window; 0 where all of them are 0."""
+        left, top = (max(0, math.floor(start) - MARGIN_PIXELS) for start in (window.col_off, window.row_off))
+        right = min(math.ceil(window.col_off + window.width) + MARGIN_PIXELS, self.input.dataset.width)
+        bottom = min(math.ceil(window.row_off + window.height) + MARGIN_PIXELS, self.input.dataset.height)
+        reproject(
+            self.input.dataset.read(index, window=Window(left, top, right - left, bottom - top)),
+            target,
+            src_transform=UNIT @ Affine.translation(left, top),
+            dst_transform=UNIT
+            @ Affine.translation(window.col_off, window.row_off)
+            @ Affine.scale(window.width / target.shape[1], window.height / target.shape[0]),
+            src_crs=ANY_CRS,
+            dst_crs=ANY_CRS,
+            src_nodata=0,
+            dst_nodata=0,
+            resampling=resampling,
+        )

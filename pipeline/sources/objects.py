@@ -14,6 +14,7 @@ from pipeline.geo.tiles import footprint
 from pipeline.sources.base import IMAGE_SUFFIXES, ReadOptions, Record, ShardEnd, Source
 from pipeline.sources.shard import Shard
 from pipeline.storage import access, base, uris
+from pipeline.storage.credentials import hide_credentials
 from pipeline.threads import GROUP_ITEMS, ordered_map
 
 REMOTE_THREADS = 16
@@ -52,7 +53,11 @@ class LooseImages:
 
 
 def with_keys(shard: Shard, keys: tuple[str, ...]) -> Shard:
-    """Replace the keys of a shard by the full ones, which include credentials."""
+    """The shard with the URIs that include credentials. Those of another kind than loose images are remembered."""
+    if not isinstance(shard.payload, LooseImages):
+        for key in keys:
+            hide_credentials(key)
+        return shard
     return replace(shard, payload=replace(_payload(shard), keys=keys))
 
 

@@ -5,9 +5,11 @@ The number of windows is known from the header. A large scene becomes several sh
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from types import ModuleType
 from typing import Any, Self
 
@@ -16,7 +18,11 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.coverage import Ranges, intersect
-from pipeline.errors import InputRefused, NightshiftError, ReadError
+from pipeline.errors import DecodeError, InputRefused, NightshiftError, ReadError
+from pipeline.geo import bands as band_names
+from pipeline.geo import sentinel2
+from pipeline.geo.bands import FILLED
+from pipeline.geo.sentinel2 import Claim
 from pipeline.geo.windows import NO_WINDOWS, Axis, Part, Span, Tiling, parts
 from pipeline.sources.base import Contents, ReadOptions, Record, ShardEnd, Source
 from pipeline.sources.records import Rows, storage_fault
@@ -64,6 +70,11 @@ y = d·column + e·row + f (the order of rasterio's Affine). valid_fraction: sha
 geometry: footprint as WKB in OGC:CRS84. bbox: range of the geometry's coordinates.
 """
 
+ITEM_COLUMNS = pa.schema(
+    [("item_id", pa.string()), ("datetime", pa.timestamp("us", "UTC")), ("eo:cloud_cover", pa.float32())]
+)
+"""Further columns of the windows of a STAC item."""
+
 NO_GEOMETRY = "no CRS or no transform: the rows have no geometry, crs or bbox"
 NOT_UNSCALED = "tags of scale or offset are not applied: the network gets the numbers as they are stored"
 
@@ -73,7 +84,7 @@ class Band:
     """One band of a file.
 
     role: GDAL's colour interpretation, such as "red" or "alpha". mask: where GDAL finds the pixels without data:
-    "nodata", "alpha", "mask" (a band of its own), or "" if all pixels have data.
+    "nodata", "alpha", "mask" (a band of its own), or "" if all pixels have data. also: other names of the band.
     """
 
     dtype: str
@@ -83,6 +94,11 @@ class Band:
     mask: str = ""
     scale: float = 1.0
     offset: float = 0.0
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.name, *self.also
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +106,8 @@ class RasterFile:
     """One file of a scene.
 
     siblings: files beside it that belong to it, such as `.ovr` and `.msk`: URI → etag. block: height and width of a
-    tile or strip. is_interleaved: a block holds all bands.
+    tile or strip. is_interleaved: a block holds all bands. factor: pixels of the scene that one pixel of the file
+    covers, across and down: 2 for a band of 20 m in a scene of 10 m.
     """
 
     uri: str
@@ -99,21 +116,32 @@ class RasterFile:
     block: tuple[int, int]
     is_interleaved: bool
     siblings: Mapping[str, str]
+    factor: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def scene_block(self) -> tuple[int, int]:
+        """Height and width of a block in pixels of the scene."""
+        return math.ceil(self.block[0] * self.factor[1]), math.ceil(self.block[1] * self.factor[0])
 
     def pixel_bytes(self, bands: Sequence[int]) -> int:
-        """Bytes of a pixel in the blocks that GDAL decodes for some bands: of all bands if they are interleaved."""
+        """Bytes per pixel of the scene in the blocks that GDAL decodes for some bands; of all if interleaved."""
         decoded = self.bands if self.is_interleaved and bands else [self.bands[band] for band in bands]
         has_mask = any(band.mask == "mask" for band in decoded)
-        return sum(np.dtype(band.dtype).itemsize for band in decoded) + has_mask
+        size_bytes = sum(np.dtype(band.dtype).itemsize for band in decoded) + has_mask
+        return math.ceil(size_bytes / (self.factor[0] * self.factor[1]))
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
     """The payload of a shard: a scene, and the windows of it that are the shard's rows.
 
-    files: in the order of their bands; a scene of one file has one. width, height: pixels at full resolution.
-    transform: a to f, see COLUMNS; None if the file has none. crs: text for PROJ; None without one.
-    factors: pixels of the scene that become one pixel of a window, across and down.
+    files: in the order of their bands; a scene of one file has one. width, height: pixels at full resolution, which is
+    that of the finest file. transform: a to f, see COLUMNS; None if the file has none. crs: text for PROJ; None without
+    one. factors: pixels of the scene that become one pixel of a window, across and down.
+    name: URI of the scene if it is not that of its only file. offset: a constant that the numbers contain, and that is
+    subtracted. reason: what says so. zero_is_missing: the number 0 means no data, as in Sentinel-2.
+    item: values of the columns that a STAC item has, as JSON. hides_credentials: they were removed from URIs of files.
+    fault: error type and message of a scene that could not be planned; it has no files.
     """
 
     files: tuple[RasterFile, ...]
@@ -124,6 +152,13 @@ class Scene:
     tiling: Tiling
     factors: tuple[float, float] = (1.0, 1.0)
     part: Part = NO_WINDOWS
+    name: str = ""
+    offset: float = 0.0
+    reason: str = ""
+    zero_is_missing: bool = False
+    item: Mapping[str, Any] = field(default_factory=dict)
+    hides_credentials: bool = False
+    fault: tuple[str, str] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -131,19 +166,14 @@ class Scene:
     @classmethod
     def from_json(cls, text: str) -> Self:
         fields = json.loads(text)
-        files = tuple(
-            RasterFile(
-                **{**file, "bands": tuple(Band(**band) for band in file["bands"]), "block": tuple(file["block"])}
-            )
-            for file in fields.pop("files")
-        )
-        transform = fields.pop("transform")
+        transform, fault = fields.pop("transform"), fields.pop("fault")
         return cls(
-            files=files,
+            files=tuple(map(_file, fields.pop("files"))),
             transform=transform and tuple(transform),
             tiling=Tiling(**fields.pop("tiling")),
             part=Part(**fields.pop("part")),
             factors=tuple(fields.pop("factors")),
+            fault=fault and tuple(fault),
             **fields,
         )
 
@@ -152,7 +182,7 @@ class Scene:
 
     @property
     def uri(self) -> str:
-        return self.files[0].uri
+        return self.name or self.files[0].uri
 
     @property
     def bands(self) -> tuple[Band, ...]:
@@ -188,7 +218,8 @@ class Scene:
         width = (columns - 1) * self.tiling.stride + self.tiling.size
         first = total = 0
         for file in self.files:
-            pixels = _touched(self.tiling.size, file.block[0], self.height) * _touched(width, file.block[1], self.width)
+            block = file.scene_block
+            pixels = _touched(self.tiling.size, block[0], self.height) * _touched(width, block[1], self.width)
             total += pixels * file.pixel_bytes(
                 [band - first for band in bands if first <= band < first + len(file.bands)]
             )
@@ -201,8 +232,14 @@ class Scene:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.cache_bytes(bands, middle) <= CACHE_BYTES else (low, middle - 1)
-        is_striped = any(file.block[1] >= self.width for file in self.files)
+        is_striped = any(file.scene_block[1] >= self.width for file in self.files)
         return self.across.count if is_striped else low
+
+
+def _file(fields: dict[str, Any]) -> RasterFile:
+    """A file of a payload in JSON."""
+    bands = tuple(Band(**{**band, "also": tuple(band["also"])}) for band in fields["bands"])
+    return RasterFile(**{**fields, "bands": bands, "block": tuple(fields["block"]), "factor": tuple(fields["factor"])})
 
 
 def _touched(length: int, block: int, whole: int) -> int:
@@ -211,24 +248,47 @@ def _touched(length: int, block: int, whole: int) -> int:
 
 
 def chosen_bands(scene: Scene, options: ReadOptions) -> list[int]:
-    """Indices of the bands that the network gets. Raises ReadError (unsupported) for a band that does not exist."""
-    bands = scene.bands
+    """Indices of the bands that the network gets; FILLED for one that the scene lacks and that has a declared value.
+
+    Raises ReadError (unsupported) for a band that does not exist.
+    """
+    bands, wanted = scene.bands, options.wanted
     if options.bands:
-        return [_band(name, bands, scene.uri) for name in options.bands]
+        chosen = [_band(name, bands, scene.uri) for name in options.bands]
+        is_without_fillers = len(chosen) == sum(band.filler is None for band in wanted) < len(wanted)
+        return band_names.with_fillers(chosen, wanted) if is_without_fillers else chosen
+    if wanted and is_named(scene):
+        try:
+            return band_names.match([band.names for band in bands], wanted, scene.uri)
+        except DecodeError as error:
+            raise ReadError(error.error_type, error.message) from error
+    without_alpha = [index for index, band in enumerate(bands) if band.role != "alpha"]
+    if wanted and len(without_alpha) < len(bands):
+        raise ReadError(
+            "unsupported",
+            f"{scene.uri} marks a band as an alpha, which may be a band of a sensor; choose the {len(wanted)} bands of "
+            f"the input specification with --bands, as in --bands {','.join(map(str, range(1, len(wanted) + 1)))}",
+        )
     if len(bands) == options.network_bands != 3:
         return list(range(len(bands)))
-    without_alpha = [index for index, band in enumerate(bands) if band.role != "alpha"]
     is_rgb = [bands[index].role for index in without_alpha[:3]] == ["red", "green", "blue"]
     return without_alpha[:3] if is_rgb and options.network_bands == 3 else without_alpha
+
+
+def is_named(scene: Scene) -> bool:
+    """Whether the scene names its bands, and does not only count them."""
+    return band_names.are_named([name for band in scene.bands for name in band.names])
 
 
 def _band(name: str, bands: tuple[Band, ...], uri: str) -> int:
     if name.isdecimal() and 1 <= int(name) <= len(bands):
         return int(name) - 1
-    names = [band.name for band in bands]
-    if names.count(name) == 1:
-        return names.index(name)
-    known = ", ".join(filter(None, names)) or "none"
+    exact = [index for index, band in enumerate(bands) if name in band.names]
+    called = band_names.Band((name,)).is_called
+    alike = exact or [index for index, band in enumerate(bands) if any(map(called, band.names))]
+    if len(alike) == 1:
+        return alike[0]
+    known = ", ".join(band.name for band in bands if band.name) or "none"
     raise ReadError("unsupported", f"{uri} has {len(bands)} bands and no band {name!r} for --bands; its names: {known}")
 
 
@@ -237,30 +297,71 @@ def shards(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
     if options.tiling is None:
         raise InputRefused(f"{info.uri} is a raster scene: give --tile-size, as in --tile-size 224")
     try:
-        scene = _gdal().inspect(info, options.tiling)
+        scene, metadata = gdal().inspect(info, options.tiling)
     except OSError as error:
         raise storage_fault(info.uri, error) from error
+    yield from planned(scene, claims_of(info.uri, metadata, options), info.size_bytes, options)
+
+
+def claims_of(uri: str, metadata: Mapping[str, str], options: ReadOptions) -> list[Claim]:
+    """What the name and the tags of a file say about Sentinel-2's offset; nothing without `--harmonize`."""
+    if not options.harmonize:
+        return []
+    try:
+        return [*sentinel2.claims_of_name(uri), *sentinel2.claims_of_file(metadata)]
+    except DecodeError as error:
+        raise ReadError(error.error_type, f"{uri}: {error.message}") from error
+
+
+def planned(scene: Scene, claims: Sequence[Claim], size_bytes: int, options: ReadOptions) -> Iterator[Contents]:
+    """The shards of an inspected scene. claims: about Sentinel-2's offset. Raises ReadError."""
     bands = chosen_bands(scene, options)
     _check_bands(scene, bands, options)
+    scene = _harmonized(scene, claims, options)
     _check_size(scene, bands)
-    yield from _contents(scene, bands, info)
+    yield from _contents(scene, bands, size_bytes, _notices(scene, options))
+
+
+def faulty(error: ReadError) -> Scene:
+    """The payload of a scene that could not be planned."""
+    return Scene((), 0, 0, None, None, Tiling(1, 1), fault=(error.error_type, error.message))
+
+
+def _harmonized(scene: Scene, claims: Sequence[Claim], options: ReadOptions) -> Scene:
+    """The scene with the offset of its numbers. Raises ReadError (unsupported) if nothing says it."""
+    if not options.harmonize:
+        return scene
+    try:
+        claim = sentinel2.harmonize(options.harmonize, claims, scene.uri)
+    except DecodeError as error:
+        raise ReadError(error.error_type, error.message) from error
+    return replace(scene, offset=claim.offset, reason=claim.reason, zero_is_missing=True)
 
 
 def _check_bands(scene: Scene, bands: Sequence[int], options: ReadOptions) -> None:
     """Raise ReadError (unsupported) for numbers that cannot become the network's pixels."""
     wanted = options.network_bands
-    if wanted is not None and len(bands) != wanted and not (len(bands) == 1 and wanted == 3):
+    if wanted is not None and len(bands) != wanted and (options.wanted or not (len(bands) == 1 and wanted == 3)):
         raise ReadError(
             "unsupported",
             f"{scene.uri} gives {len(bands)} bands, and the network takes {wanted}; choose them with --bands, as in "
             f"--bands {','.join(map(str, range(1, wanted + 1)))}",
         )
-    dtype = scene.bands[bands[0]].dtype
-    if options.needs_8_bits and dtype != "uint8":
+    dtypes = list(dict.fromkeys(scene.bands[band].dtype for band in bands if band != FILLED))
+    if len(dtypes) != 1:
+        types = f"different number types ({', '.join(dtypes)})" if dtypes else "none of the wanted bands"
+        raise ReadError("unsupported", f"{scene.uri} has {types}; choose other bands with --bands")
+    if options.needs_8_bits and dtypes[0] != "uint8":
         raise ReadError(
             "unsupported",
-            f"{scene.uri} holds numbers of type {dtype}, and nothing says which of them are black and white; set one "
-            "range for the whole run with --scale MIN:MAX, as in --scale 0:3000",
+            f"{scene.uri} holds numbers of type {dtypes[0]}, and nothing says which of them are black and white; set "
+            "one range for the whole run with --scale MIN:MAX, as in --scale 0:3000",
+        )
+    if options.harmonize and dtypes[0] == "uint8":
+        raise ReadError(
+            "unsupported",
+            f"{scene.uri} holds numbers of 8 bits, and the input specification takes digital numbers of Sentinel-2; "
+            "use a network for RGB, or a copy of the specification with harmonize: false and your divisor",
         )
 
 
@@ -279,27 +380,32 @@ def _check_size(scene: Scene, bands: Sequence[int]) -> None:
         )
 
 
-def _contents(scene: Scene, bands: Sequence[int], info: ObjectInfo) -> Iterator[Contents]:
+def _contents(scene: Scene, bands: Sequence[int], size_bytes: int, notices: tuple[str, ...]) -> Iterator[Contents]:
     windows = scene.across.count * scene.down.count
-    notices = _notices(scene)
-    pieces = parts(scene.across, scene.down, scene.files[0].block, scene.max_columns(bands))
+    block = max(file.scene_block for file in scene.files)
+    pieces = parts(scene.across, scene.down, block, scene.max_columns(bands))
     for part in pieces if windows else [NO_WINDOWS]:
-        share = info.size_bytes * part.count // max(1, windows)
+        share = size_bytes * part.count // max(1, windows)
         yield Contents(part.count, {}, replace(scene, part=part), share, notices)
         notices = ()
 
 
-def _notices(scene: Scene) -> tuple[str, ...]:
+def _notices(scene: Scene, options: ReadOptions) -> tuple[str, ...]:
     is_scaled = any((band.scale, band.offset) != (1, 0) for band in scene.bands)
     is_placed = scene.crs is not None and scene.transform is not None
-    return (NO_GEOMETRY,) * (not is_placed) + (NOT_UNSCALED,) * is_scaled
+    notices = (NO_GEOMETRY,) * (not is_placed) + (NOT_UNSCALED,) * (is_scaled and not options.harmonize)
+    if not options.harmonize:
+        return notices
+    offset = f"the offset of {scene.offset:g} is subtracted" if scene.offset else "no offset is subtracted"
+    return (*notices, f"Sentinel-2: {offset}, by {scene.reason}")
 
 
 def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | ShardEnd]:
     """Read windows in the order of the file's blocks. The contract is in `pipeline.sources.base`."""
     scene = shard.payload
-    if not isinstance(scene, Scene):
-        yield from Rows(shard, todo).finish(_header_fault(shard, options))
+    if not isinstance(scene, Scene) or scene.fault:
+        fault = ReadError(*scene.fault) if isinstance(scene, Scene) and scene.fault else _header_fault(shard, options)
+        yield from Rows(shard, todo).finish(fault)
         return
     rows = scene.part.count if shard.rows is None else min(shard.rows, scene.part.count)
     numbers = [row for start, stop in intersect(todo, ((0, rows),)) for row in range(start, stop)]
@@ -326,13 +432,16 @@ def _windows(scene: Scene, numbers: list[int], options: ReadOptions) -> Iterator
     try:
         try:
             bands = chosen_bands(scene, options)
-            reader = _gdal().Reader(scene, bands, max(CACHE_BYTES, scene.cache_bytes(bands)))
+            present = [band for band in bands if band != FILLED]
+            reader = gdal().Reader(scene, present, max(CACHE_BYTES, scene.cache_bytes(present)))
         except OSError as error:
             fault = storage_fault(scene.uri, error)
         except ReadError as error:
             fault = error
         for row in numbers:
             record, fault = _window(scene, row, reader, fault)
+            if isinstance(record.data, np.ma.MaskedArray):
+                record = replace(record, data=_with_fillers(_without_offset(record.data, scene), bands, options))
             yield record
     finally:
         if reader is not None:
@@ -364,6 +473,28 @@ def _window(scene: Scene, row: int, reader: Any, fault: ReadError | None) -> tup
     return replace(record, data=None if is_empty else array, is_empty=is_empty, kept=kept, read_seconds=seconds), fault
 
 
+def _without_offset(numbers: np.ma.MaskedArray, scene: Scene) -> np.ma.MaskedArray:
+    """Subtract Sentinel-2's offset; what would be negative becomes 0, as before baseline 04.00."""
+    if not scene.offset:
+        return numbers
+    offset = np.array(scene.offset, numbers.dtype)
+    return np.ma.MaskedArray(np.maximum(numbers.data, offset) - offset, numbers.mask)
+
+
+def _with_fillers(numbers: np.ma.MaskedArray, bands: Sequence[int], options: ReadOptions) -> np.ma.MaskedArray:
+    """Insert the bands that the scene lacks: [height, width, present bands] → [height, width, bands]."""
+    if FILLED not in bands:
+        return numbers
+    fillers = [band.filler for band, index in zip(options.wanted, bands, strict=True) if index == FILLED]
+    holds_all = all(np.array(filler).astype(numbers.dtype) == filler for filler in fillers)
+    shape = (*numbers.shape[:2], len(bands))
+    present = [place for place, index in enumerate(bands) if index != FILLED]
+    data, mask = np.empty(shape, numbers.dtype if holds_all else np.float64), np.zeros(shape, bool)
+    data[..., present], mask[..., present] = numbers.data, np.ma.getmaskarray(numbers)
+    data[..., [place for place, index in enumerate(bands) if index == FILLED]] = fillers
+    return np.ma.MaskedArray(data, mask)
+
+
 def _valid_fraction(array: np.ndarray, across: Span, down: Span) -> float:
     """Share of a window's pixels inside of the scene that have data in at least one band."""
     inside = array[: down.pixels, : across.pixels]
@@ -380,6 +511,7 @@ def planned_columns(scene: Scene, row: int) -> dict[str, Any]:
         "window_row": down.start,
         "window_width": across.length,
         "window_height": down.length,
+        **item_columns(scene.item),
     }
     if scene.transform is None:
         return columns
@@ -397,7 +529,16 @@ def planned_columns(scene: Scene, row: int) -> dict[str, Any]:
     return columns
 
 
-def _gdal() -> ModuleType:
+def item_columns(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ITEM_COLUMNS that an item has. item: as in `Scene`."""
+    columns = dict(item)
+    if text := columns.get("datetime"):
+        columns["datetime"] = datetime.fromisoformat(text)
+    return columns
+
+
+def gdal() -> ModuleType:
+    """The module that reads rasters. Raises InputRefused without the extra [geo]."""
     try:
         from pipeline.sources import gdal
     except ImportError as error:

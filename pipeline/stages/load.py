@@ -81,9 +81,12 @@ class Loader:
     ) -> "Loader":
         """For the settings of a run and its predictor. keep: the kept columns, by their names in the shards."""
         exact, aliases = config.decoder == "exact", config.keep_names()
+        values, harmonize = _values(config, predictor), harmonize_of(config, predictor)
         return Loader(
             transform=predictor.transform,
-            options=replace(options, network_bands=predictor.pixel_format.bands),
+            options=replace(
+                options, network_bands=predictor.pixel_format.bands, wanted=values.wanted, harmonize=harmonize
+            ),
             keep={column.name: (aliases.get(column.name, column.name), column.type) for column in keep or ()},
             max_pixels=config.max_pixels,
             exif_rotate=config.exif_rotate,
@@ -93,8 +96,8 @@ class Loader:
             threads=threads,
             decode_bytes=decode_bytes,
             leave_jpegs=config.decoder == "gpu" and predictor.takes_encoded,
-            values=_values(config, predictor),
-            harmonize=config.harmonize if predictor.specification and predictor.specification.harmonize else "",
+            values=values,
+            harmonize=harmonize,
         )
 
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
@@ -192,6 +195,11 @@ class Loader:
             {"image_id": each.image_id, "member": each.member, **{alias: each.kept.get(name) for name, alias in kept}}
             for each in item.repeats
         ]
+
+
+def harmonize_of(config: RunConfig, predictor: Predictor) -> str:
+    """--harmonize, "" if the network does not take digital numbers of Sentinel-2."""
+    return config.harmonize if predictor.specification and predictor.specification.harmonize else ""
 
 
 def _values(config: RunConfig, predictor: Predictor) -> Values:

@@ -12,13 +12,15 @@ import numpy as np
 from pipeline import sources
 from pipeline.config import RunConfig
 from pipeline.coverage import Ranges, normalize
-from pipeline.errors import DecodeError, SettingRefused
+from pipeline.errors import DecodeError, ReadError, SettingRefused
+from pipeline.geo.bands import FILLED
 from pipeline.geo.sentinel2 import OFFSET
 from pipeline.images.decode import Numbers, read_numbers
 from pipeline.models.input_spec import InputSpec
 from pipeline.planning.plan import Plan
 from pipeline.predictors.base import Predictor
 from pipeline.sources import SOURCES, ReadOptions, Record
+from pipeline.sources.scene import Scene, chosen_bands, is_named
 from pipeline.sources.shard import Shard
 from pipeline.stages.load import Loader
 
@@ -83,10 +85,14 @@ def draw(plan: Plan, loader: Loader) -> Sample:
     numbers: list[Numbers] = []
     reasons: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    for record in _records(plan, loader.options):
+    for shard, record in _records(plan, loader.options):
         try:
-            if record.data is not None:
+            if isinstance(record.data, np.ma.MaskedArray) and isinstance(shard.payload, Scene):
+                numbers.append(_window_numbers(record.data, shard.payload, loader, reasons))
+            elif record.data is not None:
                 numbers.append(_numbers(record.data, record.image_id, loader, reasons))
+            elif isinstance(record.error, ReadError) and isinstance(shard.payload, Scene):
+                unread[record.error.message] += record.error.error_type == "unsupported"
         except DecodeError as error:
             unread[error.message] += error.error_type == "unsupported"
     return Sample(numbers, reasons, +unread)
@@ -112,7 +118,21 @@ def _numbers(data: bytes | np.ndarray, image_id: str, loader: Loader, reasons: C
     )
 
 
-def _records(plan: Plan, options: ReadOptions) -> Iterator[Record]:
+def _window_numbers(window: np.ma.MaskedArray, scene: Scene, loader: Loader, reasons: Counter[str]) -> Numbers:
+    """The numbers of a window of a scene, whose source has subtracted the offset."""
+    numbers = window.data.astype(np.float64)
+    numbers[np.ma.getmaskarray(window)] = np.nan
+    numbers = numbers.reshape(-1, window.shape[2])
+    for place, band in enumerate(chosen_bands(scene, loader.options)):
+        if band == FILLED:
+            numbers[:, place] = np.nan
+    if loader.harmonize:
+        reasons[scene.reason] += 1
+    rows = numbers[:: max(1, len(numbers) // MAX_PIXELS)]
+    return Numbers(rows, scene.bands[0].dtype == "uint8", scene.uri, is_named(scene), scene.offset)
+
+
+def _records(plan: Plan, options: ReadOptions) -> Iterator[tuple[Shard, Record]]:
     generator = np.random.default_rng(0)
     indices = np.flatnonzero(plan.shard_rows)
     chosen = np.sort(generator.choice(indices, min(MAX_SHARDS, len(indices)), replace=False))
@@ -121,12 +141,13 @@ def _records(plan: Plan, options: ReadOptions) -> Iterator[Record]:
         shard = plan.load(index)
         for item in sources.read(shard, _rows(shard, each, generator), options):
             if isinstance(item, Record):
-                yield item
+                yield shard, item
 
 
 def _rows(shard: Shard, count: int, generator: np.random.Generator) -> Ranges:
     """Some rows of a shard: drawn if any row can be read by itself, and the first ones otherwise."""
-    if shard.rows is None or not SOURCES[shard.kind].is_loose:
+    can_jump = SOURCES[shard.kind].is_loose or isinstance(shard.payload, Scene)
+    if shard.rows is None or not can_jump:
         return ((0, count if shard.rows is None else min(count, shard.rows)),)
     rows = min(shard.rows, MAX_ROW)
     drawn = generator.choice(rows, min(count, rows), replace=False)

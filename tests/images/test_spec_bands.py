@@ -9,10 +9,11 @@ import tifffile
 from satellite import SENTINEL2, draw_dn, geotiff
 
 from pipeline.errors import DecodeError
+from pipeline.geo.bands import Band
 from pipeline.images.decode import decode, read_numbers
 from pipeline.images.pixels import RGB8, PixelFormat
 from pipeline.images.transform import Transform
-from pipeline.images.values import Band, Values
+from pipeline.images.values import Values
 
 SAME = Transform(resize=0, crop=16)
 RED_GREEN_BLUE = tuple(Band((name, name[0])) for name in ("red", "green", "blue"))

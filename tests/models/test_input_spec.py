@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import SettingRefused
+from pipeline.geo.bands import Band
 from pipeline.images.pixels import PixelFormat
-from pipeline.images.values import Band
 from pipeline.models import input_spec
 
 WEIGHTS = {

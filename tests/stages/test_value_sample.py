@@ -183,3 +183,54 @@ def test_archives_without_the_bands_are_refused_and_single_images_are_said(tmp_p
     archive_of(folder, drawn(2), PRODUCT.replace("N0511", "N0301"))
     _, notes = settled(folder, Spec("sentinel2-all"))
     assert "1 of 3 images drawn from the archive fail: " in notes[1]
+
+
+# Windows of scenes
+
+
+def settled_scene(folder: Path, **settings: Any) -> list[str]:
+    predictor = Spec("sentinel2-all")
+    assert predictor.specification
+    config = RunConfig(input=[str(folder)], output=str(folder.parent / "out"), tile_size=32, **settings)
+    archive = Archive(config)
+    archive.use_bands(predictor.specification.bands, config.harmonize)
+    with directory.draft(archive) as plan:
+        return value_sample.settle(config, predictor, archive.options(), plan)[1]
+
+
+def test_numbers_of_scenes_are_those_after_the_offset_without_masked_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = draw_dn(side=64) + 1000
+    array[:, :32, :48] = 0
+    folder = archive_of(tmp_path / "in", [array], PRODUCT)
+    drawn: list[np.ndarray] = []
+    check = value_sample.check
+    monkeypatch.setattr(
+        value_sample,
+        "check",
+        lambda sample, specification: (
+            drawn.extend(each.array for each in sample.numbers),
+            check(sample, specification),
+        ),
+    )
+    (note,) = settled_scene(folder)
+    assert "offset of 1000 is subtracted from 3 of 3 images" in note
+    numbers = np.concatenate(drawn)
+    expected = array[:, array.any(axis=0)].astype(float).T - 1000
+    found = numbers[~np.isnan(numbers).any(axis=1)]
+    np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(expected, axis=0))
+    assert np.isnan(numbers).any(axis=1).sum() == 32 * 16
+
+
+def test_scenes_of_8_bit_reflectance_are_refused_with_figures(tmp_path: Path) -> None:
+    folder = archive_of(tmp_path / "in", drawn(high=255, low=0), OLD_PRODUCT)
+    with pytest.raises(SettingRefused, match="99 % of the values are below 0"):
+        settled_scene(folder)
+
+
+def test_unnamed_bands_of_a_scene_are_said(tmp_path: Path) -> None:
+    folder = archive_of(tmp_path / "in", drawn(1), OLD_PRODUCT, names=())
+    assert any(
+        "does not name its bands, so they are taken in this order: 1 is B1" in each for each in settled_scene(folder)
+    )
