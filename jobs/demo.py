@@ -1,9 +1,10 @@
-"""Make a small archive, embed and classify it, verify the outputs and show them.
+"""Make a small archive, embed it, fit a head to a few labels, classify the archive with it, and verify and show it all.
 
     python jobs/demo.py FOLDER
 
-The weights are random (seeded): nothing is downloaded, and the labels mean nothing. Run the command again after a stop:
-finished steps are skipped, and an unfinished one continues.
+The weights are random (seeded): nothing is downloaded. Ten tiles of each kind are labelled; the head learns the kinds
+from these, and names the others. Run the command again after a stop: finished steps are skipped, and an unfinished one
+continues.
 """
 
 import argparse
@@ -18,6 +19,9 @@ import pandas as pd
 
 JOBS = Path(__file__).resolve().parent
 NETWORK = ["--model", "resnet18", "--weights", "random"]
+LABELS_PER_KIND = 10
+KIND = r"(\w+)-\d+\.\w+$"
+"""The kind of a tile in its image_id."""
 
 
 def main() -> int:
@@ -29,8 +33,10 @@ def main() -> int:
     try:
         make_archive(folder, given.images)
         images = ["--input", f"{folder}/archive/tars", f"{folder}/archive/loose"]
-        call("embed.py", *images, "--output", f"{folder}/embeddings", *NETWORK)
-        call("classify.py", *images, "--output", f"{folder}/labels", *NETWORK, "--top-k", "3", "--keep", "cls")
+        call("embed.py", *images, "--output", f"{folder}/embeddings", *NETWORK, "--keep", "cls")
+        fit(folder)
+        of_embeddings = ["--from", f"{folder}/embeddings", "--head", f"{folder}/head.safetensors"]
+        call("classify.py", *of_embeddings, "--output", f"{folder}/labels", "--top-k", "3", "--keep", "cls")
         call("verify.py", f"{folder}/embeddings")
         call("verify.py", f"{folder}/labels")
     except subprocess.CalledProcessError as error:
@@ -48,6 +54,23 @@ def make_archive(folder: Path, images: str) -> None:
         return
     call("demo_archive.py", f"{folder}/archive.unfinished", "--images", images)
     (folder / "archive.unfinished").rename(folder / "archive")
+
+
+def fit(folder: Path) -> None:
+    """Label some tiles and fit FOLDER/head.safetensors to them, unless it exists."""
+    if (folder / "head.safetensors").exists():
+        return
+    label(folder)
+    labels = ["--labels", f"{folder}/labels.csv", "--to", f"{folder}/head.safetensors"]
+    call("fit.py", f"{folder}/embeddings", *labels)
+
+
+def label(folder: Path) -> None:
+    """Write FOLDER/labels.csv: the kinds of LABELS_PER_KIND tiles each. They are in the names; a person would look."""
+    tiles = read(folder / "embeddings", "image_id").rename(columns={"image_id": "image"})
+    tiles["label"] = tiles["image"].str.extract(KIND, expand=False)
+    mixed = tiles.sort_values("image").sample(frac=1, random_state=0)
+    mixed.groupby("label").head(LABELS_PER_KIND).to_csv(folder / "labels.csv", index=False)
 
 
 def call(job: str, *arguments: str) -> None:
@@ -81,8 +104,21 @@ def show(folder: Path) -> None:
     width = len(rows["embedding"][0])
     print(f"\n{len(rows):,} images, each with a label and an embedding of {width} numbers; 1 in {step} is shown:")
     print(table.iloc[::step].to_string(index=False))
+    show_kinds(folder, rows)
     print("\nbroken on purpose, one row each in _errors/:")
     print(errors_by_type(folder / "embeddings" / "_errors"))
+
+
+def show_kinds(folder: Path, rows: pd.DataFrame) -> None:
+    """Print how often the tiles that were not labelled got each label, by the kind in their names."""
+    if not (folder / "labels.csv").exists():
+        return
+    others = rows[~rows["image_id"].isin(pd.read_csv(folder / "labels.csv")["image"])]
+    kinds = others["image_id"].str.extract(KIND, expand=False).rename("kind")
+    right = (kinds == others["label"]).mean()
+    print(f"\nof the {len(others):,} tiles without a label of their own, {right:.1%} got the right one:")
+    print(pd.crosstab(kinds, others["label"]).to_string())
+    print(f"\nevaluation of the head, with pictures: {folder}/head.html")
 
 
 def draw(folder: Path) -> None:

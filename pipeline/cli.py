@@ -38,16 +38,32 @@ RETRY_MESSAGE_SECONDS = 10.0
 """A fault that passes within MIN_WAIT_SECONDS is not shown."""
 
 
-def job(predictor_class: type, description: str | None, arguments: Sequence[str] | None = None) -> int:
+Values = dict[str, Any]
+"""Given fields of a dataclass of flags."""
+
+
+def job(
+    predictor_class: type,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    more: type | None = None,
+    make: Callable[[Values, Values, Values], tuple[RunConfig, Predictor]] | None = None,
+) -> int:
     """Parse the flags of RunConfig and of the predictor, run the job, print its report, and return its exit code.
 
+    more: a dataclass with further flags. make: the given fields of RunConfig, of the predictor and of `more` → the
+    settings of the run and its predictor; by default each is made of its own fields.
     arguments: None for those of this process, which then exits here instead of returning; so it does after a signal.
     """
 
     def work() -> int:
-        run_values, predictor_values, message_values = parse(predictor_class, description, arguments, MessageFlags)
+        classes = [each for each in (MessageFlags, more) if each]
+        run_values, predictor_values, message_values, *others = parse(predictor_class, description, arguments, *classes)
         speak(MessageFlags(**message_values))
-        config, predictor = RunConfig(**run_values), predictor_class(**predictor_values)
+        if make:
+            config, predictor = make(run_values, predictor_values, others[0])
+        else:
+            config, predictor = RunConfig(**run_values), predictor_class(**predictor_values)
         messages.say(f"version {__version__}: looking at the input and at {uris.redact(config.output)}")
         _divert_native_stderr()
         return _dry_run(config, predictor) if config.dry_run else _run(config, predictor)
@@ -113,10 +129,21 @@ def parse(
     SystemExit for a bad flag.
     """
     classes = (RunConfig, predictor_class, *more)
-    flags, parser = _flags(classes), parser_of(description, classes, hidden)
+    return parsed(parser_of(description, classes, hidden), classes, arguments)[1:]
+
+
+def parsed(parser: "Parser", classes: Sequence[type], arguments: Sequence[str] | None) -> tuple[dict[str, Any], ...]:
+    """Parse flags with a parser of `parser_of`, to which arguments may have been added, and with `--config`.
+
+    Returns the values of those arguments, then the given fields of each class.
+    """
+    flags = _flags(classes)
     given = vars(parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments)))
-    values = {**vars(parser.parse_args(_config_words(given.pop("config", None), flags))), **given}
-    return tuple({field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes)
+    others = {name: given.pop(name) for name in list(given) if name not in flags and name != "config"}
+    words = _config_words(given.pop("config", None), flags)
+    in_file = vars(parser_of(None, classes).parse_args(words))
+    values = {**in_file, **given}
+    return others, *({each.name: values[each.name] for each in fields(cls) if each.name in values} for cls in classes)
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,8 +201,13 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+def flag_name(field_name: str) -> str:
+    """`--name` of a field; a field ends in `_` if its name would be a word of Python."""
+    return f"--{field_name.rstrip('_').replace('_', '-')}"
+
+
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: "Field[Any]", *, is_hidden: bool) -> None:
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_name(name)
     more = {key: value for key, value in field.metadata.items() if key in ("metavar", "choices")}
     default = field.default if field.default is not MISSING else None
     help_text = argparse.SUPPRESS if is_hidden else field.metadata["help"]
@@ -188,7 +220,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: "Field[Any]", *
         more["nargs"] = "+"
     elif default == ():
         more["action"] = "append"
-    parser.add_argument(flag, type=_scalar(field), help=help_text, **more)
+    parser.add_argument(flag, dest=name, type=_scalar(field), help=help_text, **more)
 
 
 def _scalar(field: "Field[Any]") -> Callable[[str], Any]:
@@ -209,7 +241,7 @@ def _config_words(path: str | None, flags: dict[str, "Field[Any]"]) -> list[str]
         raise SettingRefused(f"--config {path} must have one flag per line, such as `model: resnet50`")
     words: list[str] = []
     for name, value in values.items():
-        field = flags.get(name.replace("-", "_"))
+        field = flags.get(name.replace("-", "_")) or flags.get(f"{name}_")
         if field is None:
             raise SettingRefused(f"--config {path}: there is no flag {name}; --help lists the flags")
         try:
@@ -221,7 +253,7 @@ def _config_words(path: str | None, flags: dict[str, "Field[Any]"]) -> list[str]
 
 def _words(field: "Field[Any]", value: Any) -> list[str]:
     """The words for a flag and its value in YAML. Raises ValueError with a description of the values that it takes."""
-    flag, takes_several = field.name.replace("_", "-"), field.default == ()
+    flag, takes_several = flag_name(field.name).removeprefix("--"), field.default == ()
     texts = value if isinstance(value, list) and takes_several else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("one value or a list of them" if takes_several else "one value")

@@ -127,6 +127,8 @@ class RunConfig:
         "machines and prices (default: pipeline/estimates/prices.yaml)", None, metavar="FILE.yaml"
     )
     dry_run: bool = flag("print the plan and the settings, do no work", False)
+    vectors: bool = field(default=False)
+    """The input is an output of `embed`: its vectors are read, and no images. Set by `classify --from`."""
 
     def __post_init__(self) -> None:
         names = [self.input] if isinstance(self.input, str) else list(self.input)
@@ -149,6 +151,8 @@ class RunConfig:
         check_choices(self)
         if not 0 <= self.max_error_rate <= 1:
             raise SettingRefused(f"--max-error-rate is {self.max_error_rate}: it must be between 0 and 1")
+        if self.vectors and len(names) != 1:
+            raise SettingRefused(f"--from takes one output; {len(names)} were given")
         if self.update and (self.overwrite or self.limit is not None):
             raise SettingRefused(
                 "--update extends an earlier run of the whole archive: leave out --overwrite and --limit"
@@ -353,6 +357,7 @@ class RunConfig:
             **self._tiling_settings(),
             **self.value_settings(),  # absent by default: outputs of earlier versions have none of them
             **self.tile_settings(),
+            **({"vectors": True} if self.vectors else {}),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
 

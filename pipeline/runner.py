@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.errors import printable
 from pipeline.estimates.machines import Cluster, Prices
+from pipeline.explore.vector_archive import VectorArchive
 from pipeline.output import directory, parts
 from pipeline.output import ledger as ledgers
 from pipeline.output.lock import Lock, refuse_if_held
@@ -41,6 +42,7 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
     check_settings(config, predictor)
     _use_for(archive, predictor)
     record = RunRecord.of(config, predictor)
+    predictor.check_space(record.embedding_space)
     directory.check_settings(config, record)
     if config.actor_range() or config.gpu_share() or config.decoder == "gpu":
         from pipeline.engine import cluster
@@ -51,7 +53,9 @@ def preview(config: RunConfig, predictor: Predictor) -> dict[str, Any]:
 
 
 def _archive(config: RunConfig, predictor: Predictor) -> Archive:
-    """The archive, for the bands that an input specification names; they are known before the network is."""
+    """The images of --input, or the vectors of --from. The bands of an input specification are known already."""
+    if config.vectors:
+        return VectorArchive(config)
     archive = Archive(config)
     if predictor.specification:
         archive.use_bands(predictor.specification.bands, harmonize_of(config, predictor))
@@ -115,6 +119,7 @@ def run(config: RunConfig, predictor: Predictor) -> Report:
         config = directory.with_recorded_scale(config)
         _use_for(archive, predictor)
         record = RunRecord.of(config, predictor)
+        predictor.check_space(record.embedding_space)
         settled = _Settled.of(config, predictor, archive)
         lock.check()  # this driver may have been paused and replaced
         plan, change = directory.prepare(config, record, archive, lock.check, settled)

@@ -72,6 +72,8 @@ PIXEL_FIELDS = pa.schema(
 
 REPEATS = "repeats"
 """Further rows with the same bytes, which the write stage adds: their image_id, member and kept columns, or null."""
+VECTOR = "vector"
+"""Column of the tables of a source whose rows are vectors and not images."""
 
 SHARD_ROWS = "shard_rows"
 """The shard's number of rows, on the one row that marks the end of a shard. Null on the rows of images."""

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pipeline"
 
-GROUND = {"errors", "coverage", "schema", "threads", "halving", "version"}
+GROUND = {"errors", "coverage", "schema", "threads", "halving", "version", "embedding_space"}
 
 WINGS = {
     # wing          may import, beside the ground and itself
@@ -23,18 +23,19 @@ WINGS = {
     "images": "geo",
     "models": "storage geo config images",
     "inference": "images models",
+    "training": "storage config sources planning output explore images models",
     "predictors": "storage config images models inference",
     "stages": "storage geo config sources planning output images models predictors",
     "engine": "storage config sources planning output images predictors stages",
     "estimates": "storage config sources planning output images models inference predictors stages engine",
     "report": "storage config planning output estimates",
-    "runner": "config planning output predictors stages engine estimates report",
+    "runner": "config planning output explore predictors stages engine estimates report",
     "cli": "storage config planning output predictors stages report runner",
     "__main__": "",
 }
 """Two columns meet in `stages`: storage → sources → planning → output, and images → models → inference → predictors."""
 
-TORCH = {"models", "inference"}
+TORCH = {"models", "inference", "training"}
 TORCH_IF_LOADED = {"predictors"}
 """May name torch inside of functions and type annotations only."""
 RAY = {"engine"}
@@ -137,6 +138,8 @@ def test_ray_and_torch_stay_where_they_belong(path: Path) -> None:
         ("pipeline.stages.load", "torch"),
         ("pipeline.stages.predict", "ray"),
         ("pipeline.stages.write", "torch"),
+        ("pipeline.training.job", "torch"),
+        ("jobs.fit", "sklearn"),
     ],
 )
 def test_what_a_worker_need_not_import(module: str, absent: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.classify import VectorFlags
 from jobs.nightshift import COMMANDS
 from pipeline import cli
 from pipeline.config import RunConfig
@@ -407,7 +408,9 @@ def test_interrupted_has_the_exit_code_of_shells() -> None:
     assert (Interrupted(2).exit_code, Interrupted(15).exit_code) == (130, 143)
 
 
-@pytest.mark.parametrize(("job", "more"), [(Embedder, set()), (Classifier, {"--labels", "--top-k", "--embeddings"})])
+@pytest.mark.parametrize(
+    ("job", "more"), [(Embedder, set()), (Classifier, {"--labels", "--top-k", "--embeddings", "--head"})]
+)
 def test_the_flags_of_the_jobs(job: type, more: set[str], capsys: pytest.CaptureFixture) -> None:
     """A snapshot: a flag that is added or removed changes the interface."""
     with pytest.raises(SystemExit):
@@ -415,6 +418,13 @@ def test_the_flags_of_the_jobs(job: type, more: set[str], capsys: pytest.Capture
     words = capsys.readouterr().out.replace(",", " ").split()
     shown = {word for word in words if word.startswith("--")} - {"--help", "--config", "--no-exif-rotate"}
     assert {flag for flag in shown if not flag.startswith("--no-")} == FLAGS | NETWORK_FLAGS | more
+
+
+def test_a_flag_may_be_named_like_a_word_of_python(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("from: embeddings\n")
+    for arguments in (["--from", "embeddings"], ["--config", str(file)]):
+        assert cli.parse(Classifier, "", arguments, VectorFlags)[2] == {"from_": "embeddings"}
 
 
 def test_empty_values_in_the_file_leave_the_defaults(tmp_path: Path) -> None:

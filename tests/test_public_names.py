@@ -23,7 +23,7 @@ NAMES = {
     "DecodeError", "ImageError", "PredictError", "ReadError",
 }  # fmt: skip
 COMMANDS = {
-    "classify", "demo", "demo_archive", "demo_picture", "demo_scene", "embed", "estimate", "export", "map",
+    "classify", "demo", "demo_archive", "demo_picture", "demo_scene", "embed", "estimate", "export", "fit", "map",
     "nightshift", "submit", "verify",
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_the_wheel_holds_the_whole_package(wheel: set[str]) -> None:
-    paths = [path for path in (ROOT / "pipeline").rglob("*") if path.suffix in (".py", ".yaml", ".typed")]
+    paths = [path for path in (ROOT / "pipeline").rglob("*") if path.suffix in (".py", ".yaml", ".html", ".typed")]
     files = {path.relative_to(ROOT).as_posix() for path in [*paths, ROOT / "pipeline/py.typed"]}
     assert {"pipeline/py.typed", "pipeline/estimates/prices.yaml"} <= files
     assert {name for name in wheel if name.startswith("pipeline/")} == files

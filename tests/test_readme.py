@@ -19,6 +19,7 @@ from PIL import Image
 from small_run import SmallRun, run_python, small_run
 
 from jobs import estimate, nightshift, submit, verify
+from jobs.classify import VectorFlags
 from pipeline import Classifier, Embedder, RunConfig, cli
 from pipeline.estimates.machines import LOCAL, Prices
 
@@ -132,6 +133,12 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
         case "verify":
             places = [word if word.startswith("--") else str(folder / word) for word in arguments]
             assert verify.main(places) == 2, "the arguments are accepted, but the output does not exist"
+        case "fit":
+            assert importlib.import_module("jobs.fit").parser().parse_args(arguments).to
+        case "classify" if "--head" in arguments:
+            run_values, predictor_values, vector_values = cli.parse(Classifier, "", arguments, VectorFlags)
+            RunConfig(**{"input": vector_values.get("from_"), **run_values})
+            Classifier(**predictor_values)
         case "map" | "export":
             given = importlib.import_module(f"jobs.{job}").parser().parse_args(arguments)
             assert given.to or given.png

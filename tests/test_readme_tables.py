@@ -14,9 +14,10 @@ import pytest
 from pages import PAGES, ROOT, blocks, code_spans, prose, tables, text_of
 
 import pipeline
-from jobs import estimate, nightshift
-from pipeline import Allotment, Classifier, Embedder, NightshiftError, Predictor, RunConfig, errors, schema
+from jobs import classify, estimate, nightshift
+from pipeline import Allotment, Classifier, Embedder, NightshiftError, Predictor, RunConfig, cli, errors, schema
 from pipeline.report.messages import MessageFlags
+from pipeline.training.job import FitConfig
 
 # Flags and variables
 
@@ -59,15 +60,24 @@ def test_the_table_of_an_exploring_job_has_all_flags(job: str) -> None:
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags(job)
 
 
+def fit_rows() -> dict[str, str]:
+    """Flag of `fit` → default."""
+    rows = tables("jobs/README.md", "| `fit` flag | default | meaning |")
+    return {re.findall(r"--[a-z-]+", cell)[0]: default for cell, default, _ in rows}
+
+
+def test_the_table_has_all_flags_of_fit() -> None:
+    of_messages = {cli.flag_name(field.name) for field in fields(MessageFlags)}
+    assert {*fit_rows()} == help_flags("fit") - of_messages
+
+
 def test_the_defaults_in_the_tables_are_those_of_the_code() -> None:
-    defaults = {
-        f"--{field.name.replace('_', '-')}": field.default
-        for cls in (RunConfig, Embedder, Classifier, MessageFlags, estimate.EstimateFlags)
-        for field in fields(cls)
-    }
-    for rows in flag_rows().values():
+    of_jobs = (RunConfig, Embedder, Classifier, MessageFlags, estimate.EstimateFlags, classify.VectorFlags)
+    defaults = {cli.flag_name(field.name): field.default for cls in of_jobs for field in fields(cls)}
+    of_fit = {cli.flag_name(field.name): field.default for field in fields(FitConfig)}
+    for rows, known in [*((rows, defaults) for rows in flag_rows().values()), (fit_rows(), of_fit)]:
         for flag, written in rows.items():
-            default = defaults.get(flag, False)
+            default = known.get(flag, False)
             if isinstance(default, bool):
                 assert written == ("on" if default else "off"), flag
             else:

@@ -69,7 +69,7 @@ class Flow:
     ) -> "Flow":
         """Size the stages for the work and for the cluster that Ray is connected to."""
         allocation = cluster.allocate(config)
-        allotment = allocation.assign(config.batch_size, _expected_images(plan, units))
+        allotment = allocation.assign(config.batch_size or predictor.best_batch_size, _expected_images(plan, units))
         loader = Loader.of(
             config,
             predictor,

@@ -112,6 +112,22 @@ def to_columns(images: Sequence[Decoded | Encoded | None]) -> dict[str, pa.Array
     return {schema.PIXELS: _binary(arrays), **columns}
 
 
+def vectors_to_columns(vectors: pa.FixedSizeListArray) -> dict[str, pa.Array]:
+    """Build the columns of `schema.PIXEL_FIELDS` of float32 vectors: images of one pixel, with a band per number.
+
+    Does not copy the numbers.
+    """
+    count, dim = len(vectors), vectors.type.list_size
+    offsets = pa.py_buffer(np.arange(count + 1, dtype=np.int32) * np.int32(4 * dim))
+    data = pa.py_buffer(np.ascontiguousarray(vectors.flatten().to_numpy(zero_copy_only=False), np.float32))
+    shape = {"pixels.type": "float32", "pixels.height": 1, "pixels.width": 1, "pixels.bands": dim}
+    columns = {
+        name: pa.repeat(pa.scalar(value, schema.PIXEL_FIELDS.field(name).type), count) for name, value in shape.items()
+    }
+    columns[schema.ORIENTATION] = pa.nulls(count, schema.PIXEL_FIELDS.field(schema.ORIENTATION).type)
+    return {schema.PIXELS: pa.Array.from_buffers(pa.binary(), count, [None, offsets, data]), **columns}
+
+
 def _array(image: Decoded | Encoded) -> np.ndarray:
     return image.pixels if isinstance(image, Decoded) else np.frombuffer(image.data, np.uint8)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from pipeline.config import RunConfig
+from pipeline.embedding_space import EmbeddingSpace
 from pipeline.storage import uris
 from pipeline.version import __version__
 
@@ -61,9 +62,14 @@ class RunRecord:
         return str(self.settings.get("model", ""))
 
     @cached_property
+    def embedding_space(self) -> EmbeddingSpace | None:
+        """The space of the run's vectors; None if no network computes any."""
+        return EmbeddingSpace.of(self.settings)
+
+    @cached_property
     def footer(self) -> str:
         """JSON for the metadata of every part, under the key `nightshift`."""
-        return json.dumps({"fingerprint": self.fingerprint, **self.provenance})
+        return json.dumps({"fingerprint": self.fingerprint, **self._space(), **self.provenance})
 
     @cached_property
     def labels(self) -> dict[str, str]:
@@ -81,12 +87,16 @@ class RunRecord:
         record = {
             "layout": LAYOUT,
             "fingerprint": self.fingerprint,
+            **self._space(),
             "settings": self.settings,
             "provenance": self.provenance,
             "config": self.config,
             "versions": _versions(),
         }
         return json.dumps(record, indent=1).encode()
+
+    def _space(self) -> dict[str, Any]:
+        return {"embedding_space": self.embedding_space.to_json()} if self.embedding_space else {}
 
     def difference(self, earlier: Mapping[str, Any]) -> str:
         """Describe the settings that differ from those of an earlier run."""

@@ -100,7 +100,7 @@ class Archive:
         """Every shard, sorted by URI within each kind of input. No object occurs twice. Raises InputRefused."""
         shards = self._list_shards()
         if self.config.limit is not None:
-            shards = _limited(shards, self.config.limit, self.options())
+            shards = limited(shards, self.config.limit, self.options())
         first = next(shards, None)
         if first is None:
             what = f"no tiles of {self._selected()}" if self._selecting_flags() else "no images"
@@ -477,7 +477,7 @@ def _kept_places(images: list[ObjectInfo]) -> tuple[str, ...] | None:
     return tuple(map(keep_json, places))
 
 
-def _limited(shards: Iterator[Shard], limit: int, options: ReadOptions) -> Iterator[Shard]:
+def limited(shards: Iterator[Shard], limit: int, options: ReadOptions) -> Iterator[Shard]:
     """Yield the shards of the first `limit` images. A shard of unknown length is counted here."""
     left = limit
     for shard in shards:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from pipeline.embedding_space import EmbeddingSpace
 from pipeline.errors import DecodeError, SettingRefused
 from pipeline.images.pixels import RGB8, Encoded, PixelFormat
 from pipeline.images.transform import Transform
@@ -54,6 +55,7 @@ class Predictor:
     max_concurrency: number of calls of `predict` at the same time in one actor, each on its own thread.
     takes_tiles: `predict` also accepts square images of at most half the crop's side, and enlarges them.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` accepts. Used with --decoder gpu.
+    best_batch_size: images per batch without --batch-size; None for what suits a network on the hardware.
     images_are_alike: all images take the same memory. If one does not fit, another process uses the memory.
 
     specification: the bands and numbers that the network takes, by name; None if only `pixel_format` says it.
@@ -69,6 +71,7 @@ class Predictor:
     takes_tiles: bool = False
     takes_encoded: bool = False
     specification: "InputSpec | None" = None
+    best_batch_size: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Called for missing attributes only."""
@@ -103,6 +106,9 @@ class Predictor:
     def provenance(self) -> dict[str, object]:
         """Description of the predictor, as JSON, for `_run.json` and the footer of each part."""
         return self.settings()
+
+    def check_space(self, space: EmbeddingSpace | None) -> None:
+        """Refuse the space of the run's vectors if the predictor's head was fitted on others. Called on the driver."""
 
     def load(self, allotment: Allotment) -> None:
         """Load the network, for example. Called once in each actor, before the first batch."""

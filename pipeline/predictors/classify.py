@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.config import flag
+from pipeline.embedding_space import EmbeddingSpace
 from pipeline.errors import SettingRefused
-from pipeline.predictors.base import Columns
+from pipeline.predictors.base import Allotment, Columns
+from pipeline.predictors.heads import HeadColumns, class_columns, class_fields
 from pipeline.predictors.network import NetworkPredictor
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ class Classifier(NetworkPredictor):
 
     embeddings: add the column `embedding`, as Embedder does. Scores are probabilities: softmax over the logits, in
     float32. label_id: int32, the index of the network's output.
+    head: files of `nightshift fit`, whose classes replace the network's own. With several, the columns of each begin
+    with its name. The network must be the one that the heads were fitted on.
     """
 
     labels: str | None = flag(
@@ -33,14 +37,49 @@ class Classifier(NetworkPredictor):
     top_k: int = flag("number of classes to keep per image", 5, metavar="N")
     embeddings: bool = flag("write the embedding too, in the same pass", False)
 
-    needs_head: ClassVar[bool] = True
+    head: Sequence[str] = flag(
+        "classes of your own, from fit; several heads write one group of columns each",
+        (),
+        metavar="FILE",
+        fingerprint=False,
+    )
+    _heads: HeadColumns | None = field(default=None, init=False, repr=False, compare=False)
+    _loaded: HeadColumns | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.head = (self.head,) if isinstance(self.head, str) else tuple(self.head)
+        if self.head and self.labels:
+            raise SettingRefused("--labels names the network's own classes: leave it out with --head")
         if self.top_k < 1:
             raise SettingRefused(f"--top-k is {self.top_k}: it must be at least 1")
 
+    @property
+    def needs_head(self) -> bool:
+        return not self.head
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_loaded": None}
+
+    def prepare(self) -> None:
+        """Read the heads, then do what NetworkPredictor does. Raises SettingRefused and WeightsRefused."""
+        if self.head:
+            from pipeline.models.heads import load_heads
+
+            self._heads = HeadColumns(load_heads(self.head), self.top_k)
+        super().prepare()
+
+    def check_space(self, space: EmbeddingSpace | None) -> None:
+        if self._heads:
+            self._heads.check(space, "this run")
+
+    def load(self, allotment: Allotment) -> None:
+        super().load(allotment)
+        self._loaded = self._heads and self._heads.to(self.session.device)
+
     def settings(self) -> dict[str, object]:
+        if self._heads:
+            return {**super().settings(), "heads": self._heads.settings()}
         labels = hashlib.sha256(json.dumps(self.spec.labels).encode()).hexdigest()[:16]
         return {**super().settings(), "labels": labels}
 
@@ -48,28 +87,13 @@ class Classifier(NetworkPredictor):
         return self.labels
 
     def _columns(self, spec: "ModelSpec") -> pa.Schema:
-        best = [("label", pa.string()), ("label_id", pa.int32()), ("score", pa.float32())]
-        top = [
-            ("top_labels", pa.list_(pa.string())),
-            ("top_label_ids", pa.list_(pa.int32())),
-            ("top_scores", pa.list_(pa.float32())),
-        ]
-        return pa.schema([*best, *top, *([self._embedding_field(spec)] if self.embeddings else [])])
+        classes = list(self._heads.schema) if self._heads else class_fields()
+        return pa.schema([*classes, *([self._embedding_field(spec)] if self.embeddings else [])])
 
     def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
-        from pipeline.inference.cuda_stream import to_host
-
-        assert logits is not None
-        top = logits.softmax(1).topk(min(self.top_k, self.spec.num_classes))
-        scores, ids = to_host(top.values), to_host(top.indices.int())
-        names = pa.array(self.spec.labels, pa.string()).take(pa.array(ids.reshape(-1)))
-        offsets = pa.array(np.arange(0, ids.size + 1, ids.shape[1], dtype=np.int32))
-        columns: dict[str, np.ndarray | pa.Array] = {
-            "label": names.take(offsets[:-1]),
-            "label_id": np.ascontiguousarray(ids[:, 0]),
-            "score": np.ascontiguousarray(scores[:, 0]),
-            "top_labels": pa.ListArray.from_arrays(offsets, names),
-            "top_label_ids": pa.ListArray.from_arrays(offsets, pa.array(ids.reshape(-1))),
-            "top_scores": pa.ListArray.from_arrays(offsets, pa.array(scores.reshape(-1))),
-        }
+        if self._loaded:
+            columns = self._loaded.results(features)
+        else:
+            assert logits is not None
+            columns = class_columns(logits.softmax(1), self.spec.labels, self.top_k)
         return {**columns, "embedding": self._embedding(features)} if self.embeddings else columns

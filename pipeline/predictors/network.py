@@ -83,7 +83,6 @@ class NetworkPredictor(Predictor):
 
     images_are_alike: ClassVar[bool] = True
     max_concurrency: ClassVar[int] = 2  # one batch is computed while the pixels and results of the other are copied
-    needs_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -101,6 +100,11 @@ class NetworkPredictor(Predictor):
                 "copy of the specification"
             )
         self.specification, self.pixel_format = specification, specification.pixel_format
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the network must have a classifier."""
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and ModelSpec are sent to the actors, but no loaded network."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+import pyarrow as pa
+
 from pipeline.coverage import Ranges
-from pipeline.sources import mbtiles, objects, parquet, pmtiles, safe, scene, stac, tar, zip
+from pipeline.sources import mbtiles, objects, parquet, pmtiles, safe, scene, stac, tar, vectors, zip
 from pipeline.sources.base import ReadOptions, Record, ShardEnd, Source, is_image
 from pipeline.sources.shard import Shard
 from pipeline.storage.credentials import hide_credentials
@@ -22,6 +24,7 @@ SOURCES: dict[str, Source] = {
         scene.SOURCE,
         safe.SOURCE,
         stac.SOURCE,
+        vectors.SOURCE,
     )
 }
 """All kinds of shards by name. To add a kind, write its module and add one line here."""
@@ -45,3 +48,9 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
     for uri in options.with_credentials:
         hide_credentials(uri)
     return SOURCES[shard.kind].read(shard, todo, options)
+
+
+def read_tables(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[pa.Table | Record | ShardEnd] | None:
+    """The rows in `todo` as tables; None if shards of this kind have only records."""
+    tables = SOURCES[shard.kind].tables
+    return tables(shard, todo, options) if tables else None

@@ -206,6 +206,9 @@ class Source:
     fault_payload: the error of an object that cannot be inspected → the payload of its shard, if it is not inspected
     again when it is read.
     planned_columns: (payload, row) → those of `columns` that follow from the plan alone, which `verify` computes again.
+    tables: as `read`, with Arrow tables instead of the records of rows that could be read, for kinds whose rows need no
+        decoding and are too many for Python. Columns: row, image_id, source, member, width, height, those of `--keep`,
+        and either `schema.VECTOR` (float32) or stage, error_type and message.
     """
 
     kind: str
@@ -223,6 +226,7 @@ class Source:
     content_column: str = ""
     planned_columns: Callable[[Any, int], Mapping[str, Any]] | None = None
     fault_payload: Callable[[ReadError], Payload] | None = None
+    tables: "Callable[[Shard, Ranges, ReadOptions], Iterator[pa.Table | Record | ShardEnd]] | None" = None
 
     @property
     def title(self) -> str:

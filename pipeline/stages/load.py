@@ -102,6 +102,9 @@ class Loader:
 
     def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
         """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
+        if (tables := sources.read_tables(shard, todo, self.options)) is not None:
+            yield from self._load_tables(shard, tables)
+            return
         items = sources.read(shard, todo, self.options)
         batch: list[_Row] = []
         images = encoded_bytes = pixel_bytes = 0
@@ -119,6 +122,43 @@ class Loader:
             pixel_bytes += row.image.pixels.nbytes if isinstance(row.image, Decoded) else 0
         if batch:
             yield self._table(shard, batch)
+
+    def _load_tables(self, shard: Shard, items: Iterator[pa.Table | Record | ShardEnd]) -> Iterator[pa.Table]:
+        """The tables of a source that decodes; the row that ends the shard goes with the last of them."""
+        waiting: pa.Table | None = None
+        started = time.perf_counter()
+        for item in items:
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            if isinstance(item, pa.Table):
+                table = self._of_table(shard, item, seconds)
+            else:
+                error = item.error if isinstance(item, Record) else None
+                table = self._table(shard, [_Row(item, None, error, 0.0, 0)])
+            if waiting is not None and isinstance(item, pa.Table):
+                yield waiting
+                waiting = None
+            waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        if waiting is not None:
+            yield waiting.combine_chunks()
+
+    def _of_table(self, shard: Shard, rows: pa.Table, seconds: float) -> pa.Table:
+        count = len(rows)
+        columns: dict[str, Any] = {name: rows[name] for name in rows.column_names if name != schema.VECTOR}
+        columns |= {alias: rows[name].cast(type_) for name, (alias, type_) in self.keep.items() if name in columns}
+        dim = 0
+        if schema.VECTOR in rows.column_names:
+            vectors = rows[schema.VECTOR].combine_chunks()
+            dim = vectors.type.list_size
+            columns |= pixels.vectors_to_columns(vectors)
+        columns["shard"] = np.full(count, shard.index, np.int32)
+        columns["read_seconds"] = np.full(count, seconds / count, np.float32)
+        columns["size_bytes"] = np.full(count, 4 * dim, np.int64)
+        columns["core_seconds"] = np.full(count, usage.take_core_seconds() / count, np.float32)
+        zeros = np.zeros(count, np.float32)
+        columns |= {name: zeros for name in ("decode_seconds", "predict_seconds", "gpu_seconds")}
+        types = schema.loaded(dict(self.keep.values()))
+        arrays = {each.name: columns.get(each.name, pa.nulls(count, each.type)) for each in types}
+        return pa.table(arrays, schema=types)
 
     def _decode(self, budget: MemoryBudget, item: Record | ShardEnd) -> "_Row":
         if isinstance(item, ShardEnd) or item.data is None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import RunConfig
+from pipeline.embedding_space import EmbeddingSpace
 from pipeline.output.run_record import RunRecord
 from pipeline.predictors.classify import Classifier
 from pipeline.predictors.embed import Embedder
@@ -103,14 +104,24 @@ def test_bands_and_values_are_recorded_only_if_they_are_set() -> None:
 def test_the_footer_of_a_part_names_the_network() -> None:
     made = record(embedder())
     footer = json.loads(made.footer)
-    assert footer == json.loads(json.dumps({"fingerprint": made.fingerprint, **made.provenance}))
+    assert footer == json.loads(
+        json.dumps(
+            {
+                "fingerprint": made.fingerprint,
+                "embedding_space": made.embedding_space.to_json(),
+                **made.provenance,
+            }
+        )
+    )
     assert (footer["model"], footer["weights"], footer["embedding_dim"]) == ("resnet18", "random", 512)
 
 
 def test_run_json_holds_no_credentials_of_inputs() -> None:
     text = record(embedder()).to_json().decode()
     assert "secret" not in text
-    assert list(json.loads(text)) == ["layout", "fingerprint", "settings", "provenance", "config", "versions"]
+    assert list(json.loads(text)) == [
+        "layout", "fingerprint", "embedding_space", "settings", "provenance", "config", "versions",
+    ]  # fmt: skip
 
 
 def test_a_difference_names_each_setting_and_both_values() -> None:
@@ -128,3 +139,65 @@ def test_a_difference_names_each_setting_and_both_values() -> None:
 )
 def test_labels_are_ascii_and_hold_no_credentials(output: str, run: str, label: str) -> None:
     assert record(embedder(), output=output).labels == {"run": run, "output": label}
+
+
+SPACE = EmbeddingSpace.of({**OLD_CONFIG_SETTINGS, **OLD_EMBEDDER})
+
+
+def test_the_embedding_space_depends_on_all_that_changes_vectors() -> None:
+    ids = {SPACE.id}
+    for change in (
+        {"model": "resnet50"},
+        {"weights": "random, seed 4"},
+        {"precision": "float32"},
+        {"decoder": "exact"},
+        {"exif_rotate": False},
+        {"transform": {**OLD_TRANSFORM, "crop": 192}},
+        {"scale": [0.0, 3000.0]},
+        {"bands": ["3", "2", "1"]},
+        {"pixels": "13 × uint16"},
+        {"tiling": {"size": 256, "resolution": 10.0, "stride": 128}},
+        {"tiling": {"size": 256, "resolution": 20.0, "stride": 128}},
+        {"a_setting_of_the_future": 1},
+    ):
+        ids.add(EmbeddingSpace.of({**OLD_CONFIG_SETTINGS, **OLD_EMBEDDER, **change}).id)
+    assert len(ids) == 13
+
+
+def test_the_embedding_space_does_not_depend_on_the_input_or_on_the_columns() -> None:
+    of_classifier = {**OLD_CONFIG_SETTINGS, **OLD_CLASSIFIER, "weights": OLD_EMBEDDER["weights"]}
+    others = {"input": ["elsewhere"], "limit": 3, "keep": [], "max_pixels": 9, "uri_column": "url", "any_suffix": True}
+    assert EmbeddingSpace.of({**of_classifier, **others}) == SPACE
+    with_windows = {**OLD_CONFIG_SETTINGS, **OLD_EMBEDDER, "tiling": {"size": 256, "resolution": None, "stride": 128}}
+    side_by_side = {**with_windows, "tiling": {"size": 256, "resolution": None, "stride": 256}}
+    assert EmbeddingSpace.of(with_windows).id == EmbeddingSpace.of(side_by_side).id
+
+
+def test_a_run_without_a_network_has_no_embedding_space() -> None:
+    assert EmbeddingSpace.of({**OLD_CONFIG_SETTINGS, "predictor": "Histogram", "bins": 8}) is None
+
+
+def test_the_difference_of_two_spaces_is_named_in_words() -> None:
+    other = EmbeddingSpace.of(
+        {
+            **OLD_CONFIG_SETTINGS,
+            **OLD_EMBEDDER,
+            "weights": "sha256:" + "3f9a1c20" * 8,
+            "transform": {**OLD_TRANSFORM, "crop": 192},
+            "scale": [0.0, 1.0],
+        }
+    )
+    assert SPACE.difference(other) == (
+        "weights is random, seed 3, not sha256:3f9a1c203f9a1…; transform.crop is 224, not 192; "
+        "scale is not set, not [0.0, 1.0]"
+    )
+    assert SPACE.difference(SPACE) == ""
+
+
+def test_a_record_and_its_parts_hold_the_embedding_space() -> None:
+    made = record(embedder())
+    assert made.embedding_space == SPACE
+    for text in (made.to_json(), made.footer):
+        described = json.loads(text)["embedding_space"]
+        assert described["id"] == SPACE.id
+        assert EmbeddingSpace.from_json(described) == SPACE

@@ -1,0 +1,170 @@
+"""From the embeddings of an output and some labels to a head with its evaluation."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.config import check_choices, flag
+from pipeline.embedding_space import EmbeddingSpace
+from pipeline.errors import InputRefused, OutputRefused, SettingRefused
+from pipeline.explore.table import Output, open_output
+from pipeline.storage import access, uris
+from pipeline.training import labels as label_files
+from pipeline.training.labels import Labels
+
+if TYPE_CHECKING:
+    from pipeline.models.heads import Head
+
+METHODS = ("linear", "knn", "mlp", "centroid")
+SUFFIX = ".safetensors"
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of a fit. Every field is a command-line flag. Raises SettingRefused if a value is not valid."""
+
+    labels: str = flag(
+        "CSV, JSON or Parquet file of images and classes; folder: the images' folders; column:NAME: a kept column",
+        "",
+        metavar="FILE",
+    )
+    to: str = flag("the head to write; the evaluation is written beside it, as .json and .html", "", metavar="FILE")
+    method: str = flag("kind of head; linear is a logistic regression", "linear", choices=METHODS)
+    image_column: str = flag("column of the labels with the images' names", "image", metavar="COL")
+    label_column: str = flag("column of the labels with the classes", "label", metavar="COL")
+    multi_label: bool = flag("an image may have any number of classes", False)
+    group_by: str | None = flag(
+        "column of the output; images with one value are never on both sides of a split", None, metavar="COL"
+    )
+    holdout: float | None = flag(
+        "share of the labels to test on (default: each label is tested once, in five folds)", None, metavar="F"
+    )
+    class_weights: str = flag(
+        "balanced: classes count alike; auto: if one has three times the labels of another",
+        "auto",
+        choices=("auto", "balanced", "none"),
+    )
+    normalize: bool = flag("scale vectors to length 1", True)
+    seed: int = flag("seed of the splits and of the mlp", 0, metavar="N")
+    pictures: bool = flag("put pictures of mistakes on the page, read from the archive", True)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not self.labels:
+            raise SettingRefused("--labels is missing: name a file of images and classes, or folder, or column:NAME")
+        if not self.to:
+            raise SettingRefused("--to is missing: name the head to write, as in head.safetensors")
+        if not self.to.endswith(SUFFIX):
+            raise SettingRefused(f"--to is {uris.redact(self.to)!r}: the name of a head must end in {SUFFIX}")
+        if problem := uris.check_output(self.to):
+            raise SettingRefused(f"--to {uris.redact(self.to)} {problem}")
+        if self.holdout is not None and not 0 < self.holdout <= 0.5:
+            raise SettingRefused(f"--holdout is {self.holdout:g}: it must be greater than 0 and at most 0.5")
+        if not 0 <= self.seed < 1 << 32:
+            raise SettingRefused(f"--seed is {self.seed}: it must be a number from 0 to {(1 << 32) - 1}")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A head, its evaluation as JSON, and the files that were written."""
+
+    head: "Head"
+    evaluation: Any
+    labels: Labels
+    files: tuple[str, ...]
+
+
+def fit(embeddings: str, config: FitConfig) -> FitResult:
+    """Fit a head to the labelled vectors of an output, evaluate it, and write both.
+
+    Raises InputRefused, OutputRefused and SettingRefused before anything is written.
+    """
+    from pipeline.training.evaluate import evaluate  # imports scikit-learn
+    from pipeline.training.fit import FitSettings, choose, fit_all, some
+    from pipeline.training.samples import read_samples
+
+    output = open_output(embeddings)
+    space = space_of(output)
+    labels = label_files.find(
+        output,
+        config.labels,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        multi_label=config.multi_label,
+    )
+    _check_classes(labels, config)
+    samples = read_samples(
+        output, labels, group_by=config.group_by, multi_label=config.multi_label, normalize=config.normalize
+    )
+    settings = FitSettings(config.method, config.class_weights, config.seed)
+    choice = choose(samples, some(samples, np.arange(len(samples)), config.seed), settings)
+    evaluation = evaluate(samples, settings, config.holdout, choice)
+    head = replace(fit_all(samples, settings, choice), space=space, network=network_of(output))
+    files = _write(output, config, head, evaluation, labels)
+    return FitResult(head, evaluation, labels, files)
+
+
+def space_of(output: Output) -> EmbeddingSpace:
+    """The space of an output's vectors. Raises OutputRefused if no network computed them."""
+    recorded = output.record.get("embedding_space")
+    space = EmbeddingSpace.from_json(recorded) if recorded else EmbeddingSpace.of(output.settings)
+    if space is None:
+        raise OutputRefused(f"{output.uri} has no embeddings of a network: give the output of `nightshift embed`")
+    return space
+
+
+def network_of(output: Output) -> dict[str, Any]:
+    """The flags that give the output's network and weights again."""
+    provenance: Mapping[str, Any] = output.record.get("provenance", {})
+    model, weights, uri = provenance["model"], provenance["weights"], provenance.get("weights_uri")
+    if weights == "random":
+        return {"model": model, "weights": weights, "seed": provenance["seed"]}
+    is_own = weights == model or weights.startswith("timm:")
+    is_official = "_Weights." in weights and str(uri).startswith("http")
+    return {"model": model, "weights": "DEFAULT" if is_own else weights if is_official else uri or weights}
+
+
+def _check_classes(labels: Labels, config: FitConfig) -> None:
+    if len(labels.names) < 2 and not config.multi_label:
+        raise InputRefused(
+            f"--labels {uris.redact(config.labels)} has one class, {labels.names[0]}: label images of two classes or "
+            "more"
+        )
+
+
+def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, labels: Labels) -> tuple[str, ...]:
+    """Write the evaluation, then the head."""
+    from pipeline.training import page
+    from pipeline.training.pictures import pictures
+
+    base = uris.normalize(config.to).removesuffix(SUFFIX)
+    title = f"{base.rpartition('/')[2]}: {len(head.classes)} classes from {len(labels.rows):,} labels"
+    summary = f"{head.method} on {output.uri}, embedding space {head.space.id}. {unknown_text(labels)}"
+    seen = pictures(output, page.shown(evaluation)) if config.pictures else {}
+    text = page.html(title, summary, evaluation, head.temperature, seen)
+    record = {
+        "embeddings": output.uri,
+        "method": head.method,
+        "labels": len(labels.rows),
+        "unknown": list(labels.unknown),
+        "temperature": head.temperature,
+        "embedding_space": head.space.to_json(),
+        **evaluation.to_json(),
+    }
+    access.write(f"{base}.json", json.dumps(record, indent=1).encode())
+    access.write(f"{base}.html", text.encode())
+    head.save(config.to)
+    return config.to, f"{base}.json", f"{base}.html"
+
+
+def unknown_text(labels: Labels) -> str:
+    """A sentence about the names of the file that are no image of the output; "" if there are none."""
+    if not labels.unknown:
+        return ""
+    unreadable = f", {len(labels.unreadable)} of them could not be read" if labels.unreadable else ""
+    shown = ", ".join(labels.unknown[:MAX_SHOWN]) + (", …" if len(labels.unknown) > MAX_SHOWN else "")
+    return f"{len(labels.unknown)} names of the labels are no rows of the output{unreadable}: {shown}."

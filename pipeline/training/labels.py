@@ -1,0 +1,245 @@
+"""Labels of images: a file of names and classes, the images' folders, or a column of the output → the labelled rows."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import InputRefused, SettingRefused, message_line
+from pipeline.explore.table import Output
+from pipeline.storage import access, uris
+from pipeline.storage.parquet import open_parquet
+
+FOLDER, COLUMN = "folder", "column:"
+SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+DELIMITERS = ",;\t|"
+MAX_SHOWN = 5
+_SEPARATOR = re.compile("[/#]")
+
+Classes = tuple[str, ...]
+"""The classes of one image: one, or with `--multi-label` any number."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labelled images of an output, in the order of its rows.
+
+    rows: their positions among the output's rows, in ascending order. image_ids, classes: of each.
+    unknown: names of the file that are no image of the output. unreadable: those of them that are in `_errors/`.
+    unlabelled: number of images without a class.
+    """
+
+    rows: tuple[int, ...]
+    image_ids: tuple[str, ...]
+    classes: tuple[Classes, ...]
+    unknown: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    unlabelled: int = 0
+
+    @property
+    def names(self) -> Classes:
+        """The names of all classes, sorted."""
+        return tuple(sorted({name for each in self.classes for name in each}))
+
+    def with_classes(self) -> "Labels":
+        """Without the images that have no class."""
+        kept = [each for each in zip(self.rows, self.image_ids, self.classes, strict=True) if each[2]]
+        rows, image_ids, classes = zip(*kept, strict=True) if kept else ((), (), ())
+        dropped = len(self.rows) - len(rows)
+        return replace(self, rows=rows, image_ids=image_ids, classes=classes, unlabelled=self.unlabelled + dropped)
+
+
+def find(
+    output: Output,
+    labels: str,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+    multi_label: bool = False,
+) -> Labels:
+    """Find the labelled images of an output.
+
+    labels: a CSV, JSON or Parquet file with the columns `image_column` and `label_column`; `folder`, the name of the
+    folder that an image is in; or `column:NAME`, a column of the output.
+    A file names an image by its image_id or by the end of it, from a `/` or `#` on. Raises InputRefused if a name fits
+    several images, if an image has two classes without `multi_label`, or if no image has a label.
+    """
+    if labels == FOLDER:
+        found = _of_folders(output)
+    elif labels.startswith(COLUMN):
+        found = _of_column(output, labels.removeprefix(COLUMN))
+    else:
+        found = _of_file(output, labels, read_file(labels, image_column, label_column))
+    found = found if multi_label else found.with_classes()
+    _check(found, labels, output.uri, multi_label)
+    return found
+
+
+def read_file(uri: str, image_column: str = "image", label_column: str = "label") -> dict[str, Classes]:
+    """Read a file of labels: name → its classes, in the order of the file. A name may occur several times.
+
+    JSON: a list of objects, one object per line, or one object of names and classes. Raises InputRefused.
+    """
+    name = uris.redact(uri)
+    if not uri.lower().endswith(SUFFIXES):
+        raise SettingRefused(
+            f"--labels is {name!r}: it must be a file that ends in {', '.join(SUFFIXES)}, or {FOLDER}, or {COLUMN}NAME"
+        )
+    try:
+        rows = list(_rows(uri, image_column, label_column))
+    except FileNotFoundError as error:
+        raise InputRefused(f"--labels {name} does not exist") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputRefused(f"--labels {name} cannot be read: {message_line(error)}") from error
+    labels: dict[str, Classes] = {}
+    for number, row in enumerate(rows, start=1):
+        for column, flag in ((image_column, "--image-column"), (label_column, "--label-column")):
+            if column not in row:
+                raise InputRefused(
+                    f"--labels {name}: entry {number} has no {column!r}, only {', '.join(map(str, row))}; name the "
+                    f"column with {flag}"
+                )
+        image = str(row[image_column] if row[image_column] is not None else "").strip().removeprefix("./")
+        if not image:
+            raise InputRefused(f"--labels {name}: entry {number} has no name of an image in {image_column!r}")
+        labels[image] = tuple(dict.fromkeys([*labels.get(image, ()), *_classes(row[label_column])]))
+    if not labels:
+        raise InputRefused(f"--labels {name} has no entry")
+    return labels
+
+
+def _rows(uri: str, image_column: str, label_column: str) -> Iterator[Mapping[str, Any]]:
+    """The entries of a file, by column."""
+    if uri.lower().endswith(".parquet"):
+        with access.open_read(uris.normalize(uri)) as file:
+            yield from open_parquet(file).read(use_threads=False).to_pylist()
+        return
+    text = access.read(uris.normalize(uri)).decode("utf-8-sig")
+    if uri.lower().endswith(".jsonl"):
+        content: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+    elif uri.lower().endswith(".json"):
+        content = json.loads(text)
+    else:
+        header = text.partition("\n")[0]
+        delimiter = max(DELIMITERS, key=header.count)
+        yield from csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        return
+    if isinstance(content, dict):
+        content = [{image_column: name, label_column: value} for name, value in content.items()]
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise ValueError("it must be a list of objects, or one object of names and classes")
+    yield from content
+
+
+def _classes(value: Any) -> Classes:
+    """The classes of a cell: text, a number, a list of these, or nothing."""
+    values = value if isinstance(value, list | tuple) else [value]
+    texts = (str(int(each) if isinstance(each, float) and each.is_integer() else each).strip() for each in values
+             if each is not None and each == each)  # fmt: skip
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _of_file(output: Output, uri: str, labels: Mapping[str, Classes]) -> Labels:
+    matches = _match(_column(output, "image_id"), labels)
+    ambiguous = {name: found for name, found in matches.items() if len(found) > 1}
+    if ambiguous:
+        shown = "; ".join(
+            f"{name} fits {' and '.join(image_id for _, image_id in found[:2])}"
+            for name, found in list(ambiguous.items())[:MAX_SHOWN]
+        )
+        raise InputRefused(
+            f"--labels {uris.redact(uri)}: {len(ambiguous)} names fit several images: {shown}; write more of their "
+            "paths, or their image_id"
+        )
+    by_row: dict[int, tuple[str, Classes]] = {}
+    for name in labels:
+        for row, image_id in matches.get(name, ()):
+            classes = by_row.get(row, ("", ()))[1]
+            by_row[row] = image_id, tuple(dict.fromkeys([*classes, *labels[name]]))
+    rows = sorted(by_row)
+    unknown = tuple(name for name in labels if name not in matches)
+    in_errors = (each for batch in output.errors(["image_id"]) for each in batch.column(0).to_pylist())
+    unreadable = _match(in_errors, unknown) if unknown else {}
+    return Labels(
+        tuple(rows),
+        tuple(by_row[row][0] for row in rows),
+        tuple(by_row[row][1] for row in rows),
+        unknown,
+        tuple(name for name in unknown if name in unreadable),
+    )
+
+
+def _match(image_ids: Iterable[str], names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
+    """Name → the rows that it fits, with their image_ids. A whole image_id fits only its own image."""
+    wanted = set(names)
+    ends = {_SEPARATOR.split(name)[-1] for name in wanted}
+    matches: dict[str, list[tuple[int, str]]] = {}
+    for row, image_id in enumerate(image_ids):
+        if image_id[_last_separator(image_id) + 1 :] not in ends:
+            continue
+        for suffix in _suffixes(image_id):
+            if suffix in wanted:
+                matches.setdefault(suffix, []).append((row, image_id))
+    return {name: [match for match in found if match[1] == name] or found for name, found in matches.items()}
+
+
+def _last_separator(image_id: str) -> int:
+    return max(image_id.rfind("/"), image_id.rfind("#"))
+
+
+def _suffixes(image_id: str) -> Iterator[str]:
+    """The image_id, and its ends from each `/` or `#` on."""
+    yield image_id
+    for separator in _SEPARATOR.finditer(image_id):
+        yield image_id[separator.end() :]
+
+
+def _of_folders(output: Output) -> Labels:
+    """The class of an image is the name of its folder, in the archive file that holds it or in the file system."""
+    return _of_all((image_id, _folder(image_id)) for image_id in _column(output, "image_id"))
+
+
+def _folder(image_id: str) -> str:
+    path = image_id.partition("#")[2] or image_id
+    return path.rpartition("/")[0].rpartition("/")[2]
+
+
+def _of_column(output: Output, column: str) -> Labels:
+    output.require([column])
+    batches = output.batches(["image_id", column])
+    pairs = (pair for batch in batches for pair in zip(*(values.to_pylist() for values in batch.columns), strict=True))
+    return _of_all(pairs)
+
+
+def _of_all(pairs: Iterable[tuple[str, Any]]) -> Labels:
+    """Labels of all rows that have one."""
+    labelled = [(row, image_id, _classes(value)) for row, (image_id, value) in enumerate(pairs)]
+    rows, image_ids, classes = zip(*labelled, strict=True) if labelled else ((), (), ())
+    return Labels(rows, image_ids, classes).with_classes()
+
+
+def _column(output: Output, name: str) -> Iterator[str]:
+    return (value for batch in output.batches([name]) for value in batch.column(0).to_pylist())
+
+
+def _check(labels: Labels, given: str, output: str, multi_label: bool) -> None:
+    given = uris.redact(given)
+    if not labels.rows:
+        shown = f": it knows no {', '.join(labels.unknown[:MAX_SHOWN])}" if labels.unknown else ""
+        raise InputRefused(
+            f"--labels {given} labels no image of {output}{shown}; names must be the image_id of an image or its end, "
+            "such as the file's name"
+        )
+    if multi_label:
+        return
+    for image_id, classes in zip(labels.image_ids, labels.classes, strict=True):
+        if len(classes) > 1:
+            raise InputRefused(
+                f"--labels {given}: {image_id} has {len(classes)} classes, {' and '.join(classes[:MAX_SHOWN])}: keep "
+                "one of them, or use --multi-label"
+            )

@@ -1,0 +1,68 @@
+"""Small outputs of embeddings, written by the project's own sink and without a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.embedding_space import EmbeddingSpace
+from pipeline.output import directory
+from pipeline.output import ledger as ledgers
+from pipeline.stages.write import Sink
+from pipeline.storage import access
+
+SETTINGS: dict[str, Any] = {
+    "input": ["/photos"],
+    "max_pixels": 200_000_000,
+    "exif_rotate": True,
+    "decoder": "fast",
+    "predictor": "Embedder",
+    "model": "tiny:network",
+    "weights": "random, seed 0",
+    "precision": "float32",
+    "embedding_dtype": "float32",
+    "transform": {
+        "resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3, "squash": False,
+    },
+}  # fmt: skip
+PROVENANCE = {"model": "tiny:network", "weights": "random", "weights_uri": None, "seed": 0}
+
+
+def write_output(
+    folder: Path,
+    image_ids: Sequence[str],
+    vectors: np.ndarray,
+    *,
+    errors: Sequence[str] = (),
+    kept: Mapping[str, Sequence[str | None]] | None = None,
+    settings: Mapping[str, Any] = SETTINGS,
+    rows_per_part: int = 7,
+    dtype: pa.DataType | None = None,
+) -> Path:
+    """Write a finished output: one row per image_id with its vector and kept texts, then the errors."""
+    columns = pa.schema([("embedding", schema.vector(dtype or pa.float32(), vectors.shape[1]))])
+    keep = dict.fromkeys(kept or {}, pa.string())
+    space = EmbeddingSpace.of(settings)
+    record = {"layout": 2, "settings": dict(settings), "provenance": PROVENANCE, "config": {}}
+    record |= {"embedding_space": space.to_json()} if space else {}
+    access.write(f"{folder}/_run.json", json.dumps(record).encode())
+    sink = Sink(str(folder), ledgers.begin(str(folder)).attempt, schema.result(columns, keep), "{}")
+    rows = [
+        {"image_id": image_id, "source": image_id.partition("#")[0], "shard": 0, "row": row, "width": 64, "height": 48}
+        | {"embedding": vectors[row].tolist(), **{name: values[row] for name, values in (kept or {}).items()}}
+        for row, image_id in enumerate(image_ids)
+    ]
+    rows += [
+        {"image_id": image_id, "source": image_id, "shard": 0, "row": len(image_ids) + number}
+        | {"stage": "decode", "error_type": "truncated", "message": f"{image_id} ends early"}
+        for number, image_id in enumerate(errors)
+    ]
+    for start in range(0, len(rows), rows_per_part):
+        table = pa.Table.from_pylist(rows[start : start + rows_per_part], schema=schema.predicted(columns, keep))
+        sink(table)
+    directory.finish(str(folder))
+    return folder
