@@ -18,7 +18,7 @@ from pipeline.training.job import FitConfig
 
 def parser() -> cli.Parser:
     fit_parser = cli.parser_of(__doc__, (FitConfig, MessageFlags))
-    fit_parser.add_argument("embeddings", metavar="EMBEDDINGS", help="output with vectors, such as that of embed")
+    fit_parser.add_argument("embeddings", metavar="EMBEDDINGS", help="output of a job that wrote embeddings")
     return fit_parser
 
 

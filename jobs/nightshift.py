@@ -11,7 +11,7 @@ from pipeline.version import __version__
 COMMANDS = {
     "embed": "one vector per image",
     "classify": "label, score and top classes per image",
-    "fit": "a classifier of your own classes, from some labels",
+    "fit": "your own classes, from embeddings and some labels",
     "estimate": "hours, dollars and bottleneck of a run, before it starts",
     "verify": "proof from the files that no image is missing",
     "map": "the results of a scene as a GeoTIFF and a picture",

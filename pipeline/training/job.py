@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 METHODS = ("linear", "knn", "mlp", "centroid")
 SUFFIX = ".safetensors"
 MAX_SHOWN = 10
+MAX_SUGGESTIONS = 10_000
+RANKED = 1000
+"""Images of the ranking of one concept."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class FitConfig:
         "",
         metavar="FILE",
     )
+    positives: str | None = flag(
+        "instead of --labels: names of images of one concept; the archive is ranked for it", None, metavar="FILE"
+    )
+    negatives: str | None = flag("with --positives: names of images that are not of it", None, metavar="FILE")
+    suggest: int = flag("write the next N images to label beside the head", 0, metavar="N")
     to: str = flag("the head to write; the evaluation is written beside it, as .json and .html", "", metavar="FILE")
     method: str = flag("kind of head; linear is a logistic regression", "linear", choices=METHODS)
     image_column: str = flag("column of the labels with the images' names", "image", metavar="COL")
@@ -54,8 +62,16 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not self.labels:
+        if not self.labels and not self.positives:
             raise SettingRefused("--labels is missing: name a file of images and classes, or folder, or column:NAME")
+        if self.labels and self.positives:
+            raise SettingRefused("--labels and --positives are two ways to label: use one of them")
+        if self.negatives and not self.positives:
+            raise SettingRefused("--negatives needs --positives, the images of the concept")
+        if self.positives and self.multi_label:
+            raise SettingRefused("--multi-label does not fit --positives, which has one concept: leave it out")
+        if not 0 <= self.suggest <= MAX_SUGGESTIONS:
+            raise SettingRefused(f"--suggest is {self.suggest}: it must be a number from 0 to {MAX_SUGGESTIONS}")
         if not self.to:
             raise SettingRefused("--to is missing: name the head to write, as in head.safetensors")
         if not self.to.endswith(SUFFIX):
@@ -89,13 +105,7 @@ def fit(embeddings: str, config: FitConfig) -> FitResult:
 
     output = open_output(embeddings)
     space = space_of(output)
-    labels = label_files.find(
-        output,
-        config.labels,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        multi_label=config.multi_label,
-    )
+    labels = _labels(output, config)
     _check_classes(labels, config)
     samples = read_samples(
         output, labels, group_by=config.group_by, multi_label=config.multi_label, normalize=config.normalize
@@ -104,8 +114,38 @@ def fit(embeddings: str, config: FitConfig) -> FitResult:
     choice = choose(samples, some(samples, np.arange(len(samples)), config.seed), settings)
     evaluation = evaluate(samples, settings, config.holdout, choice)
     head = replace(fit_all(samples, settings, choice), space=space, network=network_of(output))
-    files = _write(output, config, head, evaluation, labels)
+    files = (*_write(output, config, head, evaluation, labels), *_write_lists(output, config, head, labels))
     return FitResult(head, evaluation, labels, files)
+
+
+def _labels(output: Output, config: FitConfig) -> Labels:
+    if config.positives:
+        return label_files.find_concept(
+            output, config.positives, config.negatives, image_column=config.image_column, seed=config.seed
+        )
+    return label_files.find(
+        output,
+        config.labels,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        multi_label=config.multi_label,
+    )
+
+
+def _write_lists(output: Output, config: FitConfig, head: "Head", labels: Labels) -> list[str]:
+    """Write the ranking of a concept, and the suggestions."""
+    from pipeline.training.suggest import as_csv, rank, suggest
+
+    base, files = uris.normalize(config.to).removesuffix(SUFFIX), []
+    concept = label_files.concept_name(config.positives) if config.positives else None
+    if concept:
+        files.append(f"{base}.ranking.csv")
+        access.write(files[-1], as_csv(rank(output, head, concept, RANKED)))
+    if config.suggest:
+        marked = [row for row in labels.rows if row not in labels.background]
+        files.append(f"{base}.suggest.csv")
+        access.write(files[-1], as_csv(suggest(output, head, marked, config.suggest, concept)))
+    return files
 
 
 def space_of(output: Output) -> EmbeddingSpace:
@@ -130,10 +170,8 @@ def network_of(output: Output) -> dict[str, Any]:
 
 def _check_classes(labels: Labels, config: FitConfig) -> None:
     if len(labels.names) < 2 and not config.multi_label:
-        raise InputRefused(
-            f"--labels {uris.redact(config.labels)} has one class, {labels.names[0]}: label images of two classes or "
-            "more"
-        )
+        given = f"--labels {uris.redact(config.labels)}" if config.labels else f"--positives {config.positives}"
+        raise InputRefused(f"{given} has one class, {labels.names[0]}: label images of two classes or more")
 
 
 def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, labels: Labels) -> tuple[str, ...]:

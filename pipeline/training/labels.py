@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputRefused, SettingRefused, message_line
@@ -19,6 +20,8 @@ FOLDER, COLUMN = "folder", "column:"
 SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 DELIMITERS = ",;\t|"
 MAX_SHOWN = 5
+BACKGROUND, MIN_BACKGROUND = 20, 200
+"""Random images without a label per image of a concept, and the least number of them."""
 _SEPARATOR = re.compile("[/#]")
 
 Classes = tuple[str, ...]
@@ -31,7 +34,8 @@ class Labels:
 
     rows: their positions among the output's rows, in ascending order. image_ids, classes: of each.
     unknown: names of the file that are no image of the output. unreadable: those of them that are in `_errors/`.
-    unlabelled: number of images without a class.
+    unlabelled: number of images without a class. background: rows of random images that count as others of a concept,
+    and that no label names.
     """
 
     rows: tuple[int, ...]
@@ -40,6 +44,7 @@ class Labels:
     unknown: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     unlabelled: int = 0
+    background: frozenset[int] = frozenset()
 
     @property
     def names(self) -> Classes:
@@ -78,6 +83,53 @@ def find(
     found = found if multi_label else found.with_classes()
     _check(found, labels, output.uri, multi_label)
     return found
+
+
+def find_concept(
+    output: Output, positives: str, negatives: str | None, *, image_column: str = "image", seed: int = 0
+) -> Labels:
+    """Labels of one concept: the images that a file names, and images of which most are others.
+
+    positives, negatives: files of names, one per line, or with the column `image_column`. The other images are those of
+    `negatives` and BACKGROUND random ones without a label per positive. The classes are the file's name and `not` with
+    that name. Raises InputRefused as `find` does.
+    """
+    name = concept_name(positives)
+    classes = dict.fromkeys(_names(positives, "--positives", image_column), (name,))
+    for image in _names(negatives, "--negatives", image_column) if negatives else ():
+        if image in classes:
+            raise InputRefused(f"{image} is in --positives and in --negatives: leave it in one of them")
+        classes[image] = (f"not {name}",)
+    found = _of_file(output, positives, classes)
+    _check(found, positives, output.uri, multi_label=False)
+    named = set(found.rows)
+    count = min(output.rows - len(named), max(MIN_BACKGROUND, BACKGROUND * len(named)))
+    others = np.setdiff1d(np.arange(output.rows), found.rows)
+    background = set(np.random.default_rng(seed).choice(others, count, replace=False).tolist())
+    by_row = dict(zip(found.rows, found.classes, strict=True)) | dict.fromkeys(background, (f"not {name}",))
+    rows = sorted(by_row)
+    image_ids = tuple(image_id for row, image_id in enumerate(_column(output, "image_id")) if row in by_row)
+    classes_of_rows = tuple(by_row[row] for row in rows)
+    return replace(
+        found, rows=tuple(rows), image_ids=image_ids, classes=classes_of_rows, background=frozenset(background)
+    )
+
+
+def concept_name(positives: str) -> str:
+    """The file's name without its suffix."""
+    return uris.redact(positives).rstrip("/").rpartition("/")[2].partition(".")[0]
+
+
+def _names(uri: str, flag: str, image_column: str) -> list[str]:
+    if not uri.lower().endswith(".txt"):
+        return list(read_file(uri, image_column, image_column))
+    try:
+        lines = access.read(uris.normalize(uri)).decode("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise InputRefused(f"{flag} {uris.redact(uri)} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"{flag} {uris.redact(uri)} cannot be read: {message_line(error)}") from error
+    return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 
 def read_file(uri: str, image_column: str = "image", label_column: str = "label") -> dict[str, Classes]:

@@ -164,4 +164,6 @@ def _labelled(output: Output, labels: Labels, more: Sequence[str]) -> Iterator[p
 
 def as_vectors(column: pa.Array, dim: int) -> Vectors:
     """float32 [N, dim] of a column of vectors."""
-    return np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim), np.float32)
+    return np.array(
+        column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim), np.float32
+    )  # writable, as torch wants

@@ -91,16 +91,27 @@ def test_a_streamed_linear_probe_is_that_in_memory(
     classes: int, weights: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = samples(classes=classes)
-    data = replace(data, targets=np.concatenate([data.targets[:120], np.roll(data.targets[:120], 1, axis=0)]))
+    targets = np.concatenate([data.targets[:120], np.roll(data.targets[:120], 1, axis=0)])
+    targets[200:] = targets[0]  # classes of unequal size
+    data = replace(data, targets=targets)
     settings = FitSettings(class_weights=weights)
     monkeypatch.setattr("pipeline.training.samples.CHUNK_BYTES", 50 * DIM * 4)
     streamed = in_file(data, f"{tmp_path}/vectors")
     assert len(list(streamed.chunks())) == 5
     choice = replace(choose(data, np.arange(240), settings), parameter=10.0)
     heads = [fit_all(each, settings, choice) for each in (data, streamed)]
+    of_classes = torch.from_numpy(class_weights(data.targets, weights))
+    x = data.take(np.arange(240))
+
+    def loss(tensors: dict[str, torch.Tensor]) -> float:
+        weight, bias = tensors["weight"].double(), tensors["bias"].double()
+        penalty = weight.square().sum() * (1 if classes == 4 else 2) / 20
+        return float(fit._loss(x, data.targets, weight, bias, of_classes, False) + penalty)
+
+    in_memory, from_file = (loss(dict(head.tensors)) for head in heads)
+    assert from_file == pytest.approx(in_memory, rel=1e-4)
     first, second = (head.scores(torch.from_numpy(data.vectors)).numpy() for head in heads)
-    np.testing.assert_allclose(first, second, atol=0.02)  # scikit-learn stops at its own tolerance
-    assert (first.argmax(axis=1) == second.argmax(axis=1)).mean() > 0.98
+    np.testing.assert_allclose(first, second, atol=3e-2)  # scikit-learn stops a little before the minimum
 
 
 def test_a_streamed_probe_of_several_labels_is_that_in_memory(tmp_path: object) -> None:
