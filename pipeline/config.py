@@ -369,7 +369,7 @@ def _pair(text: str) -> tuple[float, float] | None:
         low, high = float(first), float(second)
     except ValueError:
         return None
-    return (low, high) if math.isfinite(low) and math.isfinite(high) and low < high else None
+    return (low, high) if low < high and math.isfinite(high - low) else None
 
 
 def parse_keep(keep: Iterable[str]) -> dict[str, str]:

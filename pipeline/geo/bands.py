@@ -9,7 +9,7 @@ from pipeline.errors import DecodeError
 FILLED = -1
 """Stands for a band that the file lacks and that has a declared value."""
 NUMBERED_BAND = re.compile(r"b0*(\d+)(a?)")
-NO_NAME = re.compile(r"band[ _]?\d+|")
+NO_NAME = re.compile(r"band[ _]?(\d+)|")
 """Names that only count the bands."""
 
 
@@ -35,8 +35,14 @@ def _canonical(name: str) -> str:
 
 
 def are_named(names: Sequence[str]) -> bool:
-    """Whether a file names its bands, and does not only count them."""
-    return not all(NO_NAME.fullmatch(name.strip().lower()) for name in names)
+    """Whether a file names its bands, and does not only count them from 1, in order."""
+    return not all(_counts(name, number) for number, name in enumerate(names, 1))
+
+
+def _counts(name: str, number: int) -> bool:
+    """Whether a name is empty or says only which band of the file it is."""
+    counted = NO_NAME.fullmatch(name.strip().lower())
+    return counted is not None and counted[1] in (None, str(number))
 
 
 def match(names: Sequence[Sequence[str]], wanted: Sequence[Band], subject: str) -> list[int]:

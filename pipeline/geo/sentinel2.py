@@ -126,7 +126,7 @@ def claims_of_item(properties: Mapping[str, Any], assets: Iterable[Mapping[str, 
 
 def _of_baseline(text: Any, source: str) -> list[Claim]:
     baseline = _number(text)
-    if baseline is None or baseline >= LAST_BASELINE:
+    if baseline is None or not 0 <= baseline < LAST_BASELINE:
         return []
     offset = OFFSET if baseline >= FIRST_BASELINE else 0.0
     return [Claim(offset, f"processing baseline {baseline:05.2f} of {source}")]

@@ -381,7 +381,14 @@ def _factors(
     if transform is None or crs is None:
         raise ReadError("unsupported", f"{uri} has no CRS or no transform, which --resolution needs; leave it out")
     across, down = pixel_metres(transform, crs, dataset.width, dataset.height)
-    return _whole(tiling.resolution / across), _whole(tiling.resolution / down)
+    factors = _whole(tiling.resolution / across), _whole(tiling.resolution / down)
+    if tiling.stride * min(factors) < 1:
+        raise ReadError(
+            "unsupported",
+            f"{uri} has pixels of {max(across, down):g} metres: at --resolution {tiling.resolution:g} several windows "
+            "would begin at one pixel; give a larger one",
+        )
+    return factors
 
 
 def _whole(factor: float) -> float:

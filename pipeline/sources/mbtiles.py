@@ -284,6 +284,12 @@ def _database(uri: str, etag: str) -> Iterator[sqlite3.Connection]:
     with _local_path(uri, etag) as path:
         if not os.path.getsize(path):
             raise ReadError("empty", f"{uri} has no bytes")
+        if os.path.exists(path + "-wal") and os.path.getsize(path + "-wal"):
+            raise ReadError(
+                "unreadable",
+                f"{uri} has changes in {uri}-wal, which its date and size do not show: close the program that writes "
+                "it, or run PRAGMA wal_checkpoint(TRUNCATE) in SQLite",
+            )
         # Without a journal nobody writes. `immutable` then also works on disks that are mounted read-only.
         has_journal = any(os.path.exists(path + suffix) for suffix in ("-wal", "-journal"))
         options = "mode=ro" if has_journal else "mode=ro&immutable=1"
