@@ -144,8 +144,8 @@ def test_vectors_of_an_earlier_version_are_cast(output: Path) -> None:
 
 @pytest.mark.slow
 def test_an_output_in_a_bucket(s3: S3Server) -> None:
-    write_output(s3.uri("out"))
-    opened = open_output(s3.uri("out"))
+    write_output(s3.uri("explore-table"))
+    opened = open_output(s3.uri("explore-table"))
     assert [i for batch in opened.batches(["image_id"]) for i in batch["image_id"].to_pylist()] == EXPECTED
     assert sum(batch.num_rows for batch in opened.errors()) == 2
     with pytest.raises(InputRefused, match="is not an output"):
