@@ -19,6 +19,9 @@ TEMPORARY = ".nightshift.tmp"
 UNSUPPORTED = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EMLINK)
 """What file systems report for a call that they do not have."""
 
+NO_HARD_LINKS = (*UNSUPPORTED, errno.EIO)
+"""What `link` reports where hard links do not exist. EIO is that of rclone's mounts."""
+
 AT_FDCWD, RENAME_NOREPLACE = -100, 1
 """From linux/fcntl.h and linux/fs.h."""
 
@@ -139,7 +142,7 @@ def _publish(temporary: str, path: str) -> None:
         os.link(temporary, path)  # unlike rename, link fails if the name exists
         return
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in NO_HARD_LINKS:
             raise
     try:
         _rename_exclusively(temporary, path)

@@ -122,9 +122,9 @@ def refuse(code: int) -> Callable[..., None]:
 class TestLocalWithoutHardLinks(TestLocal):
     """SMB, exFAT and mounts of buckets."""
 
-    @pytest.fixture(autouse=True)
-    def without_links(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    @pytest.fixture(autouse=True, params=["EPERM", "EIO"])
+    def without_links(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+        monkeypatch.setattr(os, "link", refuse(getattr(errno, request.param)))
 
 
 class TestLocalWithoutExclusiveRename(TestLocalWithoutHardLinks):
