@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 from pipeline.errors import DecodeError
 from pipeline.geo.bands import FILLED
-from pipeline.images import deep, header, tiff
+from pipeline.images import deep, header, jxl, tiff
 from pipeline.images.pixels import RGB8, Decoded, Encoded
 from pipeline.images.png import is_text_too_large, without_large_text
 from pipeline.images.raster import Raster
@@ -183,7 +183,8 @@ def _open(data: bytes, settings: _Settings) -> ImageFile.ImageFile | Raster:
     if tiff.is_tiff(data):
         return _open_tiff(data, max_pixels, settings.values)
     try:
-        image = header.open_image(data)
+        with _reserved_to_open(data, settings):
+            image = header.open_image(data)
     except Exception:
         raster = deep.jpeg_2000(data, settings.values) if header.is_jpeg_2000(data) else None
         if raster is None:
@@ -197,6 +198,16 @@ def _open(data: bytes, settings: _Settings) -> ImageFile.ImageFile | Raster:
         header.check_work(image, data, max_pixels)
     header.check_size(raster.width, raster.height, max_pixels)
     return raster
+
+
+def _reserved_to_open(data: bytes, settings: _Settings) -> AbstractContextManager[object]:
+    """Check the size of a JPEG XL, whose plugin decodes it on open, and reserve memory for that."""
+    if not data.startswith(header.JXL_MAGIC):
+        return nullcontext()
+    header.import_plugin("JXL")
+    width, height = jxl.size_of(data)
+    header.check_size(width, height, settings.max_pixels)
+    return settings.reserve(header.OTHER_BYTES["JXL"] * width * height)
 
 
 def _open_tiff(data: bytes, max_pixels: int, values: Values) -> ImageFile.ImageFile | Raster:

@@ -23,7 +23,7 @@ from PIL import (
 from pipeline.errors import DecodeError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM")  # the JPEG plugin also opens MPO
-PLAIN_FORMATS = ("JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "JXL")
+PLAIN_FORMATS = ("JPEG", "MPO", "WEBP", "BMP", "GIF", "AVIF", "HEIF")
 """Formats whose pixels Pillow gives as they are meant: always colours or grey of 8 bits."""
 
 MAX_SCANS_OF_LARGEST = 16
@@ -140,16 +140,21 @@ def _formats(data: bytes) -> tuple[str, ...]:
     name = "HEIF" if is_heif else "JXL" if data.startswith(JXL_MAGIC) else None
     if name is None:
         return FORMATS
+    import_plugin(name)
+    return (name,)
+
+
+def import_plugin(name: str) -> None:
+    """Import the plugin of HEIF or JXL for Pillow. Raises DecodeError (unsupported) if it is not installed."""
     extra, module = PLUGINS[name]
     try:
-        importlib.import_module(module)
+        plugin = importlib.import_module(module)
         if name == "HEIF":
-            importlib.import_module(module).register_heif_opener(thumbnails=False)
+            plugin.register_heif_opener(thumbnails=False)
     except ImportError as error:
         raise DecodeError(
             "unsupported", f"{name} needs the package {module}: install nightshift[{extra}], or convert it to JPEG"
         ) from error
-    return (name,)
 
 
 def is_jpeg_2000(data: bytes) -> bool:

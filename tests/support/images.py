@@ -148,8 +148,8 @@ STRANGE: dict[str, tuple[bytes, str]] = {
     "PNG with broken data": (broken_png_data(), "corrupt"),
     "bomb": (bomb(), "too_large"),
     "AVIF": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(100), "corrupt"),
-    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(100), "unsupported"),
-    "JPEG XL": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "unsupported"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(100), "corrupt"),
+    "JPEG XL": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "corrupt"),
     "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), "truncated"),
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n", "not_an_image"),
 }
