@@ -29,7 +29,7 @@ from pipeline.storage.base import (
     check_length,
     check_size,
 )
-from pipeline.storage.cloud_settings import HINTS, azure_config, endpoint_of, gcs_config, kind_of
+from pipeline.storage.cloud_settings import HINTS, azure_config, azure_sdk_config, endpoint_of, gcs_config, kind_of
 from pipeline.storage.ranges import Ranges
 from pipeline.storage.retry import Exhausted, permanent_error, refusal_of, status_of, with_retries
 
@@ -134,19 +134,28 @@ class BucketStore:
     def _list_with_odd_keys(self, path: str, last: str, odd_key: Exception) -> Iterator[ObjectInfo]:
         """List the objects after `last` without obstore, which rejects one of their keys."""
         uri, reason = uris.join(self.root, path).rstrip("/"), message_line(odd_key)
-        remedy = "rename that object, or name folders without it"
-        if kind_of(self.root) != "s3":
-            raise InputRefused(f"{uri} cannot be listed: {reason}; {remedy}") from odd_key
-        session, config = _botocore(lambda session: session), _s3_config()
+        kind = kind_of(self.root)
         prefix = f"{path}/" if path else ""
         try:
-            yield from odd_keys.list_after(
-                self.root, prefix, last, session, config.get("endpoint", ""), config["region"]
-            )
-        except Exception as error:  # of botocore, such as credentials that only obstore finds
+            head = self.head if kind == "gs" else None
+            yield from odd_keys.objects(self.root, prefix, self._entries(kind, prefix, last), head)
+        except Exception as error:  # of the SDKs, such as credentials that only obstore finds
+            package = odd_keys.EXTRAS.get(kind, "botocore")
+            remedy = "rename that object, or name folders without it"
+            if isinstance(error, ImportError):
+                remedy = f"install nightshift[{kind}], which lists such keys, or {remedy}"
             raise InputRefused(
-                f"{uri} cannot be listed: {reason}; botocore cannot list it either: {message_line(error)}; {remedy}"
+                f"{uri} cannot be listed: {reason}; {package} cannot list it either: {message_line(error)}; {remedy}"
             ) from error
+
+    def _entries(self, kind: str, prefix: str, last: str) -> Iterator[odd_keys.Entry]:
+        bucket = self.root.partition("://")[2]
+        if kind == "gs":
+            return odd_keys.gs_entries(bucket, prefix, last, gcs_config().get("base_url", ""))
+        if kind == "az":
+            return odd_keys.az_entries(bucket, prefix, last, azure_sdk_config())
+        session, config = _botocore(lambda session: session), _s3_config()
+        return odd_keys.s3_entries(bucket, prefix, last, session, config.get("endpoint", ""), config["region"])
 
     def with_retries(self, action: Callable[[], T]) -> T:
         """Retry as `with_retries` does. Raises StorageRefused if the fault concerns the whole bucket."""

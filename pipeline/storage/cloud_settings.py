@@ -9,6 +9,10 @@ AZURE_NAME, AZURE_CONNECTION = "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONN
 AZURE_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 EMULATOR_HOST = "STORAGE_EMULATOR_HOST"
 
+EMULATOR_ACCOUNT = "devstoreaccount1"
+EMULATOR_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Azurite's account and key, which are public: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite"""
+
 HINTS = {
     "s3": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
     "az": f"check {AZURE_NAME} with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or {AZURE_CONNECTION}",
@@ -44,6 +48,22 @@ def azure_config() -> dict[str, Any]:
     else:
         raise SettingRefused(f"{AZURE_CONNECTION} has neither AccountKey nor SharedAccessSignature: copy it again")
     return config
+
+
+def azure_sdk_config() -> dict[str, Any]:
+    """`account_url` and `credential` of Azure's SDK from the settings that obstore uses. Raises SettingRefused."""
+    config = azure_config()
+    name = config.get("account_name") or os.environ.get(AZURE_NAME, "")
+    key = config.get("account_key") or os.environ.get("AZURE_STORAGE_ACCOUNT_KEY")
+    if config.get("use_emulator") or os.environ.get("AZURE_STORAGE_USE_EMULATOR"):
+        name, key = EMULATOR_ACCOUNT, EMULATOR_KEY
+        url = f"{os.environ.get('AZURITE_BLOB_STORAGE_URL', 'http://127.0.0.1:10000')}/{name}"
+    else:
+        url = endpoint_of("az", config) or f"https://{name}.blob.core.windows.net"
+    signature = config.get("sas_key") or os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    if not (key or signature):
+        raise SettingRefused(f"neither an account key nor a SAS token is set; {HINTS['az']}")
+    return {"account_url": url, "credential": {"account_name": name, "account_key": key} if key else signature}
 
 
 def gcs_config() -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Keys of S3 that obstore rejects: each costs itself, and never the objects beside it."""
+"""Keys that obstore rejects: each costs itself, and never the objects beside it."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import boto3
 import obstore
 import obstore.exceptions
 import pytest
+from cloud_servers import gcs_server, gcs_upload
 from servers import S3Server
 from source_contract import image, read_all
 
@@ -74,17 +76,43 @@ def test_credentials_that_botocore_does_not_find_end_in_a_sentence(
     def fail(*_: object) -> Iterator[Any]:
         raise RuntimeError("Unable to locate credentials")
 
-    monkeypatch.setattr(odd_keys, "list_after", fail)
+    monkeypatch.setattr(odd_keys, "s3_entries", fail)
     with pytest.raises(InputRefused, match=r"archive/lost cannot be listed: .*//a\.png.*Unable to locate.*; rename"):
         list(access.list_objects(s3.uri("lost")))
 
 
-def test_other_buckets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_keys_of_google_cloud_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a.png", "t.png", "z/b.png"]
+    with gcs_server() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
+        bucket.bucket_store.cache_clear()
+        for name in names:
+            gcs_upload(server, f"d/{name}", image(1))
+        expected = list(access.list_objects("gs://archive/d"))
+        for name in ("//two.png", "tab\t.png", "x//empty.png", "z/.hidden/c.png"):
+            gcs_upload(server, f"d/{name}", b"1")
+        listed = list(access.list_objects("gs://archive/d"))
+        good = [info for info in listed if info.uri in {info.uri for info in expected}]
+        assert [info.uri for info in good] == [f"gs://archive/d/{name}" for name in names]
+        for info in good:
+            assert access.read(info.uri, info.etag) == image(1)
+        odd = sorted({info.uri for info in listed} - {info.uri for info in good})
+        assert odd == [f"gs://archive/d/{name}" for name in ("//two.png", "tab\t.png", "x//empty.png")]
+        with pytest.raises(OSError, match="rename the object"):
+            access.read(odd[0])
+    bucket.bucket_store.cache_clear()
+
+
+@pytest.mark.parametrize(("root", "extra"), [("gs://bucket", "gs"), ("az://container", "az")])
+def test_a_missing_sdk_is_named(root: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
+    monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    monkeypatch.setitem(sys.modules, "azure.storage.blob", None)
     bucket.bucket_store.cache_clear()
     monkeypatch.setattr(obstore, "list", lambda *_, **__: Failing())
-    with pytest.raises(InputRefused, match=r"^gs://bucket/p cannot be listed: .*a//b\.png; rename that object"):
-        list(access.list_objects("gs://bucket/p"))
+    with pytest.raises(InputRefused, match=rf"^{root}/p cannot be listed: .*a//b\.png.*nightshift\[{extra}\].*rename"):
+        list(access.list_objects(f"{root}/p"))
     bucket.bucket_store.cache_clear()
 
 

