@@ -1,6 +1,7 @@
 """Settings of a run. They are checked once, when they are made; all other code trusts them."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -11,9 +12,12 @@ from pipeline.geo.tiles import MAX_ZOOM, Bounds, Selection
 from pipeline.geo.windows import EDGES, RESAMPLINGS, Tiling
 from pipeline.storage import uris
 
+ZOOM = re.compile(r"[0-9]{1,2}")
 PERCENTILE = "percentile:"
 """Starts a --scale that is measured. The range is appended when it is known: `percentile:2:98=0.0:3000.0`."""
 MAX_TILE_SIZE = 4096
+MIN_RESOLUTION, MAX_RESOLUTION = 0.001, 1e7
+MAX_BAND_DIGITS = 6
 
 
 def flag(help: str, default: Any, **more: Any) -> Any:
@@ -109,7 +113,9 @@ class RunConfig:
         choices=RESAMPLINGS,
     )
     max_nodata: float = flag(
-        "windows with a larger share of pixels without data are counted as empty, not written", 0.9, metavar="F"
+        "windows with a larger share of pixels without data, or without any, are counted as empty, not written",
+        0.9,
+        metavar="F",
     )
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
@@ -177,8 +183,11 @@ class RunConfig:
             raise SettingRefused(f"--{names[0].replace('_', '-')} needs --tile-size, which reads rasters as scenes")
         if self.tile_size is not None and self.tile_size > MAX_TILE_SIZE:
             raise SettingRefused(f"--tile-size is {self.tile_size}: it can be at most {MAX_TILE_SIZE}")
-        if self.resolution is not None and not (math.isfinite(self.resolution) and self.resolution > 0):
-            raise SettingRefused(f"--resolution is {self.resolution:g}: it must be a number of metres above 0")
+        if self.resolution is not None and not MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION:
+            raise SettingRefused(
+                f"--resolution is {self.resolution:g}: it must be a number of metres from {MIN_RESOLUTION:g} to "
+                f"{MAX_RESOLUTION:g}"
+            )
         if not 0 <= self.max_nodata <= 1:
             raise SettingRefused(f"--max-nodata is {self.max_nodata:g}: it must be between 0 and 1")
 
@@ -226,8 +235,11 @@ class RunConfig:
     def band_names(self) -> tuple[str, ...]:
         """Numbers or names of the bands that the network gets, () for all of them."""
         names = tuple(name.strip() for name in self.bands.split(",")) if self.bands is not None else ()
-        if not all(names) or any(name.isdecimal() and int(name) < 1 for name in names):
-            raise SettingRefused(f"--bands is {self.bands!r}: it must be numbers from 1 or names, as in 3,2,1")
+        for name in names:
+            is_number = name.isdecimal() and (len(name) > MAX_BAND_DIGITS or int(name) < 1)
+            if not name or is_number:
+                shown = self.bands if len(self.bands or "") < 100 else name[:20] + "…"
+                raise SettingRefused(f"--bands is {shown!r}: it must be numbers from 1 or names, as in 3,2,1")
         return names
 
     def scale_range(self) -> tuple[float, float] | None:
@@ -283,11 +295,9 @@ class RunConfig:
     def _zooms(self) -> tuple[int, int]:
         if self.zoom is None:
             return 0, MAX_ZOOM
-        first, _, second = self.zoom.partition(":")
-        try:
-            low, high = int(first), int(second or first)
-        except ValueError:
-            low, high = -1, -1
+        first, has_end, second = self.zoom.partition(":")
+        ends = first, second if has_end else first
+        low, high = map(int, ends) if all(ZOOM.fullmatch(end) for end in ends) else (-1, -1)
         if not 0 <= low <= high <= MAX_ZOOM:
             raise SettingRefused(
                 f"--zoom is {self.zoom!r}: it must be a zoom from 0 to {MAX_ZOOM}, or MIN:MAX, as in 12:14"
@@ -298,7 +308,7 @@ class RunConfig:
         if self.bbox is None:
             return None
         try:
-            west, south, east, north = (float(number) for number in self.bbox.split(","))
+            west, south, east, north = map(_number, self.bbox.split(","))
         except ValueError:
             west = south = east = north = math.nan
         are_longitudes = all(-180 <= value <= 180 for value in (west, east))
@@ -362,11 +372,18 @@ class RunConfig:
         }
 
 
+def _number(text: str) -> float:
+    """A number. Raises ValueError, also for 1_000, which Python's own literals may have."""
+    if "_" in text:
+        raise ValueError(f"{text!r} is no number")
+    return float(text)
+
+
 def _pair(text: str) -> tuple[float, float] | None:
     """Two finite numbers LOW:HIGH, None for any other text."""
     first, _, second = text.partition(":")
     try:
-        low, high = float(first), float(second)
+        low, high = _number(first), _number(second)
     except ValueError:
         return None
     return (low, high) if low < high and math.isfinite(high - low) else None

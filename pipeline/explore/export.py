@@ -20,6 +20,8 @@ PARQUET = ".parquet"
 WITH_GEOMETRY_ONLY = (".fgb", ".pmtiles")
 """Formats that leave out rows without a footprint. The index of a FlatGeobuf has no place for them."""
 SUFFIXES = (*DRIVERS, PARQUET)
+OWN_NAMES = {"GPKG": ("fid", "geom")}
+"""Columns that a format has beside those of the output."""
 SORTS = ("hilbert", "none")
 PARTITIONS = ("grid", "zoom", "datetime")
 TILE_COLUMNS = ("image_id", "label", "label_id", "score")
@@ -76,6 +78,8 @@ def export(
     opened = open_output(output)
     _check_footprints(opened)
     names = _columns(opened, columns, suffix)
+    if suffix in DRIVERS:
+        _check_names(names, DRIVERS[suffix])
     with replaced(to) as folder:
         if suffix == PARQUET:
             from pipeline.explore.geoparquet import write_sorted
@@ -104,6 +108,10 @@ def _check_options(suffix: str, sort: str | None, partition_by: str | None) -> N
 
 def _check_footprints(output: Output) -> None:
     output.require([])
+    if not output.rows:
+        raise OutputRefused(
+            f"{output.uri} has no rows, so there is nothing to export: its images are errors, or windows without data"
+        )
     if not has_footprints(output.schema):
         raise OutputRefused(
             f"{output.uri} has no footprints (columns {GEOMETRY} and {BBOX}): run the job over GeoTIFFs with "
@@ -122,6 +130,18 @@ def _columns(output: Output, wanted: Sequence[str], suffix: str) -> list[str]:
         chosen = {field.name for field in output.schema if not pa.types.is_fixed_size_list(field.type)}
     chosen = chosen | {GEOMETRY, BBOX} if suffix == PARQUET else (chosen | {GEOMETRY}) - {BBOX}
     return [name for name in output.columns if name in chosen]
+
+
+def _check_names(names: Sequence[str], driver: str) -> None:
+    """Raise SettingRefused for columns that GDAL does not tell apart: it loses one of them, or crashes."""
+    others = {name: name for name in OWN_NAMES.get(driver, ())}
+    for name in sorted(names, key=lambda name: name != GEOMETRY):
+        if other := others.get(name.lower()):
+            raise SettingRefused(
+                f"--to: a file of {driver} cannot have the column {name} beside its own column {other}; choose columns "
+                f"with --columns, as in --columns image_id,label, or write to a name that ends with {PARQUET}"
+            )
+        others[name.lower()] = name
 
 
 def _write_features(output: Output, names: list[str], path: Path, driver: str, layer: str) -> tuple[int, int]:

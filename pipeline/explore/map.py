@@ -215,6 +215,15 @@ def vectors(batch: Any, name: str = "embedding") -> NDArray[np.float32]:
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
 
 
+def _finite(batch: Any) -> tuple[Any, NDArray[np.float32]]:
+    """The rows of a batch whose vectors are finite, and these vectors. The others have no place on the map."""
+    import pyarrow as pa
+
+    all_vectors = vectors(batch)
+    is_finite = np.isfinite(all_vectors).all(axis=1)
+    return batch.filter(pa.array(is_finite)), all_vectors[is_finite]
+
+
 def _fitted(output: Output, scene: Scene) -> Any:
     """The principal components of the scene's embeddings, fitted on PCA_ROWS rows at a time."""
     import pyarrow as pa
@@ -228,13 +237,16 @@ def _fitted(output: Output, scene: Scene) -> Any:
     pca, rows = IncrementalPCA(COMPONENTS), []
     count = 0
     for batch in output.batches(["embedding"], PCA_ROWS, equal={"scene": scene.uri}):
-        rows.append(vectors(batch))
+        finite = _finite(batch)[1]
+        rows.append(finite)
+        count += len(finite)
         if sum(map(len, rows)) >= PCA_ROWS:
             pca.partial_fit(np.concatenate(rows))
             rows = []
-        count += batch.num_rows
     if count < COMPONENTS:
-        raise OutputRefused(f"{scene.uri} has {count} rows so far; principal components need {COMPONENTS} or more")
+        raise OutputRefused(
+            f"{scene.uri} has {count} rows with finite vectors so far; principal components need {COMPONENTS} or more"
+        )
     if rows and (last := np.concatenate(rows)).shape[0] >= COMPONENTS:  # scikit-learn refuses fewer
         pca.partial_fit(last)
     return pca
@@ -246,8 +258,11 @@ def _project(output: Output, scene: Scene, pca: Any, values: WindowValues) -> tu
     random = np.random.default_rng(0)
     share = min(1.0, STRETCH_ROWS / max(1, values.grid.down.windows * values.grid.across.windows))
     for batch in output.batches([*WINDOW_COLUMNS, "embedding"], PCA_ROWS, equal={"scene": scene.uri}):
-        projected = pca.transform(vectors(batch)).astype(np.float32)
-        values.put(batch, projected)
+        rows, finite = _finite(batch)
+        if not len(finite):
+            continue
+        projected = pca.transform(finite).astype(np.float32)
+        values.put(rows, projected)
         sample.append(projected[random.random(len(projected)) < share])
     both = np.concatenate(sample)
     low, high = np.percentile(both if len(both) else projected, STRETCH, axis=0)

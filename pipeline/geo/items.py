@@ -16,7 +16,10 @@ def parse_time(text: str) -> datetime:
     """A time of RFC 3339, in UTC. Raises ValueError."""
     if not RFC_3339.fullmatch(text):
         raise ValueError(f"{text!r} is no time of RFC 3339, with seconds and a time zone")
-    return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    try:
+        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(f"{text!r} is outside of the years 1 to 9999 in UTC") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ providers have subtracted it already. Source: https://sentiwiki.copernicus.eu/we
 `claims_of_…` read what a name, a file or an item says; `harmonize` decides. Pure functions without I/O.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _of_offsets(offsets: Iterable[float | None], source: str) -> list[Claim]:
 
 
 def _of_scaled(offset: float | None, scale: float | None, source: str) -> list[Claim]:
-    if offset is None or not scale or round(1 / scale) != QUANTIFICATION:
+    if offset is None or not scale or abs(scale * QUANTIFICATION - 1) > 5e-5:
         return []
     stored = _checked(round(-offset / scale, 3), source)
     return [Claim(stored, f"{source} are {scale:g} and {offset:g}", is_direct=True)]
@@ -154,10 +155,12 @@ def _checked(offset: float, source: str) -> float:
 
 
 def _number(value: Any) -> float | None:
+    """A finite number; None for anything else."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _distinct(claims: Iterable[Claim]) -> list[Claim]:

@@ -73,8 +73,13 @@ def tile_at(longitude: float, latitude: float, z: int) -> tuple[int, int]:
 
 
 def rectangles(box: Bounds, z: int) -> list[Rectangle]:
-    """The tiles of one zoom that a box overlaps, from west to east: two rectangles if it crosses the antimeridian."""
+    """The tiles of one zoom that a box overlaps, from west to east: two rectangles if it crosses the antimeridian.
+
+    [] for a box beyond MAX_LATITUDE, where there are no tiles.
+    """
     west, south, east, north = box
+    if south >= MAX_LATITUDE or north <= -MAX_LATITUDE:
+        return []
     if west > east:
         parts = [*rectangles((-180.0, south, east, north), z), *rectangles((west, south, 180.0, north), z)]
         return [Rectangle(0, parts[0].north, (1 << z) - 1, parts[0].south)] if _touch(parts) else parts
@@ -180,15 +185,18 @@ def _rotate(side: int, x: Ids, y: Ids, right: Any, down: Any) -> tuple[Ids, Ids]
     return np.where(down, x, y), np.where(down, y, x)
 
 
-def id_ranges(selection: Selection, min_zoom: int, max_zoom: int) -> NDArray[np.int64]:
-    """The tile ids of a selection as sorted, disjoint [start, stop) ranges, int64 [N, 2].
+def id_ranges(selection: Selection, starts: Ids, stops: Ids, *, is_exact: bool = True) -> NDArray[np.int64]:
+    """The selected tile ids as sorted, disjoint [start, stop) ranges, int64 [N, 2].
 
-    min_zoom, max_zoom: of the archive. A square of the curve is one range, so a box has about as many ranges as tiles
-    on its border.
+    starts, stops: sorted, disjoint intervals of ids; the ranges say what is selected inside of them, and may go beyond.
+    A square of the curve is one range, so the ranges are about as many as intervals, and tiles on the border of a box
+    within long ones. is_exact: False if it is enough that a range overlaps each interval with a selected tile, and no
+    other one.
     """
     found = [np.empty((0, 2), np.int64)]
-    for z in range(max(min_zoom, selection.min_zoom), min(max_zoom, selection.max_zoom) + 1):
-        found += _ranges(z, selection.rectangles(z))
+    for z in range(selection.min_zoom, selection.max_zoom + 1) if len(starts) else ():
+        if starts[0] < first_id(z + 1) and stops[-1] > first_id(z):
+            found += _ranges(z, selection.rectangles(z), starts, stops, is_exact=is_exact)
     ranges = np.concatenate(found)
     ranges = ranges[np.argsort(ranges[:, 0])]
     if not len(ranges):
@@ -198,8 +206,11 @@ def id_ranges(selection: Selection, min_zoom: int, max_zoom: int) -> NDArray[np.
     return np.stack([ranges[is_first, 0], ranges[last, 1]], axis=1)
 
 
-def _ranges(z: int, wanted: list[Rectangle]) -> Iterator[NDArray[np.int64]]:
-    """The ranges of some rectangles of a zoom, level by level: squares inside them, then the squares of the others."""
+def _ranges(z: int, wanted: list[Rectangle], starts: Ids, stops: Ids, *, is_exact: bool) -> Iterator[NDArray[np.int64]]:
+    """The ranges of some rectangles of a zoom, level by level: squares inside them, then the squares of the others.
+
+    A square without an id of the intervals is left out. Unless `is_exact`, one within a single interval is not divided.
+    """
     x: Ids = np.zeros(1, np.int64)
     y = x
     for level in range(z + 1):
@@ -211,9 +222,15 @@ def _ranges(z: int, wanted: list[Rectangle]) -> Iterator[NDArray[np.int64]]:
             outside &= is_beside | (north > each.south) | (north + side <= each.north)
             is_within_x = (west >= each.west) & (west + side - 1 <= each.east)
             inside |= is_within_x & (north >= each.north) & (north + side - 1 <= each.south)
-        places = tile_ids(level, x[inside], y[inside]) - first_id(level)
-        starts = first_id(z) + (places << 2 * (z - level))
-        yield np.stack([starts, starts + side * side], axis=1)
+        first = first_id(z) + ((tile_ids(level, x, y) - first_id(level)) << 2 * (z - level))
+        after = np.searchsorted(stops, first, side="right")  # the first interval that does not end before the square
+        beyond = np.searchsorted(starts, first + side * side)
+        outside |= after >= beyond
+        if not is_exact:
+            holds = starts[np.minimum(after, len(starts) - 1)] <= first
+            inside |= holds & (stops[np.minimum(after, len(stops) - 1)] >= first + side * side)
+        inside &= ~outside
+        yield np.stack([first[inside], first[inside] + side * side], axis=1)
         parts = ~inside & ~outside
         x = (2 * x[parts, None] + np.array([0, 1, 0, 1])).ravel()
         y = (2 * y[parts, None] + np.array([0, 0, 1, 1])).ravel()

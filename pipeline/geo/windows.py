@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 EDGES = ("pad", "drop", "shift")
 RESAMPLINGS = ("auto", "nearest", "bilinear", "cubic", "average")
+MAX_ROUNDING = 0.05
+"""Share of a window's side that its edges may be off, because they lie between two pixels of the scene."""
 MAX_WINDOWS = 2048
 """Windows of one shard, so that a cluster shares a large scene."""
 
@@ -77,6 +79,13 @@ class Axis:
         start = min(round(first * self.factor), self.length - 1)
         stop = self.length if first + pixels == self.pixels else round((first + pixels) * self.factor)
         return Span(start, max(1, stop - start), pixels)
+
+    @property
+    def rounding(self) -> float:
+        """Bound of the share of a window's side by which it is longer or shorter, as it covers whole pixels."""
+        sides = self.size * self.factor, self.stride * self.factor
+        is_exact = all(math.isclose(side, round(side), rel_tol=1e-6) for side in sides)
+        return 0.0 if is_exact else 1 / sides[0]
 
     def aligned(self, block: int) -> int:
         """The number of windows after which a window begins again where a block of the file does; 1 if that is late."""

@@ -41,6 +41,9 @@ from pipeline.storage import access, uris
 FOLDER = Path(__file__).with_name("input_specs")
 SUFFIXES = (".yaml", ".yml")
 NUMBER_TYPES = ("float32", "uint8")
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MIN_DIVISOR = 1e-30
+"""Of divisor and std. Smaller ones are no numbers in float32, or make infinity of others."""
 TEXTS = ("sensor", "product", "source", "weights")
 KEYS = (
     *TEXTS,
@@ -119,7 +122,7 @@ def load(name: str) -> InputSpec:
     try:
         text = access.read(uris.normalize(name)) if is_file else (FOLDER / f"{name}.yaml").read_bytes()
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SettingRefused(f"--input-spec {shown} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise SettingRefused(f"--input-spec {shown} must have one key per line, such as `bands: [B4, B3, B2]`")
@@ -143,6 +146,9 @@ class _Reader:
         if pixels == "uint8" and any(band.filler is not None for band in bands):
             raise self._refused("has `missing` with pixels: uint8; use pixels: float32")
         clip = self._pair("clip")
+        nodata = self._numbers("nodata", 0.0, 1)[0]
+        if pixels == "uint8" and nodata not in range(256):
+            raise self._refused(f"has nodata {nodata:g} with pixels: uint8; it must be a whole number from 0 to 255")
         return InputSpec(
             name=self.file,
             sensor=self._text("sensor"),
@@ -152,10 +158,10 @@ class _Reader:
             bands=bands,
             pixels=pixels,
             offset=self._numbers("offset", 0.0, len(names)),
-            divisor=self._numbers("divisor", 1.0, len(names), above=0.0),
+            divisor=self._numbers("divisor", 1.0, len(names), above=MIN_DIVISOR),
             clip=clip,
             transform=self._transform(len(names)),
-            nodata=self._numbers("nodata", 0.0, 1)[0],
+            nodata=nodata,
             expected=self._pair("expected"),
             harmonize=self._boolean("harmonize"),
         )
@@ -199,7 +205,7 @@ class _Reader:
             raise self._refused(f"has crop {crop}, which is larger than size {resize}")
         interpolation = self._choice("interpolation", "bilinear", INTERPOLATIONS)
         mean = self._numbers("mean", 0.0, count)
-        std = self._numbers("std", 1.0, count, above=0.0)
+        std = self._numbers("std", 1.0, count, above=MIN_DIVISOR)
         return Transform(resize, crop, interpolation, mean, std, self._boolean("squash"))
 
     def _side(self, key: str, default: int | None) -> int:
@@ -212,7 +218,7 @@ class _Reader:
         value = self.content.get(key, default)
         values = value if isinstance(value, list) else [value] * count
         if len(values) != count or not all(_is_number(each) and each > above for each in values):
-            bound = f" greater than {above:g}" if above > -math.inf else ""
+            bound = " greater than 0" if above > -math.inf else ""
             many = f", or {count} of them, one for each band" if count > 1 else ""
             raise self._refused(f"has {key} {value!r}: it must be one number{bound}{many}")
         return tuple(map(float, values))
@@ -246,4 +252,5 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that float32, in which the network computes, can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT32

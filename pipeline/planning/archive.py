@@ -13,6 +13,7 @@ from pipeline import schema, sources
 from pipeline.config import RunConfig
 from pipeline.errors import InputRefused, ReadError
 from pipeline.geo.bands import Band
+from pipeline.geo.tiles import MAX_LATITUDE, rectangles
 from pipeline.planning import left_out, lists, stac, templates
 from pipeline.planning import plan as plans
 from pipeline.planning.listing import (
@@ -378,8 +379,11 @@ class Archive:
         return [name for name in ("zoom", "bbox") if getattr(self.config, name) is not None]
 
     def _selected(self) -> str:
-        """The settings that select tiles, as text."""
-        return " ".join(f"--{name} {getattr(self.config, name)}" for name in self._selecting_flags())
+        """The settings that select tiles, as text, and that there are none near the poles."""
+        text = " ".join(f"--{name} {getattr(self.config, name)}" for name in self._selecting_flags())
+        box = self.config.tile_selection().box
+        is_beyond = box is not None and not rectangles(box, 0)
+        return f"{text}: web map tiles end at the latitudes ±{MAX_LATITUDE:.4f}" if is_beyond else text
 
     def _add_types(self, types: Mapping[str, pa.DataType], uri: str) -> None:
         for name, type_ in types.items():

@@ -175,7 +175,7 @@ def _rows(uri: str) -> Iterator[Any]:
 def _parsed(data: bytes, subject: str) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputRefused(f"--input {subject} is no JSON: {message_line(error)}") from error
 
 
@@ -275,17 +275,35 @@ def _record(item: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 
 def _asset(asset: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """The asset with an absolute URI, without credentials, which this process remembers."""
+    """The asset with an absolute URI, without credentials, which this process remembers. Raises ValueError."""
     from pystac.utils import make_absolute_href
 
     kept = {name: asset[name] for name in ASSET_KEYS if asset.get(name) is not None}
     for name in ("eo:bands", "bands", "raster:bands"):
-        if not all(isinstance(band, dict) for band in kept.get(name, ())):
+        bands = kept.get(name, [])
+        if not isinstance(bands, list | tuple) or not all(isinstance(band, dict) for band in bands):
             raise ValueError(f"{name} of an asset is no list of objects")
+        for band in bands:
+            _check_values(band)
+    _check_values(kept)
+    roles = kept.get("roles", [])
+    if not isinstance(roles, list | tuple) or not all(isinstance(role, str) for role in roles):
+        raise ValueError(f"the roles of an asset are {roles!r}, no list of names")
     href = str(asset["href"])
     full = uris.normalize(href if "://" in href else make_absolute_href(href, base, start_is_dir=False))
     kept["href"] = credentials.hide_credentials(full)
     return {**kept, "signed": True} if kept["href"] != full else kept
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for names and values of no data, of an asset or a band, that are of another type."""
+    for name in ("name", "common_name", "eo:common_name", "type"):
+        if not isinstance(values.get(name) or "", str):
+            raise ValueError(f"{name} of an asset or band is {values[name]!r}, no text")
+    nodata = values.get("nodata")
+    is_number = isinstance(nodata, int | float) and not isinstance(nodata, bool)
+    if nodata is not None and not is_number and str(nodata).lower() not in ("nan", "inf", "-inf"):
+        raise ValueError(f"nodata of an asset or band is {nodata!r}, no number")
 
 
 def keys_with_credentials(planned: Iterable[Shard], names: Iterable[str]) -> dict[int, tuple[str, ...]]:

@@ -13,7 +13,13 @@ from pipeline.storage.base import ObjectInfo
 
 WEB = ("http://", "https://")
 _FIELD = re.compile(r"(\{-?[zxy]\})")
-_GROUPS = {"{z}": r"(?P<z>\d{1,2})", "{x}": r"(?P<x>\d{1,9})", "{y}": r"(?P<y>\d{1,9})", "{-y}": r"(?P<tms>\d{1,9})"}
+_GROUPS = {
+    "{z}": r"(?P<z>[0-9]{1,2})",
+    "{x}": r"(?P<x>[0-9]{1,20})",
+    "{y}": r"(?P<y>[0-9]{1,20})",
+    "{-y}": r"(?P<tms>[0-9]{1,20})",
+}
+"""Numbers may have zeros in front."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +51,19 @@ def is_template(name: str) -> bool:
 
 
 def list_tiles(template: str, selection: Selection) -> Iterator[TileImage]:
-    """The selected tiles of a template, sorted by URI. Raises FileNotFoundError, and InputRefused for no valid tile."""
+    """The selected tiles of a template, sorted by URI.
+
+    Raises FileNotFoundError, and InputRefused for no valid tile, and for numbers that are written in two ways, so that
+    two files could be one tile.
+    """
     parts = _FIELD.split(template)
     pattern = re.compile("".join(_GROUPS.get(part) or re.escape(part) for part in parts))
+    digits = _Digits(template)
     for folder in _folders(parts, selection):
         for info in access.list_objects(folder):
             if match := pattern.fullmatch(info.uri):
                 tile = _tile(match, template)
+                digits.add(tile[0], match)
                 if selection.contains(*tile):
                     yield TileImage(info.uri, info.size_bytes, info.etag, tile)
 
@@ -62,9 +74,33 @@ def _folders(parts: list[str], selection: Selection) -> Iterator[str]:
     if rest or parts[1] != "{z}" or not parts[2].startswith("/") or selection.selects_all_zooms:
         yield folder
         return
-    for z in sorted((str(z) for z in range(selection.min_zoom, selection.max_zoom + 1)), key=lambda z: f"{z}/"):
+    zooms = {form for z in range(selection.min_zoom, selection.max_zoom + 1) for form in (f"{z}", f"{z:02}")}
+    for z in sorted(zooms, key=lambda z: f"{z}/"):
         if not uris.is_local(folder) or os.path.isdir(f"{folder}/{z}"):
             yield f"{folder}/{z}"
+
+
+class _Digits:
+    """How the numbers of a zoom are written: either none has zeros in front, or all have as many digits."""
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+        self.forms: dict[tuple[int, str], tuple[int, bool]] = {}
+        """Zoom and field → digits of all numbers so far (0 if they differ), and whether one has zeros in front."""
+
+    def add(self, z: int, match: re.Match[str]) -> None:
+        """Raises InputRefused."""
+        for name, text in match.groupdict().items():
+            length, is_padded = self.forms.get((z, name), (len(text), False))
+            length = length if length == len(text) else 0
+            is_padded |= text[0] == "0" and len(text) > 1
+            if not length and is_padded:
+                raise InputRefused(
+                    f"--input {self.template}: {match.string} has the number {text}, and other tiles of zoom {z} write "
+                    "such numbers with fewer or more zeros in front, so two files could be one tile; rename or move "
+                    "one kind of them"
+                )
+            self.forms[z, name] = length, is_padded
 
 
 def _tile(match: re.Match[str], template: str) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ GDAL opens files by a virtual file system that calls `_Files` here. So every sto
 retries as everywhere else, and a file that was replaced after planning is noticed.
 """
 
+import logging
 import math
 import posixpath
 import warnings
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import affine
 import numpy as np
 import rasterio
+import tifffile
 from affine import Affine
 from rasterio.abc import FileContainer
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
@@ -35,12 +37,15 @@ CHUNKS_AHEAD = 8
 """Small reads, of headers and tables of tiles, are served from this many chunks of CHUNK_BYTES."""
 READ_BY_GDAL = (".aux.xml", ".ovr", ".msk")
 HEADER_CACHE_BYTES = 16 << 20
+MAX_FACTOR = 1e9
+"""Pixels of a scene that become one of a window. No scene has as many side by side."""
 REFUSED_ROLES = {
     ColorInterp.palette: "it has a table of colours; convert it with gdal_translate -expand rgb",
     ColorInterp.cyan: "its colours are CMYK; convert it to RGB",
     ColorInterp.Y: "its colours are YCbCr; convert it to RGB",
 }
 
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it logs what is raised here
 # Without a transform GDAL warns; `Scene.transform` says it.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
@@ -381,6 +386,8 @@ def _factors(
     if transform is None or crs is None:
         raise ReadError("unsupported", f"{uri} has no CRS or no transform, which --resolution needs; leave it out")
     across, down = pixel_metres(transform, crs, dataset.width, dataset.height)
+    if not all(0 < tiling.resolution / metres < MAX_FACTOR for metres in (across, down)):
+        raise ReadError("unsupported", f"{uri} has pixels of {across:g} × {down:g} metres; is its transform right?")
     factors = _whole(tiling.resolution / across), _whole(tiling.resolution / down)
     if tiling.stride * min(factors) < 1:
         raise ReadError(
@@ -424,6 +431,7 @@ class Reader:
                 if places:
                     indices = [bands[place] - first for place in places]
                     self.files.append(_BandReader(scene, file, indices, places, cache_bytes))
+                    self.files[-1].check_blocks()
                 first += len(file.bands)
         except BaseException:
             self.close()
@@ -462,13 +470,63 @@ class _BandReader:
         self.masks = {file.bands[index].mask for index in bands}
         self.input = _Dataset(file.uri, {file.uri: file.etag, **file.siblings}, cache_bytes)
 
+    def check_blocks(self) -> None:
+        """Raise ReadError (corrupt) if the header of a TIFF lists fewer blocks than its size has.
+
+        GDAL would read the others as zeros, and those of another band in their place. A sparse file lists all blocks;
+        those that it lacks have no data.
+        """
+        dataset = self.input.dataset
+        if dataset.driver != "GTiff" or self.input.call(lambda: self._has_last_block()):
+            return
+        with access.open_read(self.file.uri, self.file.etag) as file, tifffile.TiffFile(file) as tiff:
+            page: Any = tiff.pages[0]
+            listed, blocks = len(page.dataoffsets), math.prod(page.chunked)
+        if listed < blocks:
+            raise ReadError(
+                "corrupt",
+                f"{self.file.uri} lacks blocks: its size of {dataset.width} × {dataset.height} pixels has {blocks}, "
+                f"and its header lists {listed}",
+            )
+
+    def _has_last_block(self) -> bool:
+        dataset, (height, width) = self.input.dataset, self.file.block
+        last = f"BLOCK_OFFSET_{(dataset.width - 1) // width}_{(dataset.height - 1) // height}"
+        return dataset.get_tag_item(last, "TIFF", bidx=dataset.count) is not None
+
     def read(self, across: Span, down: Span) -> tuple[np.ndarray, np.ndarray | None]:
         """Numbers [bands, height, width] of a window, and True for those without data; None if all have data."""
         window = self._window(across, down)
         shape = down.pixels, across.pixels
-        if self.scene.zero_is_missing and self.masks == {""}:
-            return self.input.call(lambda: self._read_without_zeros(window, shape))
-        return self.input.call(lambda: self._read(window, shape))
+        is_without_zeros = self.scene.zero_is_missing and self.masks == {""}
+        read = self._read_without_zeros if is_without_zeros else self._read
+        data, missing = self.input.call(lambda: read(window, shape))
+        if missing is None and data.all():  # GDAL fills blocks that a file lacks with 0 or the value of no data
+            return data, None
+        absent = self.input.call(lambda: self._absent(window, shape))
+        if not absent.any():
+            return data, missing
+        return data, absent if missing is None else missing | absent
+
+    def _absent(self, window: Window, shape: tuple[int, int]) -> np.ndarray:
+        """True [bands, height, width] for pixels in blocks that a TIFF does not have."""
+        absent = np.zeros((len(self.indexes), *shape), bool)
+        dataset = self.input.dataset
+        if dataset.driver != "GTiff":
+            return absent
+        height, width = self.file.block
+        rows = window.row_off + (np.arange(shape[0]) + 0.5) * window.height / shape[0]
+        columns = window.col_off + (np.arange(shape[1]) + 0.5) * window.width / shape[1]
+        rows, columns = (rows // height).astype(int), (columns // width).astype(int)
+        for place, index in enumerate(self.indexes):
+            if self.file.is_interleaved and place:
+                absent[place] = absent[0]
+                continue
+            for row in np.unique(rows):
+                for column in np.unique(columns):
+                    if dataset.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=index) is None:
+                        absent[place] |= (rows == row)[:, None] & (columns == column)
+        return absent
 
     def _window(self, across: Span, down: Span) -> Window:
         """The part of the file that a window covers, in its own pixels."""

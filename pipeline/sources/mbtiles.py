@@ -8,6 +8,7 @@ stores once for many places, as the tables `map` and `images` do, is one content
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -63,28 +64,32 @@ class _Layout(NamedTuple):
     has_rowids: bool
 
 
-_TABLE = _Layout(
-    "SELECT zoom_level, tile_column, tile_row, rowid FROM tiles",
-    "SELECT tile_data FROM tiles WHERE rowid = ?",
-    has_rowids=True,
-)
-_MAP = _Layout(
-    "SELECT zoom_level, tile_column, tile_row, coalesce(images.rowid, -1) "
-    "FROM map LEFT JOIN images ON images.tile_id = map.tile_id",
-    "SELECT tile_data FROM images WHERE rowid = ?",
-    has_rowids=True,
-)
-_SHALLOW = _Layout(
-    "SELECT zoom_level, tile_column, tile_row, coalesce(tiles_data.rowid, -1) "
-    "FROM tiles_shallow LEFT JOIN tiles_data ON tiles_data.tile_data_id = tiles_shallow.tile_data_id",
-    "SELECT tile_data FROM tiles_data WHERE rowid = ?",
-    has_rowids=True,
-)
+ROWIDS = ("rowid", "_rowid_", "oid")
+"""SQLite's names of a row's number. A column may have one of these names, and then it is that column."""
 _VIEW = _Layout(
     "SELECT zoom_level, tile_column, tile_row, NULL FROM tiles",
     "SELECT tile_data FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?",
     has_rowids=False,
 )
+TWO_TABLES = (("map", "images", "tile_id"), ("tiles_shallow", "tiles_data", "tile_data_id"))
+"""Tables of places and of data, and the column that joins them, of archives whose `tiles` is a view."""
+
+
+def _of_table(rowid: str) -> _Layout:
+    return _Layout(
+        f"SELECT zoom_level, tile_column, tile_row, {rowid} FROM tiles",
+        f"SELECT tile_data FROM tiles WHERE {rowid} = ?",
+        has_rowids=True,
+    )
+
+
+def _of_two_tables(places: str, data: str, key: str, rowid: str) -> _Layout:
+    return _Layout(
+        f"SELECT zoom_level, tile_column, tile_row, coalesce({data}.{rowid}, -1) "
+        f"FROM {places} LEFT JOIN {data} ON {data}.{key} = {places}.{key}",
+        f"SELECT tile_data FROM {data} WHERE {rowid} = ?",
+        has_rowids=True,
+    )
 
 
 def shards(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
@@ -111,23 +116,49 @@ def shards(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
 
 
 def _layout(database: sqlite3.Connection, uri: str) -> _Layout:
-    kinds = dict(database.execute("SELECT lower(name), type FROM sqlite_master WHERE type IN ('table', 'view')"))
+    objects = database.execute("SELECT lower(name), type, sql FROM sqlite_master WHERE type IN ('table', 'view')")
+    kinds = {name: (kind, sql) for name, kind, sql in objects}
     if "tiles" not in kinds:
         raise ReadError("corrupt", f"{uri} is an SQLite database without `tiles`, and so no MBTiles")
-    if kinds["tiles"] == "table":
-        return _TABLE if _has_rowid(database, "tiles") else _VIEW
-    for layout, tables in ((_MAP, ("map", "images")), (_SHALLOW, ("tiles_shallow", "tiles_data"))):
-        if all(kinds.get(name) == "table" for name in tables) and _has_rowid(database, tables[1]):
-            return layout
+    kind, sql = kinds["tiles"]
+    if kind == "table":
+        rowid = _rowid(database, "tiles")
+        return _of_table(rowid) if rowid else _VIEW
+    for tables in TWO_TABLES:
+        if all(kinds.get(name, ("",))[0] == "table" for name in tables[:2]) and _is_join(sql, *tables):
+            rowid = _rowid(database, tables[1])
+            return _of_two_tables(*tables, rowid) if rowid else _VIEW
     return _VIEW
 
 
-def _has_rowid(database: sqlite3.Connection, table: str) -> bool:
-    try:
-        database.execute(f"SELECT rowid FROM {table} WHERE 0")
-    except sqlite3.OperationalError:
+def _rowid(database: sqlite3.Connection, table: str) -> str | None:
+    """The name of a row's number in a table; None if it has none."""
+    columns = {name.lower() for _, name, *_ in database.execute(f"PRAGMA table_xinfo({table})")}
+    for name in ROWIDS:
+        if name not in columns:
+            try:
+                database.execute(f"SELECT {name} FROM {table} WHERE 0")
+            except sqlite3.OperationalError:  # WITHOUT ROWID
+                return None
+            return name
+    return None
+
+
+def _is_join(sql: str, places: str, data: str, key: str) -> bool:
+    """Whether a view is the join of two tables and nothing else, such as a filter or another order of the rows."""
+    text = " ".join(re.sub(r"[\"`\[\]]", "", sql.lower()).rstrip("; \n").split())
+    names = {"zoom_level": places, "tile_column": places, "tile_row": places, "tile_data": data}
+    match = re.fullmatch(
+        r"create view (?:if not exists )?(?:main\.)?tiles as select (?P<columns>[\w., ]+?) "
+        rf"from {places} (?:inner |left |left outer )?join {data} "
+        rf"(?:on ?\(? ?(?P<one>[\w.]+) ?={{1,2}} ?(?P<other>[\w.]+) ?\)?|using ?\( ?{key} ?\))",
+        text,
+    )
+    if not match or (match["one"] and {match["one"], match["other"]} != {f"{places}.{key}", f"{data}.{key}"}):
         return False
-    return True
+    parsed = [re.fullmatch(r"(?:(\w+)\.)?(\w+)(?: as (\w+))?", each.strip()) for each in match["columns"].split(",")]
+    found = {each[3] or each[2]: (each[1] or names.get(each[2]), each[2]) for each in parsed if each}
+    return all(found.get(name) == (table, name) for name, table in names.items())
 
 
 def _check_format(database: sqlite3.Connection, uri: str) -> None:
@@ -227,17 +258,27 @@ def _rows(database: sqlite3.Connection, layout: _Layout, selection: Selection) -
 
 
 def _conditions(database: sqlite3.Connection, layout: _Layout, selection: Selection) -> Iterator[tuple[str, list[int]]]:
-    """SQL conditions whose tiles follow one another in the order of the keys."""
+    """SQL conditions whose tiles follow one another in the order of the keys.
+
+    Rows whose numbers are of another type, such as text, are not compared with any selection: all of them are read.
+    """
     if selection.is_all:
         yield "1", []
-    elif selection.box is None:
-        yield "zoom_level BETWEEN ? AND ?", [selection.min_zoom, selection.max_zoom]
-    else:
-        zooms = database.execute(f"SELECT DISTINCT zoom_level FROM ({layout.rows})").fetchall()
-        for z in sorted(z for (z,) in zooms if type(z) is int and 0 <= z <= MAX_ZOOM):
-            for each in selection.rectangles(z):
-                edges = [each.west, each.east, flip(z, each.south), flip(z, each.north)]
-                yield "zoom_level = ? AND tile_column BETWEEN ? AND ? AND tile_row BETWEEN ? AND ?", [z, *edges]
+        return
+    names = ("zoom_level",) if selection.box is None else ("zoom_level", "tile_column", "tile_row")
+    are_numbers = " AND ".join(f"typeof({name}) = 'integer'" for name in names)
+    yield f"NOT ({are_numbers})", []
+    if selection.box is None:
+        yield f"{are_numbers} AND zoom_level BETWEEN ? AND ?", [selection.min_zoom, selection.max_zoom]
+        return
+    zooms = database.execute(f"SELECT DISTINCT zoom_level FROM ({layout.rows})").fetchall()
+    for z in sorted(z for (z,) in zooms if type(z) is int and 0 <= z <= MAX_ZOOM):
+        for each in selection.rectangles(z):
+            edges = [each.west, each.east, flip(z, each.south), flip(z, each.north)]
+            yield (
+                f"{are_numbers} AND zoom_level = ? AND tile_column BETWEEN ? AND ? AND tile_row BETWEEN ? AND ?",
+                [z, *edges],
+            )
 
 
 def _read(shard: Shard, contents: list[int]) -> Iterator[bytes | ReadError]:

@@ -21,7 +21,7 @@ from pipeline.sources import tiles
 from pipeline.sources.base import Contents, NoImages, ReadOptions, Record, ShardEnd, Source
 from pipeline.sources.records import MAX_MEMBER_BYTES, storage_fault, too_large
 from pipeline.sources.shard import Shard
-from pipeline.sources.tiles import TILES_PER_SHARD, Lost, NoTiles, Numbers, TileArchive, TileRun, decompress
+from pipeline.sources.tiles import TILES_PER_SHARD, Lost, NoTiles, Numbers, Oversized, TileArchive, TileRun, decompress
 from pipeline.storage import access
 from pipeline.storage.base import ObjectInfo, RawReader
 from pipeline.threads import ordered_map
@@ -31,11 +31,20 @@ MAX_DEPTH = 4
 """Levels of directories. The specification has two; more than four are a loop."""
 DIRECTORY_BYTES = 1 << 20
 """Leaf directories lie one after the other, and are read in pieces of this size."""
+MAX_DIRECTORY_BYTES = 8 << 20
+"""Of one directory, decompressed: about a million entries. Writers cut directories after some thousand."""
+MAX_TILES = 6_000_000_000
+"""To plan of one archive: the whole Earth up to zoom 16 has fewer."""
+MAX_NUMBER = (1 << 32) - 1
+"""Size and run length of an entry, which writers store in 32 bits."""
+MAX_OFFSET = 1 << 62
 SPAN_BYTES = 2 << 20
 GAP_BYTES = 64 << 10
 """Neighbouring tiles are read in one request of up to SPAN_BYTES. They may have a gap of GAP_BYTES."""
 THREADS = 8
 """Requests at once to an object store."""
+
+MORE_TILES = "its directories have more tiles than its header counts; all of them are read"
 
 ReadRange = Callable[[int, int], bytes]
 """(start, stop) → exactly these bytes. Raises OSError."""
@@ -62,42 +71,40 @@ def shards(info: ObjectInfo, options: ReadOptions) -> Iterator[Contents]:
                 raise ReadError("empty", f"{info.uri} has no bytes")
             read_range = _range_reader(file)
             header = _header(info.uri, read_range(0, min(HEADER_BYTES, size_bytes)))
-            directories = _Directories(info.uri, header, read_range, size_bytes, _ranges(header, options.selection))
+            directories = _Directories(info.uri, header, read_range, size_bytes, options.selection)
             is_empty = True
-            count = header["addressed_tiles_count"]
-            for piece in _counted(_cut(directories.entries()), count, is_all=options.selection.is_all):
+            for contents in _counted(_cut(directories.entries()), header, is_all=options.selection.is_all):
                 is_empty = False
-                yield piece.contents() if isinstance(piece, Lost) else _contents(piece, header)
+                yield contents
             if is_empty and options.selection.is_all:
                 raise NoTiles(f"{info.uri} has no tiles")
     except OSError as error:
         raise storage_fault(info.uri, error) from error
 
 
-def _counted(pieces: Iterator[_Entries | Lost], count: int, *, is_all: bool) -> Iterator[_Entries | Lost]:
-    """Compare the number of tiles with the one in the header. More tiles end the archive; fewer are one that is lost.
+def _counted(pieces: Iterator[_Entries | Lost], header: dict[str, Any], *, is_all: bool) -> Iterator[Contents]:
+    """The shards, whose number of tiles is compared with the header's: with fewer one is lost, and more are read too.
 
-    count: of the header, 0 if unknown. is_all: all tiles are selected.
+    More than MAX_TILES end the archive. is_all: all tiles are selected.
     """
+    count = header["addressed_tiles_count"]  # 0 if unknown
     tiles, is_whole = 0, True
     for piece in pieces:
         if isinstance(piece, Lost):
             is_whole = False
-        else:
-            tiles += int(piece.runs.sum())
-        if count and tiles > count:  # a broken run may stand for any number of tiles
-            yield Lost(f"its directories have more tiles than the {count} of its header")
+            yield piece.contents()
+            continue
+        before, tiles = tiles, tiles + int(piece.runs.sum())
+        if tiles > MAX_TILES:
+            yield Lost(
+                f"it has more than {MAX_TILES} tiles, of which {before} are read; select some with --zoom and --bbox",
+                "too_large",
+            ).contents()
             return
-        yield piece
+        notices = (MORE_TILES,) if before <= count < tiles and count else ()
+        yield replace(_contents(piece, header), notices=notices)
     if is_all and is_whole and tiles < count:
-        yield Lost(f"its directories have only {tiles} of the {count} tiles of its header")
-
-
-def _ranges(header: dict[str, Any], selection: Selection) -> NDArray[np.int64]:
-    """The selected tile ids. A box at a zoom that the archive does not have would be many ranges for nothing."""
-    if selection.box is None:
-        return id_ranges(selection, 0, MAX_ZOOM)
-    return id_ranges(selection, header["min_zoom"], min(header["max_zoom"], MAX_ZOOM))
+        yield Lost(f"its directories have only {tiles} of the {count} tiles of its header").contents()
 
 
 def _header(uri: str, data: bytes) -> dict[str, Any]:
@@ -124,23 +131,29 @@ def _header(uri: str, data: bytes) -> dict[str, Any]:
     names = {Compression.GZIP: "gzip", Compression.ZSTD: "zstd", Compression.BROTLI: "brotli"}
     for name in ("internal_compression", "tile_compression"):
         header[name] = names.get(header[name], "")
+    for name in ("root_offset", "root_length", "leaf_directory_offset", "leaf_directory_length", "tile_data_offset"):
+        if header[name] > MAX_OFFSET:
+            raise ReadError("corrupt", f"{uri}: the {name} in its header is {header[name]}, which no file reaches")
     if header["tile_compression"] == "brotli":
         tiles.require_brotli()
     return header
 
 
 class _Directories:
-    """The directories of one archive. ranges: the tile ids to return, as `id_ranges` gives them."""
+    """The directories of one archive.
+
+    The zooms in its header are not used: if they are wrong, a selection must not lose tiles.
+    """
 
     def __init__(
-        self, uri: str, header: dict[str, Any], read_range: ReadRange, size_bytes: int, ranges: NDArray[np.int64]
+        self, uri: str, header: dict[str, Any], read_range: ReadRange, size_bytes: int, selection: Selection
     ) -> None:
-        self.uri, self.header, self.ranges = uri, header, ranges
+        self.uri, self.header, self.selection = uri, header, selection
         self.read_range, self.size_bytes = read_range, size_bytes
         self.window, self.window_start = b"", 0
 
     def entries(self) -> Iterator[_Entries | Lost]:
-        """The entries of tiles within the ranges, by tile id. Raises ReadError if the root directory is broken."""
+        """The entries of the selected tiles, by tile id. Raises ReadError if the root directory is broken."""
         root = self._read(self.header["root_offset"], self.header["root_length"], self.header["root_length"])
         if isinstance(root, Lost):
             raise ReadError(root.error_type, f"{self.uri}: {root.message}")
@@ -155,11 +168,34 @@ class _Directories:
             if not len(group):
                 continue
             if not is_leaf[group[0]]:
-                if len((chosen := _within(directory.take(group), self.ranges)).ids):
-                    yield chosen
+                yield from self._tiles(directory.take(group))
                 continue
-            for index in group[_overlaps(directory.ids[group], ends[group], self.ranges)].tolist():
-                yield from self._leaf(directory, index, int(ends[index]), depth)
+            yield from self._leaves(directory, group, ends, depth)
+
+    def _tiles(self, entries: _Entries) -> Iterator[_Entries | Lost]:
+        """The selected parts of entries of tiles, without those that stand for more tiles than there are."""
+        count = self.header["addressed_tiles_count"]
+        is_broken = (entries.runs > count) if count else np.zeros(len(entries.ids), bool)
+        for tile_id, run in zip(entries.ids[is_broken].tolist(), entries.runs[is_broken].tolist(), strict=True):
+            z, x, y = (int(column[0]) for column in tiles_of_ids([tile_id]))
+            yield Lost(f"the entry of tile {z}/{x}/{y} stands for {run} tiles, more than the {count} of its header")
+        entries = entries.take(~is_broken)
+        if not self.selection.is_all:
+            entries = _within(entries, id_ranges(self.selection, entries.ids, entries.ids + entries.runs))
+        if len(entries.ids):
+            yield entries
+
+    def _leaves(self, directory: _Entries, group: Numbers, ends: Numbers, depth: int) -> Iterator[_Entries | Lost]:
+        """The entries of the leaves with selected tiles. group: indices of leaves; ends: of the directory's entries."""
+        starts, stops = directory.ids[group], ends[group]
+        if not self.selection.is_all:
+            ranges = id_ranges(self.selection, starts, stops, is_exact=False)
+            group = group[_overlaps(starts, stops, ranges)]
+        _, first = np.unique(directory.offsets[group], return_index=True)
+        if len(first) < len(group):  # the same tiles cannot be in two places, and reading them again takes long
+            yield Lost(f"{len(group) - len(first)} of its directories are another one again")
+        for index in group[np.sort(first)].tolist():
+            yield from self._leaf(directory, index, int(ends[index]), depth)
 
     def _leaf(self, directory: _Entries, index: int, end: int, depth: int) -> Iterator[_Entries | Lost]:
         offset, size = int(directory.offsets[index]), int(directory.sizes[index])
@@ -179,7 +215,9 @@ class _Directories:
     def _read(self, offset: int, size: int, ahead: int) -> _Entries | Lost:
         """Read a directory. ahead: bytes to fetch, if it is not among those of the last request."""
         name = f"the directory at {offset}"
-        if not 0 < size <= MAX_MEMBER_BYTES or offset + size > self.size_bytes:
+        if size > MAX_DIRECTORY_BYTES:
+            return Lost(f"{name} has {size} bytes; the limit is {MAX_DIRECTORY_BYTES}", "too_large")
+        if size <= 0 or offset + size > self.size_bytes:
             return Lost(f"{name} lies outside of the file, which may have been cut short")
         start = offset - self.window_start
         if not 0 <= start <= start + size <= len(self.window):
@@ -191,7 +229,9 @@ class _Directories:
         try:
             data = self.window[start : start + size]
             compression = self.header["internal_compression"]
-            return _decode(decompress(data, compression) if compression else data)
+            return _decode(decompress(data, compression, MAX_DIRECTORY_BYTES) if compression else data)
+        except Oversized as error:
+            return Lost(f"{name}: {error}", "too_large")
         except ValueError as error:
             return Lost(f"{name} is broken: {error}")
 
@@ -203,6 +243,8 @@ def _decode(data: bytes) -> _Entries:
     if len(numbers) != 1 + 4 * count:
         raise ValueError(f"it has {len(numbers)} numbers for {count} entries")
     steps, runs, sizes, places = numbers[1:].reshape(4, count)
+    if count and (max(runs.max(), sizes.max()) > MAX_NUMBER or places.max() > MAX_OFFSET):
+        raise ValueError("the size, length or offset of an entry is larger than any archive has")
     ids = np.cumsum(steps)
     # A place of 0 continues at the end of the entry before it; any other one is an offset plus 1.
     ends = np.cumsum(sizes)

@@ -23,7 +23,7 @@ from pipeline.geo import bands as band_names
 from pipeline.geo import sentinel2
 from pipeline.geo.bands import FILLED
 from pipeline.geo.sentinel2 import Claim
-from pipeline.geo.windows import NO_WINDOWS, Axis, Part, Span, Tiling, parts
+from pipeline.geo.windows import MAX_ROUNDING, NO_WINDOWS, Axis, Part, Span, Tiling, parts
 from pipeline.sources.base import Contents, ReadOptions, Record, ShardEnd, Source
 from pipeline.sources.records import Rows, storage_fault
 from pipeline.sources.shard import Shard
@@ -357,7 +357,7 @@ def _check_bands(scene: Scene, bands: Sequence[int], options: ReadOptions) -> No
             f"{scene.uri} holds numbers of type {dtypes[0]}, and nothing says which of them are black and white; set "
             "one range for the whole run with --scale MIN:MAX, as in --scale 0:3000",
         )
-    if options.harmonize and dtypes[0] == "uint8":
+    if options.harmonize and dtypes[0] in ("uint8", "int8"):
         raise ReadError(
             "unsupported",
             f"{scene.uri} holds numbers of 8 bits, and the input specification takes digital numbers of Sentinel-2; "
@@ -366,7 +366,16 @@ def _check_bands(scene: Scene, bands: Sequence[int], options: ReadOptions) -> No
 
 
 def _check_size(scene: Scene, bands: Sequence[int]) -> None:
-    """Raise ReadError (too_large) for a scene that cannot be read within a bounded memory, and for a broken header."""
+    """Raise ReadError for a scene that cannot be read within a bounded memory, whose windows would be far from their
+    size, and for a broken header."""
+    rounding = max(scene.across.rounding, scene.down.rounding)
+    if rounding > MAX_ROUNDING:
+        raise ReadError(
+            "unsupported",
+            f"{scene.uri}: at --resolution {scene.tiling.resolution:g} a window of {scene.tiling.size} pixels covers "
+            f"{scene.tiling.size * min(scene.factors):.3g} of its pixels; in whole pixels it would be off by up to "
+            f"{min(rounding, 1):.0%}; give a larger --tile-size or --resolution",
+        )
     windows = scene.across.count * scene.down.count
     if windows > MAX_WINDOWS:
         raise ReadError("too_large", f"{scene.uri} would be {windows} windows; the limit is {MAX_WINDOWS}")

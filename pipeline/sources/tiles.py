@@ -290,39 +290,43 @@ def _decompressed(data: bytes | ReadError, compression: str, uri: str, member: s
 
 
 class Oversized(ValueError):
-    """Decompressed bytes would exceed MAX_MEMBER_BYTES."""
+    """Decompressed bytes would exceed the limit."""
 
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__(f"it has more than {MAX_MEMBER_BYTES} bytes")
+    def __init__(self, size_bytes: int, limit: int) -> None:
+        super().__init__(f"it has more than {limit} bytes")
         self.size_bytes = size_bytes
 
 
-def decompress(data: bytes, compression: str) -> bytes:
-    """Decompress gzip, zstd or brotli. Raises ValueError if the data is broken or cut short, Oversized if large."""
+def decompress(data: bytes, compression: str, limit: int | None = None) -> bytes:
+    """Decompress gzip, zstd or brotli. Raises ValueError if the data is broken or cut short, Oversized if large.
+
+    limit: bytes, MAX_MEMBER_BYTES by default.
+    """
+    limit = limit or MAX_MEMBER_BYTES
     try:
-        decompressed = DECOMPRESSORS[compression](data)
+        decompressed = DECOMPRESSORS[compression](data, limit)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"its {compression} data is broken: {error}") from error
-    if len(decompressed) > MAX_MEMBER_BYTES:
-        raise Oversized(len(decompressed))
+    if len(decompressed) > limit:
+        raise Oversized(len(decompressed), limit)
     return decompressed
 
 
-def _gzip(data: bytes) -> bytes:
+def _gzip(data: bytes, limit: int) -> bytes:
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        return file.read(MAX_MEMBER_BYTES + 1)
+        return file.read(limit + 1)
 
 
-def _zstd(data: bytes) -> bytes:
-    return _pieces(data, zstandard.ZstdDecompressor().decompressobj())
+def _zstd(data: bytes, limit: int) -> bytes:
+    return _pieces(data, zstandard.ZstdDecompressor().decompressobj(), limit)
 
 
-def _pieces(data: bytes, decompressor: Any) -> bytes:
+def _pieces(data: bytes, decompressor: Any, limit: int) -> bytes:
     """Decompress in pieces of the input, which bounds the output."""
     output = bytearray()
     for start in range(0, len(data), 1 << 14):
         output += decompressor.decompress(data[start : start + (1 << 14)])
-        if len(output) > MAX_MEMBER_BYTES:
+        if len(output) > limit:
             return bytes(output)
         if decompressor.eof:
             return bytes(output)
@@ -338,16 +342,16 @@ def require_brotli() -> Any:
     return brotli
 
 
-def _brotli(data: bytes) -> bytes:
+def _brotli(data: bytes, limit: int) -> bytes:
     brotli = require_brotli()
     decompressor = brotli.Decompressor()
     try:
-        output: bytes = decompressor.process(data, output_buffer_limit=MAX_MEMBER_BYTES + 1)
+        output: bytes = decompressor.process(data, output_buffer_limit=limit + 1)
     except brotli.error as error:
         raise EOFError(str(error)) from error
-    if not decompressor.is_finished() and len(output) <= MAX_MEMBER_BYTES:
+    if not decompressor.is_finished() and len(output) <= limit:
         raise EOFError("it ends too early")
     return output
 
 
-DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"gzip": _gzip, "zstd": _zstd, "brotli": _brotli}
+DECOMPRESSORS: dict[str, Callable[[bytes, int], bytes]] = {"gzip": _gzip, "zstd": _zstd, "brotli": _brotli}

@@ -107,6 +107,40 @@ def test_geoparquet(output: Path, tmp_path: Path) -> None:
     assert len(near) == 35
 
 
+@pytest.mark.parametrize(
+    ("column", "formats"),
+    [
+        ("GEOMETRY", (".gpkg", ".fgb", ".geojson", ".pmtiles")),
+        ("Label", (".gpkg", ".fgb", ".geojson", ".pmtiles")),
+        ("fid", (".gpkg",)),
+        ("GEOM", (".gpkg",)),
+    ],
+)
+def test_columns_that_gdal_does_not_tell_apart_are_refused(
+    tmp_path: Path, column: str, formats: tuple[str, ...]
+) -> None:
+    path = scenes.write(tmp_path / "a.tif", scenes.numbers(3, 32, 32))
+    columns = pa.schema([*LABELS, (column, pa.string())])
+    written = write_output(
+        tmp_path / "out", [path], scenes.tiling(32), lambda place: {**label(1), column: "x"}, columns
+    )
+    for suffix in (".gpkg", ".fgb", ".geojson", ".pmtiles", ".parquet"):
+        target = tmp_path / f"w{suffix}"
+        if suffix in formats:
+            with pytest.raises(SettingRefused, match=f"cannot have the column {column} beside its own column"):
+                export(str(written), target, ["label", column])
+        else:
+            assert export(str(written), target, ["label", column]).rows == 1
+
+
+def test_an_output_without_rows_is_refused(tmp_path: Path) -> None:
+    path = scenes.write(tmp_path / "a.tif", scenes.numbers(3, 32, 32))
+    written = write_output(tmp_path / "out", [path], scenes.tiling(32), lambda place: None)
+    for suffix in (".gpkg", ".pmtiles", ".parquet"):
+        with pytest.raises(OutputRefused, match="has no rows, so there is nothing to export"):
+            export(str(written), tmp_path / f"w{suffix}")
+
+
 def test_vectors_on_request(output: Path, tmp_path: Path) -> None:
     export(str(output), tmp_path / "w.parquet", ["image_id", "embedding"])
     table = pq.read_table(tmp_path / "w.parquet")

@@ -216,6 +216,17 @@ def vector(place: Place) -> dict[str, Any]:
     return {"embedding": [float(place.across), place.down / 2, 0.01 * (place.across % 2), 0.0]}
 
 
+def test_vectors_that_are_not_finite_have_no_data(tmp_path: Path) -> None:
+    def result(place: Place) -> dict[str, Any]:
+        vector = [float(place.across), place.down / 2, 0.01 * (place.across % 2), 0.0]
+        return {"embedding": [float("nan"), *vector[1:]] if place.across == place.down == 1 else vector}
+
+    with mapped(tmp_path, result, show="embedding", columns=VECTORS) as file:
+        alpha = file.read(4)
+        assert alpha[1, 1] == 0
+        assert (alpha == 0).sum() == 1
+
+
 def test_embeddings_as_colours(tmp_path: Path) -> None:
     def result(place: Place) -> dict[str, Any] | None:
         return None if (place.across, place.down) == (0, 0) else vector(place)

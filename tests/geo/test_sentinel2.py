@@ -119,6 +119,13 @@ def test_the_metadata_of_a_geotiff(metadata: dict[str, str], expected: float) ->
     assert offset(*claims_of_file(metadata)) == expected
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "1e-320", "-0.0001", "0", "", "1" + "0" * 400])
+def test_a_scale_that_is_no_number_says_nothing(scale: str) -> None:
+    assert claims_of_file({"SCALE:0": scale, "OFFSET:0": "-0.1"}) == []
+    assert claims_of_item({}, [{"raster:scale": scale, "raster:offset": -0.1}]) == []
+    assert claims_of_file({"BOA_ADD_OFFSET": "nan"}) == []
+
+
 def test_a_scale_of_another_unit_says_nothing() -> None:
     assert claims_of_file({"OFFSET:0": "-0.1", "SCALE:0": "0.01"}) == []
     assert claims_of_file({"OFFSET:0": "0", "SCALE:0": "1"}) == []

@@ -46,7 +46,9 @@ def test_a_box_of_exactly_one_tile_is_that_tile() -> None:
         ((170.0, -10.0, -170.0, 10.0), 3, [Rectangle(0, 3, 0, 4), Rectangle(7, 3, 7, 4)]),
         ((10.0, -10.0, -10.0, 10.0), 0, [Rectangle(0, 0, 0, 0)]),
         ((10.0, 1.0, -10.0, 2.0), 1, [Rectangle(0, 0, 0, 0), Rectangle(1, 0, 1, 0)]),
-        ((0.0, 86.0, 10.0, 89.0), 3, [Rectangle(4, 0, 4, 0)]),
+        ((0.0, 84.0, 10.0, 89.0), 3, [Rectangle(4, 0, 4, 0)]),
+        ((0.0, 86.0, 10.0, 89.0), 3, []),
+        ((170.0, -90.0, -170.0, -85.06), 3, []),
     ],
 )
 def test_tiles_of_a_box(box: tiles.Bounds, z: int, expected: list[Rectangle]) -> None:
@@ -94,14 +96,33 @@ def test_ids_of_several_zooms_at_once() -> None:
     ],
 )
 def test_ranges_of_ids_are_exactly_the_selected_tiles(selection: Selection) -> None:
-    ranges = tiles.id_ranges(selection, 1, 6)
-    selected = {number for start, stop in ranges.tolist() for number in range(start, stop)}
-    assert selected == {number for number in range(1, tiles.first_id(7)) if selection.contains(*tileid_to_zxy(number))}
-    assert (ranges[1:, 0] > ranges[:-1, 1]).all(), "disjoint and not adjacent"
+    ids = np.arange(1, tiles.first_id(7))
+    selected = {number for number in ids.tolist() if selection.contains(*tileid_to_zxy(number))}
+    for each in (ids, ids[::7]):
+        ranges = tiles.id_ranges(selection, each, each + 1)
+        found = {number for start, stop in ranges.tolist() for number in range(start, stop)}
+        assert found & set(each.tolist()) == selected & set(each.tolist())
+        assert (ranges[1:, 0] > ranges[:-1, 1]).all(), "disjoint and not adjacent"
+    whole = tiles.id_ranges(selection, ids[:1], ids[-1:] + 1)
+    assert {number for start, stop in whole.tolist() for number in range(start, stop)} & set(ids.tolist()) == selected
+
+
+@pytest.mark.parametrize("selection", [Selection(2, 6, (-118.5, 36.4, 11.0, 40.0)), Selection(6, 6, (0.1, 0.1, 1, 1))])
+def test_ranges_that_say_which_intervals_are_selected(selection: Selection) -> None:
+    cuts = np.unique(np.random.default_rng(0).integers(0, tiles.first_id(7), 60))
+    starts, stops = cuts, np.append(cuts[1:], tiles.first_id(30))
+    ranges = tiles.id_ranges(selection, starts, stops, is_exact=False)
+    found = [bool(((ranges[:, 0] < stop) & (ranges[:, 1] > start)).any()) for start, stop in zip(starts, stops)]  # noqa: B905
+    assert found[:-1] == [
+        any(selection.contains(*tileid_to_zxy(number)) for number in range(start, stop))
+        for start, stop in zip(starts[:-1].tolist(), stops[:-1].tolist(), strict=True)
+    ]
+    assert len(ranges) < 300
 
 
 def test_a_large_box_has_few_ranges() -> None:
-    ranges = tiles.id_ranges(Selection(14, 14, (5.0, 45.0, 11.0, 48.0)), 0, 14)
+    first, last = np.array([tiles.first_id(14)]), np.array([tiles.first_id(15)])
+    ranges = tiles.id_ranges(Selection(14, 14, (5.0, 45.0, 11.0, 48.0)), first, last)
     (rectangle,) = tiles.rectangles((5.0, 45.0, 11.0, 48.0), 14)
     width, height = rectangle.east - rectangle.west + 1, rectangle.south - rectangle.north + 1
     assert int((ranges[:, 1] - ranges[:, 0]).sum()) == width * height

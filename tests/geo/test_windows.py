@@ -41,6 +41,25 @@ def test_windows_of_other_resolutions() -> None:
     assert spans(Axis(10, 224, 224, "pad", 100.0)) == [Span(0, 10, 1)]
 
 
+@pytest.mark.parametrize(
+    ("size", "stride", "factor", "rounding"),
+    [
+        (7, 7, 0.3, 1 / 2.1),
+        (10, 10, 0.3, 0),
+        (10, 5, 0.3, 1 / 3),
+        (224, 224, 1 / 3, 3 / 224),
+        (64, 32, 2, 0),
+        (3, 3, 1, 0),
+    ],
+)
+def test_how_far_windows_are_off(size: int, stride: int, factor: float, rounding: float) -> None:
+    axis = Axis(1000, size, stride, "pad", factor)
+    assert axis.rounding == pytest.approx(rounding)
+    inner = spans(axis)[: (1000 - size) // stride]
+    off = max(abs(span.length / (size * factor) - 1) for span in inner if span.pixels == size)
+    assert off <= axis.rounding + 1e-9
+
+
 @given(
     st.integers(1, 3000),
     st.integers(1, 300),

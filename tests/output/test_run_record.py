@@ -101,6 +101,53 @@ def test_bands_and_values_are_recorded_only_if_they_are_set() -> None:
     assert record(embedder(), scale="-1.0:1").settings["scale"] == made.settings["scale"]
 
 
+class Plain:
+    """A predictor without settings."""
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def provenance(self) -> dict[str, object]:
+        return {}
+
+
+def satellite(**settings: Any) -> str:
+    config = RunConfig(**{"input": "/in", "output": "/out", "tile_size": 64, **settings})
+    return RunRecord.of(config, Plain()).fingerprint
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"zoom": "3"},
+        {"bbox": "0,0,1,1"},
+        {"datetime": "2024-01-01T00:00:00Z/.."},
+        {"assets": "red,nir"},
+        {"tile_size": 32},
+        {"tile_stride": 32},
+        {"edge": "shift"},
+        {"resolution": 20.0},
+        {"resampling": "cubic"},
+        {"max_nodata": 0.5},
+        {"bands": "1,2,3"},
+        {"scale": "percentile:2:98"},
+        {"nodata_fill": 0.0, "scale": "0:9"},
+        {"harmonize": "off"},
+        {"limit": 7},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_settings_of_satellite_imagery_change_the_fingerprint(changed: dict[str, Any]) -> None:
+    assert satellite(**changed) != satellite()
+
+
+def test_the_same_setting_in_other_words_has_the_same_fingerprint() -> None:
+    assert satellite(tile_stride=64) == satellite(any_values=True) == satellite()
+    assert satellite(zoom="3") == satellite(zoom="3:3") == satellite(zoom="03")
+    assert satellite(bbox="0,0,1,1") == satellite(bbox="0.0,0,1.00, 1e0")
+    assert satellite(assets="red,nir") == satellite(assets="red, nir") != satellite(assets="nir,red")
+
+
 def test_the_footer_of_a_part_names_the_network() -> None:
     made = record(embedder())
     footer = json.loads(made.footer)

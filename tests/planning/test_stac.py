@@ -121,6 +121,38 @@ def test_zero_is_no_data_if_the_item_says_so(tmp_path: Path, nodata: int | None,
     assert any("value of no data" in line for line in archive.notices.lines()) == (nodata == -9999)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"roles": 5}, "the roles of an asset are 5, no list of names"),
+        ({"roles": [["data"]]}, "the roles of an asset are"),
+        ({"nodata": {}}, "nodata of an asset or band is {}, no number"),
+        ({"raster:bands": [{"nodata": [0]}]}, r"nodata of an asset or band is \[0\], no number"),
+        ({"raster:bands": 5}, "raster:bands of an asset is no list of objects"),
+        ({"eo:bands": [{"name": 5}]}, "name of an asset or band is 5, no text"),
+        ({"bands": [{"eo:common_name": ["red"]}]}, "eo:common_name of an asset or band is"),
+        ({"type": 7}, "type of an asset or band is 7, no text"),
+    ],
+)
+def test_an_item_with_values_of_another_type_is_an_error(
+    tmp_path: Path, assets: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
+    bad = {**assets["red"], **more}
+    path = save(tmp_path / "items.json", [item("a", {"red": bad}), item("b", {"red": assets["red"]})])
+    first, second = planned(path, assets="red")
+    assert payload(second).fault is None
+    assert payload(first).fault is not None
+    with pytest.raises(InputRefused, match=message):
+        planned(save(tmp_path / "items.json", [item("a", {"red": bad})]), assets="red")
+
+
+def test_a_time_outside_of_the_calendar_is_an_error(tmp_path: Path, assets: dict[str, Any]) -> None:
+    items = [item("a", assets, time="0001-01-01T00:00:00+14:00"), item("b", assets)]
+    first, second = planned(save(tmp_path / "items.json", items), assets="red")
+    assert payload(first).fault is not None
+    assert payload(second).fault is None
+
+
 def test_an_asset_of_several_bands_has_the_names_of_the_item(tmp_path: Path) -> None:
     array = numbers(3, 64, 64, "uint16")
     write(tmp_path / "all.tif", array)

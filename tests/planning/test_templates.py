@@ -60,6 +60,34 @@ def test_a_selection_lists_only_its_zooms(tmp_path: Path, monkeypatch: pytest.Mo
     }
 
 
+def test_numbers_with_zeros_in_front(tmp_path: Path) -> None:
+    """`03/001/7.png`: a folder of each zoom is found, whichever way it is written."""
+    for (z, x, y), data in TILES.items():
+        access.write(f"{tmp_path}/in/{z:02}/{x:03}/{y:012}.png", data)
+    template = f"{tmp_path}/in/{{z}}/{{x}}/{{y}}.png"
+    assert found(template) == TILES
+    assert found(template, zoom="3") == square(3, 20)
+    assert found(template, zoom="2:11") == TILES
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("3/01/2", "3/1/2"), "1"),
+        (("3/1/2", "3/1/02"), "2"),
+        (("03/1/2", "3/1/2"), "3"),
+        (("11/100/2", "11/12/1", "11/012/1"), "12"),
+        (("3/0/5", "3/1/05", "3/2/1"), "5"),
+    ],
+)
+def test_a_number_that_is_written_in_two_ways_is_refused(tmp_path: Path, names: tuple[str, ...], text: str) -> None:
+    for name in names:
+        access.write(f"{tmp_path}/in/{name}.png", b"1")
+    for settings in ({}, {"zoom": "3:11"}):
+        with pytest.raises(InputRefused, match=rf"has the number 0?{text}, and other tiles of zoom \d+ write such"):
+            found(f"{tmp_path}/in/{{z}}/{{x}}/{{y}}.png", **settings)
+
+
 def test_in_a_bucket(s3: S3Server) -> None:
     template = fill(s3.uri("template"))
     assert found(template) == TILES

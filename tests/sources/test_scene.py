@@ -13,6 +13,7 @@ import pytest
 import rasterio
 import scenes
 import shapely
+import tifffile
 from affine import Affine
 from pyproj import Transformer
 from rasterio.control import GroundControlPoint
@@ -198,6 +199,50 @@ def test_a_world_file(tmp_path: Path) -> None:
 # No data
 
 
+def cut_header(path: Path, height: int) -> Path:
+    """Change the height in the header of a TIFF, and nothing else."""
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["ImageLength"].overwrite(height)  # type: ignore[union-attr]
+    return path
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"blockysize": 100},
+        {"blockysize": 100, "nodata": 0},
+        {"blockysize": 50, "compress": "deflate"},
+        {"tiled": True, "blockxsize": 64, "blockysize": 64, "interleave": "pixel"},
+        {"tiled": True, "blockxsize": 64, "blockysize": 64, "interleave": "band", "compress": "lzw"},
+    ],
+)
+def test_a_header_that_is_taller_than_its_blocks(layout: dict[str, Any], tmp_path: Path) -> None:
+    path = cut_header(write(tmp_path / "a.tif", numbers(3, 100, 64), **layout), 300)
+    records = all_windows(path)
+    assert len(records) == 5
+    for record in records:
+        assert record.error is not None
+        assert record.error.error_type == "corrupt"
+        assert "its size of 64 × 300 pixels has" in record.error.message
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_blocks_that_a_sparse_file_leaves_out_have_no_data(interleave: str, tmp_path: Path) -> None:
+    array = numbers(2, 256, 128)
+    array[:, 64:128] = array[:, 128:, 64:] = 0
+    blocks = {"tiled": True, "blockxsize": 64, "blockysize": 64, "interleave": interleave}
+    path = write(tmp_path / "a.tif", array, **blocks, SPARSE_OK="TRUE")
+    for more in ({}, {"resolution": 20.0, "size": 32, "stride": 32}):
+        records = all_windows(path, tiling(**more))
+        assert [record.is_empty for record in records] == [False, False, True, True, False, True, False, True]
+        assert {record.kept["valid_fraction"] for record in records} == {0, 1}
+    (half, *_) = all_windows(path, tiling(128))
+    assert half.kept["valid_fraction"] == 0.5
+    assert np.ma.getmaskarray(half.data)[64:].all()
+    dense = write(tmp_path / "b.tif", array, **blocks)
+    assert {record.kept["valid_fraction"] for record in all_windows(dense)} == {1}
+
+
 def test_nodata_values(tmp_path: Path) -> None:
     array = numbers(3, 128, 192)
     array[:, :64, :64] = 0  # empty
@@ -381,6 +426,26 @@ def test_resolution_of_degrees_and_of_finer_pixels(tmp_path: Path) -> None:
     with rasterio.open(utm) as file:
         expected = file.read(window=window_of(finer[1]), out_shape=(1, 64, 64), resampling=Resampling.bilinear)
     np.testing.assert_array_equal(finer[1].data, expected.transpose(1, 2, 0))
+
+
+def test_windows_whose_edges_lie_between_pixels_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", numbers(1, 100, 100))
+    with pytest.raises(ReadError, match=r"a window of 7 pixels covers 2\.1 of its pixels; .* off by up to 48%"):
+        shards_of(path, tiling(7, resolution=3.0))
+    assert {window_of(record).width for record in all_windows(path, tiling(10, resolution=3.0))} == {3, 1}
+
+
+def test_a_scene_with_tiny_pixels_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", numbers(1, 64, 64), Affine(1e-310, 0, 500_000, 0, -1e-310, 4_500_000))
+    with pytest.raises(ReadError, match=r"metres; is its transform right|invalid transform"):
+        shards_of(path, tiling(resolution=10.0))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_numbers_of_8_bits_are_no_digital_numbers_of_sentinel2(dtype: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", np.ones((1, 64, 64), dtype))
+    with pytest.raises(ReadError, match="digital numbers of Sentinel-2"):
+        shards_of(path, harmonize="on")
 
 
 def test_metres_of_a_scene_beside_the_earth(tmp_path: Path) -> None:

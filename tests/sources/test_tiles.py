@@ -21,7 +21,7 @@ from pipeline import sources
 from pipeline.config import RunConfig
 from pipeline.coverage import END, Ranges
 from pipeline.errors import InputRefused, NightshiftError
-from pipeline.geo.tiles import Selection, bounds
+from pipeline.geo.tiles import Selection, bounds, tile_ids
 from pipeline.planning.archive import Archive
 from pipeline.sources import ReadOptions, Record, mbtiles, pmtiles
 from pipeline.sources import tiles as shared
@@ -252,9 +252,8 @@ def test_leaf_directories_outside_of_the_selection_are_not_read(tmp_path: Path) 
 
     header = pmtiles._header("a", data[:127])
     header["leaf_directory_length"] = 0  # without reading ahead
-    ranges = pmtiles._ranges(header, selection)
-    entries = list(pmtiles._Directories("a", header, read_range, len(data), ranges).entries())
-    assert [each.ids.tolist() for each in entries if isinstance(each, pmtiles._Entries)] == [ranges[:, 0].tolist()]
+    entries = list(pmtiles._Directories("a", header, read_range, len(data), selection).entries())
+    assert [each.ids.tolist() for each in entries if isinstance(each, pmtiles._Entries)] == [[tile_ids(6, 40, 20)]]
     assert len(read) == 2, "the root and one leaf"
 
 
@@ -366,17 +365,86 @@ def test_a_broken_leaf_directory_costs_its_tiles(tmp_path: Path) -> None:
     assert len({image_id for _, _, image_id, _ in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(("count", "rows"), [(0, 20), (20, 20), (25, 21), (7, 1)])
+@pytest.mark.parametrize(("count", "rows"), [(0, 20), (20, 20), (25, 21), (7, 20)])
 def test_the_number_of_tiles_in_the_header_is_checked(tmp_path: Path, count: int, rows: int) -> None:
     path = write_pmtiles(tmp_path / "a.pmtiles", square(4, 20))
     data = bytearray(path.read_bytes())
     data[72:80] = count.to_bytes(8, "little")
     path.write_bytes(data)
-    found = list(rows_of(planned(path)))
+    archive = Archive(RunConfig(input=str(path), output="/none"))
+    found = list(rows_of(list(archive.shards())))
     messages = [record.error.message for record, *_ in found if record.error]
     assert len(found) == rows
-    assert len(messages) == (count not in (0, 20))
+    assert len(messages) == (count == 25)
     assert all(f"{count} " in message and "header" in message for message in messages)
+    assert list(archive.notices.lines()) == ([f"{path}: {pmtiles.MORE_TILES}"] if count == 7 else [])
+
+
+@pytest.mark.parametrize("zooms", [(0, 0), (9, 29), (255, 0)])
+def test_wrong_zooms_in_the_header_lose_no_tiles(tmp_path: Path, zooms: tuple[int, int]) -> None:
+    tiles = {**square(4, 60), **square(2, 3, 100)}
+    path = write_pmtiles(tmp_path / "a.pmtiles", tiles, leaf_size=16)
+    data = bytearray(path.read_bytes())
+    data[100:102] = bytes(zooms)
+    path.write_bytes(data)
+    assert tiles_of(planned(path, bbox="-180,-85,180,85")) == tiles
+    assert tiles_of(planned(path, bbox="-180,-85,-100,85", zoom="2:4")) == {
+        tile: data for tile, data in tiles.items() if tile[0] == 2 or tile[1] < 4
+    }
+
+
+def with_root(path: Path, entries: list[Entry], **header: int) -> Path:
+    """Write an archive of one directory, which nothing checks. header: offset of 8 bytes as `at_72` → number."""
+    write_pmtiles(path, square(0, 1))
+    data, image = bytearray(path.read_bytes()[:127]), tile_image(0)
+    root = serialize_directory(entries)
+    places = {16: len(root), 24: 127 + len(root), 32: 0, 40: 127 + len(root), 48: len(image), 56: 127 + len(root)}
+    for place, value in {**places, **{int(name[3:]): value for name, value in header.items()}}.items():
+        data[place : place + 8] = value.to_bytes(8, "little")
+    path.write_bytes(bytes(data) + root + image)
+    return path
+
+
+def test_runs_that_are_too_long_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(tile_image(0))
+    entries = [Entry(1, 0, size, 1), Entry(1398101, 0, size, 10**9), Entry(2 * 10**9, 0, size, 1)]
+    rows = list(rows_of(planned(with_root(tmp_path / "a.pmtiles", entries, at_72=3))))
+    messages = [record.error.message for record, *_ in rows if record.error]
+    assert (len(rows), len(messages)) == (3, 1)
+    assert "the entry of tile 11/0/0 stands for 1000000000 tiles, more than the 3 of its header" in messages[0]
+    path = with_root(tmp_path / "b.pmtiles", [Entry(1, 0, size, 10**15)], at_72=0)
+    with pytest.raises(InputRefused, match="is broken: the size, length or offset of an entry is larger"):
+        planned(path)
+    monkeypatch.setattr(pmtiles, "MAX_TILES", 40_000)
+    path = with_root(tmp_path / "c.pmtiles", [Entry(1398101, 0, size, 10**9)], at_72=0)
+    shards = planned(path)
+    (lost,) = rows_of(shards[2:])
+    assert [shard.rows for shard in shards] == [16_384, 16_384, 1]
+    assert lost[0].error
+    assert "more than 40000 tiles, of which 32768 are read; select" in lost[0].error.message
+
+
+@pytest.mark.parametrize("place", [8, 16, 40, 48, 56])
+def test_offsets_of_64_bits_are_refused(tmp_path: Path, place: int) -> None:
+    entries = [Entry(0, 0, len(tile_image(0)), 1)]
+    path = with_root(tmp_path / "a.pmtiles", entries, **{f"at_{place}": (1 << 64) - 1})
+    with pytest.raises(InputRefused, match="in its header is 18446744073709551615, which no file reaches"):
+        planned(path)
+
+
+def test_a_bomb_of_directories_is_refused(tmp_path: Path) -> None:
+    path = with_root(tmp_path / "a.pmtiles", [Entry(0, 0, 1, 1)])
+    bomb = gzip.compress(bytes(pmtiles.MAX_DIRECTORY_BYTES + 1))
+    data = bytearray(path.read_bytes()[:127])
+    data[16:24] = len(bomb).to_bytes(8, "little")
+    path.write_bytes(bytes(data) + bomb)
+    with pytest.raises(InputRefused, match="the directory at 127: it has more than 8388608 bytes"):
+        planned(path)
+    entries = [Entry(number, 0, 30, 0) for number in range(1, 2000)]
+    rows = list(rows_of(planned(with_root(tmp_path / "b.pmtiles", entries))))
+    messages = [record.error.message for record, *_ in rows if record.error]
+    assert len(rows) == len(messages) == 2
+    assert "1998 of its directories are another one again" in messages[0]
 
 
 def test_mbtiles_that_were_cut_short(tmp_path: Path) -> None:
@@ -425,6 +493,76 @@ def test_rows_that_are_no_tiles_are_errors(tmp_path: Path) -> None:
     assert any("1 of its tiles occur more than once" in message for message in messages)
     assert any("1 of its tiles are not numbers" in message for message in messages)
     assert len({image_id for _, _, image_id, _ in rows}) == 9
+
+
+@pytest.mark.parametrize("settings", [{"zoom": "3"}, {"bbox": "-180,-85,180,85"}])
+@pytest.mark.parametrize("type_", ["", "text"])
+def test_rows_that_are_no_tiles_are_errors_in_a_selection(tmp_path: Path, settings: dict[str, str], type_: str) -> None:
+    path = write_mbtiles(tmp_path / "a.mbtiles", {**square(3, 5), **square(2, 5, 10)}, "no index")
+    with sqlite3.connect(path) as database:
+        database.execute(f"CREATE TABLE other (zoom_level {type_}, tile_column, tile_row, tile_data)")
+        database.execute("INSERT INTO other SELECT * FROM tiles")
+        database.execute("INSERT INTO other VALUES ('3', 7, 7, x'00'), (NULL, 1, 1, x'00'), (2.5, 1, 1, x'00')")
+        database.execute("DROP TABLE tiles")
+        database.execute("ALTER TABLE other RENAME TO tiles")
+    shards = planned(path, **settings)
+    messages = [record.error.message for record, *_ in rows_of(shards) if record.error]
+    count = 13 if type_ else 3
+    assert len(messages) == count
+    assert all(f"{count} of its tiles are not numbers" in message for message in messages)
+    good = 0 if type_ else 5 if "zoom" in settings else 10
+    assert sum(shard.rows or 0 for shard in shards) == good + count
+
+
+@pytest.mark.parametrize("names", [["rowid"], ["ROWID", "_rowid_"], ["rowid", "_rowid_", "oid"]])
+@pytest.mark.parametrize("layout", ["no index", "map", "shallow"])
+def test_columns_that_are_called_rowid(tmp_path: Path, layout: Layout, names: list[str]) -> None:
+    tiles = {**square(3, 20), (3, 7, 7): tile_image(3)}
+    path = write_mbtiles(tmp_path / "a.mbtiles", tiles, layout)
+    table = {"no index": "tiles", "map": "images", "shallow": "tiles_data"}[layout]
+    with sqlite3.connect(path) as database:
+        for name in names:
+            database.execute(f"ALTER TABLE {table} ADD COLUMN {name} DEFAULT 1")
+    assert tiles_of(planned(path)) == tiles
+
+
+JOIN = "FROM map JOIN images ON map.tile_id = images.tile_id"
+COLUMNS = "map.zoom_level AS zoom_level, map.tile_column, map.tile_row, images.tile_data"
+
+
+@pytest.mark.parametrize(
+    ("view", "is_join"),
+    [
+        (f"SELECT {COLUMNS} {JOIN}", True),
+        (f"select  zoom_level, tile_column,\n tile_row, tile_data, images.tile_id {JOIN};", True),
+        (f'SELECT "map"."zoom_level", [map].tile_column, `tile_row`, tile_data {JOIN}', True),
+        ("SELECT zoom_level, tile_column, tile_row, tile_data FROM map LEFT JOIN images USING (tile_id)", True),
+        (f"SELECT {COLUMNS} FROM map INNER JOIN images ON (images.tile_id == map.tile_id)", True),
+        (f"SELECT {COLUMNS} {JOIN} WHERE zoom_level = 3", False),
+        (f"SELECT zoom_level, tile_column, 7 - tile_row AS tile_row, tile_data {JOIN}", False),
+        (f"SELECT zoom_level, tile_row AS tile_column, tile_column AS tile_row, tile_data {JOIN}", False),
+        (f"SELECT zoom_level, tile_column, tile_row, images.other AS tile_data {JOIN}", False),
+        (f"SELECT {COLUMNS} {JOIN} LIMIT 3", False),
+        (f"SELECT {COLUMNS} {JOIN} AND tile_row < 4", False),
+        (f"SELECT {COLUMNS} FROM map JOIN images ON images.tile_id = map.tile_id || ''", False),
+    ],
+)
+def test_a_view_of_the_author_is_read_as_it_is(tmp_path: Path, view: str, is_join: bool) -> None:
+    path = write_mbtiles(tmp_path / "a.mbtiles", {**square(3, 20), **square(2, 3, 30)}, "map")
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE images ADD COLUMN other")
+        database.execute("UPDATE images SET other = tile_data")
+        database.execute("DROP VIEW tiles")
+        database.execute(f"CREATE VIEW tiles AS {view}")
+        expected = {(z, x, y): data for z, x, y, data in database.execute("SELECT * FROM tiles".replace("*", FIELDS))}
+        assert mbtiles._layout(database, "a").has_rowids == is_join
+    rows = [row for row in rows_of(planned(path)) if not row[0].error]
+    assert {(k["tile_z"], k["tile_x"], (1 << k["tile_z"]) - 1 - k["tile_y"]): r.data for r, _, _, k in rows} == {
+        place: data for place, data in expected.items() if 0 <= place[2] < 1 << place[0]
+    }
+
+
+FIELDS = "zoom_level, tile_column, tile_row, tile_data"
 
 
 def test_a_place_without_data_is_an_error(tmp_path: Path) -> None:
