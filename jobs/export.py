@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline import cli
 from pipeline.errors import printable
 from pipeline.explore.export import PARTITIONS, SORTS, export
+from pipeline.output.geoparquet import VERSIONS
 
 
 def parser() -> cli.Parser:
@@ -28,6 +29,9 @@ def parser() -> cli.Parser:
     export_parser.add_argument(
         "--partition-by", choices=PARTITIONS, help="make .parquet a folder: by degree cell, zoom or month"
     )
+    export_parser.add_argument(
+        "--geoparquet", choices=VERSIONS, help="version of .parquet: 1.1 (default), or 2.0 with the type GEOMETRY"
+    )
     export_parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     return export_parser
 
@@ -37,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         columns = [name.strip() for name in flags.columns.split(",")] if flags.columns else []
-        result = export(flags.output, flags.to, columns, flags.sort, flags.partition_by, overwrite=flags.overwrite)
+        how = {"geoparquet": flags.geoparquet, "overwrite": flags.overwrite}
+        result = export(flags.output, flags.to, columns, flags.sort, flags.partition_by, **how)
         print(printable(result.describe()))
         return 0
 

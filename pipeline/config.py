@@ -117,6 +117,11 @@ class RunConfig:
         0.9,
         metavar="F",
     )
+    geoparquet: str = flag(
+        "of results with footprints: 1.1, which every reader knows, or 2.0, with Parquet's own type GEOMETRY",
+        "1.1",
+        choices=("1.1", "2.0"),
+    )
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
         "rows per Parquet part, of 512 MiB at most (default: depends on the archive's size)", None, metavar="N"
@@ -368,6 +373,7 @@ class RunConfig:
             **self.value_settings(),  # absent by default: outputs of earlier versions have none of them
             **self.tile_settings(),
             **({"vectors": True} if self.vectors else {}),
+            **({"geoparquet": self.geoparquet} if self.geoparquet != "1.1" else {}),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 NOT_OF_VECTORS = {
     # which images are read, and what is written beside the vector
     "input", "keep", "image_column", "uri_column", "any_suffix", "limit", "max_pixels", "vectors",
-    "zoom", "bbox", "datetime", "any_values",
+    "zoom", "bbox", "datetime", "any_values", "geoparquet",
     # which columns the same features become. A float16 column is a rounded copy of the same vector
     "predictor", "columns", "embedding_dtype", "embeddings", "top_k", "labels", "heads",
 }  # fmt: skip

@@ -30,7 +30,7 @@ FLAGS = {
     "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
     "--update", "--cluster", "--prices", "--dry-run", "--bands", "--scale", "--nodata-fill", "--quiet", "--verbose",
     "--log-file", "--harmonize", "--any-values",
-    "--tile-size", "--tile-stride", "--edge", "--resolution", "--resampling", "--max-nodata",
+    "--tile-size", "--tile-stride", "--edge", "--resolution", "--resampling", "--max-nodata", "--geoparquet",
 }  # fmt: skip
 NETWORK_FLAGS = {
     "--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype", "--resize", "--crop",

@@ -18,6 +18,7 @@ from pipeline.engine import cluster, metrics
 from pipeline.engine.allocation import Allocation
 from pipeline.engine.datasource import KeysWithCredentials, ShardDatasource, Unit
 from pipeline.errors import NightshiftError, message_line
+from pipeline.output import embedding_metadata
 from pipeline.output.commit import Commit
 from pipeline.output.run_record import RunRecord
 from pipeline.planning.archive import Archive
@@ -80,7 +81,8 @@ class Flow:
             decode_bytes=cluster.decode_bytes(allocation.read_cpus),
         )
         result = schema.result(predictor.columns, dict(loader.keep.values()))
-        sink = Sink(config.output, attempt, result, record.footer)
+        embeddings = embedding_metadata.describe(record.settings, record.provenance, result)
+        sink = Sink(config.output, attempt, result, record.footer, config.geoparquet, embeddings)
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, allotment.batch_size)
         keys = archive.keys_with_credentials(plan)
         return Flow(plan, units, keys, loader, predictor, sink, allocation, allotment, rows_per_part, record.labels)

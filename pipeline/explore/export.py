@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.errors import NightshiftError, OutputRefused, SettingRefused, message_line
 from pipeline.explore.table import Output, open_output
 from pipeline.explore.target import check_target, need_geo, replaced
-from pipeline.output.geoparquet import BBOX, GEOMETRY, has_footprints
+from pipeline.output.geoparquet import BBOX, GEOMETRY, VERSIONS, WKB_ONLY, check_version, has_footprints
 
 DRIVERS = {".geojson": "GeoJSON", ".fgb": "FlatGeobuf", ".gpkg": "GPKG", ".pmtiles": "PMTiles"}
 PARQUET = ".parquet"
@@ -64,16 +64,18 @@ def export(
     sort: str | None = None,
     partition_by: str | None = None,
     *,
+    geoparquet: str | None = None,
     overwrite: bool = False,
 ) -> Export:
     """Write the rows of an output with their footprints. The suffix of `to` chooses the format.
 
     columns: names, () for all without vectors; `geometry` is always there. sort: of GeoParquet, `hilbert` (default) or
-    `none`. partition_by: of GeoParquet, which becomes a folder of files. Raises SettingRefused and OutputRefused.
+    `none`. partition_by: of GeoParquet, which becomes a folder of files. geoparquet: its version,
+    1.1 (default) or 2.0. Raises SettingRefused and OutputRefused.
     """
     suffix = to.suffix.lower()
     check_target(to, "--to", SUFFIXES, overwrite)
-    _check_options(suffix, sort, partition_by)
+    _check_options(suffix, sort, partition_by, geoparquet)
     need_geo("nightshift export", "geopandas" if suffix == PARQUET else "pyogrio")
     opened = open_output(output)
     _check_footprints(opened)
@@ -84,7 +86,8 @@ def export(
         if suffix == PARQUET:
             from pipeline.explore.geoparquet import write_sorted
 
-            made = write_sorted(opened, names, folder / to.name, sort or SORTS[0], partition_by)
+            version = geoparquet or WKB_ONLY
+            made = write_sorted(opened, names, folder / to.name, sort or SORTS[0], partition_by, version)
             rows, without, files = made.rows, made.without_geometry, made.files
         else:
             rows, without = _write_features(opened, names, folder / to.name, DRIVERS[suffix], to.stem)
@@ -98,12 +101,14 @@ def export(
     return Export(to, rows if has_them else rows - without, without, has_them, files, opened.is_finished)
 
 
-def _check_options(suffix: str, sort: str | None, partition_by: str | None) -> None:
-    for flag, value, known in (("--sort", sort, SORTS), ("--partition-by", partition_by, PARTITIONS)):
+def _check_options(suffix: str, sort: str | None, partition_by: str | None, geoparquet: str | None) -> None:
+    options = (("--sort", sort, SORTS), ("--partition-by", partition_by, PARTITIONS))
+    for flag, value, known in (*options, ("--geoparquet", geoparquet, VERSIONS)):
         if value is not None and value not in known:
             raise SettingRefused(f"{flag} is {value!r}: it must be one of {', '.join(known)}")
         if value is not None and suffix != PARQUET:
             raise SettingRefused(f"{flag} is for GeoParquet: write to a name that ends with {PARQUET}")
+    check_version(geoparquet or WKB_ONLY)
 
 
 def _check_footprints(output: Output) -> None:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SettingRefused
 from pipeline.explore.table import Output
-from pipeline.output.geoparquet import BBOX, CORNERS, GEOMETRY, geo_metadata
+from pipeline.output import embedding_metadata
+from pipeline.output.geoparquet import BBOX, CORNERS, GEOMETRY, WKB_ONLY, geo_metadata, with_type
 from pipeline.output.parts import column_options
 
 GROUP_ROWS = 10_000
@@ -48,14 +49,21 @@ class Written:
     files: int = 0
 
 
-def write_sorted(output: Output, names: Sequence[str], path: Path, sort: str, partition_by: str | None) -> Written:
+def write_sorted(
+    output: Output,
+    names: Sequence[str],
+    path: Path,
+    sort: str,
+    partition_by: str | None,
+    version: str = WKB_ONLY,
+) -> Written:
     """Write the columns `names`, with geometry and bbox, to a file, or to a folder if `partition_by` is given.
 
     sort: hilbert or none. partition_by: `grid` (cells of one degree), `zoom` (column tile_z) or `datetime` (month).
-    Raises SettingRefused for a column that the output lacks.
+    version: of GeoParquet. Raises SettingRefused for a column that the output lacks.
     """
     key_columns = _key_columns(output, partition_by)
-    order = _Order(output, sort, partition_by, key_columns)
+    order = _Order(output, sort, partition_by, key_columns, version)
     with tempfile.TemporaryDirectory(prefix="buckets-", dir=path.parent) as folder:
         buckets = _Buckets(Path(folder), order, output, names, key_columns)
         buckets.fill()
@@ -75,13 +83,14 @@ def _key_columns(output: Output, partition_by: str | None) -> list[str]:
 
 @dataclass
 class _Geo:
-    """The metadata `geo` of a file, added up over its tables."""
+    """The metadata `geo` of a file, added up over its tables. version: of GeoParquet."""
 
+    version: str = WKB_ONLY
     value: dict[str, Any] = field(default_factory=dict)
     has_bounds: bool = True
 
     def add(self, table: pa.Table) -> None:
-        new = json.loads(geo_metadata(table))
+        new = json.loads(geo_metadata(table, self.version))
         column = new["columns"][GEOMETRY]
         if not self.value:
             self.value = new
@@ -104,8 +113,10 @@ class _Order:
     occupied bins, sorted. rows: the number of rows of each.
     """
 
-    def __init__(self, output: Output, sort: str, partition_by: str | None, key_columns: list[str]) -> None:
-        self.is_curve, self.partition_by = sort == "hilbert", partition_by
+    def __init__(
+        self, output: Output, sort: str, partition_by: str | None, key_columns: list[str], version: str
+    ) -> None:
+        self.is_curve, self.partition_by, self.version = sort == "hilbert", partition_by, version
         self.bounds = _bounds(output) if self.is_curve else (0.0, 0.0, 1.0, 1.0)
         counts: Counter[tuple[str, int]] = Counter()
         self.geo: dict[str, _Geo] = {}
@@ -128,7 +139,7 @@ class _Order:
         each = np.array(names)
         for name in set(names):
             part = table if len(set(names)) == 1 else table.filter(pa.array(each == name))
-            self.geo.setdefault(name, _Geo()).add(part)
+            self.geo.setdefault(name, _Geo(self.version)).add(part)
 
     def codes(self, batch: Any, seen: int) -> Codes:
         """The place of each row: the number of its partition, then 32 bits on the curve. seen: rows before these."""
@@ -267,9 +278,14 @@ class _File:
         path.parent.mkdir(parents=True, exist_ok=True)
         provenance = output.record.get("provenance") or {}
         footer = json.dumps({"fingerprint": output.record.get("fingerprint"), **provenance})
-        described = schema.with_metadata({"nightshift": footer, "geo": json.dumps(geo.value)})
+        self.version = geo.version
+        typed = with_type(schema.empty_table(), self.version).schema
+        has_vectors = embedding_metadata.COLUMN in schema.names
+        embeddings = embedding_metadata.describe(output.settings, provenance, output.schema) if has_vectors else {}
+        keys = {"nightshift": footer, "geo": json.dumps(geo.value), **embedding_metadata.to_text(embeddings)}
+        described = typed.with_metadata(keys)
         options = {"compression": "zstd", "write_page_index": True, "write_page_checksum": True}
-        self.writer = pq.ParquetWriter(path, described, **options, **column_options(schema))
+        self.writer = pq.ParquetWriter(path, described, **options, **column_options(schema, self.version))
         self.schema = described
         self.waiting = schema.empty_table()
 
@@ -280,7 +296,8 @@ class _File:
             self.waiting = self.waiting[GROUP_ROWS:]
 
     def _write(self, table: pa.Table) -> None:
-        self.writer.write_table(table.replace_schema_metadata(self.schema.metadata), row_group_size=GROUP_ROWS)
+        typed = with_type(table, self.version).replace_schema_metadata(self.schema.metadata)
+        self.writer.write_table(typed, row_group_size=GROUP_ROWS)
 
     def close(self) -> None:
         if len(self.waiting):

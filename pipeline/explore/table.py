@@ -69,7 +69,8 @@ class Output:
         """Schema of the results, read from the first part; empty if there is none yet. Raises OutputRefused."""
         if not self.parts:
             return pa.schema([])
-        return _open(self.uri, self.parts[0].path).schema.remove_metadata()
+        fields = _open(self.uri, self.parts[0].path).schema
+        return pa.schema([each.remove_metadata() for each in fields])  # that of geometries in GeoParquet 2.0
 
     @property
     def columns(self) -> list[str]:

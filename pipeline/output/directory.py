@@ -19,6 +19,7 @@ from pipeline.errors import OutputRefused, ReadError, Refused
 from pipeline.output import ledger as ledgers
 from pipeline.output import lock
 from pipeline.output.commit import ERRORS
+from pipeline.output.geoparquet import check_version
 from pipeline.output.lock import LOCK, taken_over
 from pipeline.output.parts import encode_errors, read_committed, write_part
 from pipeline.output.results import RunResults
@@ -89,6 +90,7 @@ def check(config: RunConfig, archive: Archive) -> None:
 
     The next attempt at a planned run does not list its archive, so the input may be missing.
     """
+    check_version(config.geoparquet)
     if uris.is_local(config.output):
         _refuse_read_only(Path(config.output))
     try:

@@ -1,12 +1,25 @@
-"""GeoParquet 1.1: the footer key `geo` of parts that have footprints (https://geoparquet.org/releases/v1.1.0)."""
+"""GeoParquet: the footer key `geo` of parts that have footprints, and the type of their column `geometry`.
 
+Version 1.1 (https://geoparquet.org/releases/v1.1.0) stores WKB as plain bytes, which every reader knows. Version 2.0
+gives them Parquet's own type GEOMETRY, with a box and the types of geometry in the statistics of each row group
+(https://github.com/apache/parquet-format/blob/master/Geospatial.md).
+"""
+
+import io
 import json
+from collections.abc import Mapping
+from functools import cache
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import SettingRefused
 
 GEOMETRY, BBOX = "geometry", "bbox"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+WKB_ONLY, NATIVE = "1.1", "2.0"
+VERSIONS = (WKB_ONLY, NATIVE)
 POLYGON, MULTI_POLYGON = 3, 6
 GEOMETRY_NAMES = {POLYGON: "Polygon", MULTI_POLYGON: "MultiPolygon"}
 """WKB's numbers of geometry types."""
@@ -22,7 +35,52 @@ def has_footprints(schema: pa.Schema) -> bool:
     return is_box and bool(pa.types.is_binary(schema.field(GEOMETRY).type))
 
 
-def geo_metadata(table: pa.Table) -> str:
+def check_version(version: str) -> None:
+    """Raise SettingRefused for a version of GeoParquet that the installed packages cannot write."""
+    if version == NATIVE and not _writes_native_type():
+        raise SettingRefused(
+            f"--geoparquet {version} needs Parquet's type GEOMETRY, which pyarrow {pa.__version__} cannot write here: "
+            "pip install 'nightshift[geo]' 'pyarrow>=21', or leave it out for GeoParquet 1.1"
+        )
+
+
+@cache
+def _writes_native_type() -> bool:
+    """Write an empty table and look at its type: pyarrow 20 and older store plain bytes without a word."""
+    try:
+        table = pa.table({GEOMETRY: pa.array([], native_type())})
+    except ImportError:
+        return False
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return "Geometry" in str(pq.read_metadata(buffer).schema.column(0).logical_type)
+
+
+def native_type() -> pa.DataType:
+    """The Arrow type that pyarrow stores as GEOMETRY: `geoarrow.wkb` in OGC:CRS84. Raises ImportError without [geo].
+
+    The type is not registered, so that tables read again have plain binary columns, as those of version 1.1.
+    """
+    from geoarrow import types  # of the extra [geo]
+
+    return types.wkb(crs=types.OGC_CRS84).to_pyarrow()
+
+
+def with_type(table: pa.Table, version: str) -> pa.Table:
+    """The table with `geometry` in the type of a version, if it has footprints."""
+    if version != NATIVE or not has_footprints(table.schema):
+        return table
+    index = table.schema.get_field_index(GEOMETRY)
+    return table.set_column(index, pa.field(GEOMETRY, native_type()), table[GEOMETRY].cast(native_type()))
+
+
+def version_of(metadata: Mapping[bytes, bytes] | None) -> str:
+    """The version of GeoParquet in a footer, WKB_ONLY if it has none."""
+    text = (metadata or {}).get(b"geo")
+    return NATIVE if text and json.loads(text)["version"].startswith("2.") else WKB_ONLY
+
+
+def geo_metadata(table: pa.Table, version: str = WKB_ONLY) -> str:
     """The value of `geo` for a table with footprints in OGC:CRS84, the CRS of GeoParquet if none is named.
 
     A row's `bbox` is the range of its coordinates. Across the antimeridian it is therefore -180 to 180: readers skip
@@ -37,7 +95,7 @@ def geo_metadata(table: pa.Table) -> str:
         "covering": {"bbox": {corner: [BBOX, corner] for corner in CORNERS}},
         **_bounds(table[BBOX]),
     }
-    return json.dumps({"version": "1.1.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}})
+    return json.dumps({"version": f"{version}.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}})
 
 
 def _geometry_types(wkb: pa.ChunkedArray) -> list[str]:

@@ -5,6 +5,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline import coverage, schema
 from pipeline.errors import OutputRefused, message_line
+from pipeline.output import embedding_metadata
 from pipeline.output.commit import ERRORS, RESULTS, Commit
-from pipeline.output.geoparquet import GEOMETRY, geo_metadata, has_footprints
+from pipeline.output.geoparquet import GEOMETRY, NATIVE, WKB_ONLY, geo_metadata, has_footprints, version_of, with_type
 from pipeline.output.ledger import commit_uri
 from pipeline.storage import access, uris
 from pipeline.storage.parquet import open_parquet
@@ -105,7 +107,9 @@ def _without(output: str, old: str | None, new: str, left: Mapping[int, coverage
     if not len(kept):
         return None
     footer = table.schema.metadata[b"nightshift"].decode()
-    write_part(output, new, encode(kept, footer, **column_options(kept.schema)))
+    version = version_of(table.schema.metadata)
+    more = embedding_metadata.text_of(table.schema.metadata)
+    write_part(output, new, encode(kept, footer, version, more, **column_options(kept.schema, version)))
     return kept
 
 
@@ -116,9 +120,13 @@ def remove(output: str, commit: Commit) -> None:
         access.delete(uris.join(output, path))
 
 
-def column_options(result: pa.Schema) -> dict[str, Any]:
-    """Options of `encode` for results: no dictionary and no statistics for vectors, because they only cost time."""
-    plain = [name for f in result if not schema.is_vector(f.type) and f.name != GEOMETRY for name in _leaves(f)]
+def column_options(result: pa.Schema, geoparquet: str = WKB_ONLY) -> dict[str, Any]:
+    """Options of `encode` for results: no dictionary and no statistics for vectors, because they only cost time.
+
+    The bytes of WKB have no useful minimum; the native type has a box instead.
+    """
+    without = () if geoparquet == NATIVE else (GEOMETRY,)
+    plain = [name for f in result if not schema.is_vector(f.type) and f.name not in without for name in _leaves(f)]
     strings = [f.name for f in result if pa.types.is_string(f.type)]
     return {"use_dictionary": strings, "write_statistics": plain}
 
@@ -130,15 +138,22 @@ def _leaves(field: pa.Field) -> list[str]:
     return [f"{field.name}.{each}" for inner in field.type for each in _leaves(inner)]
 
 
-def encode(table: pa.Table, footer: str, **options: Any) -> bytes:
+def encode(
+    table: pa.Table,
+    footer: str,
+    geoparquet: str = WKB_ONLY,
+    more: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> bytes:
     """Encode a table as Parquet with page checksums.
 
-    footer: JSON for the file's metadata, under the key `nightshift`. A table with footprints gets the key `geo` too.
+    footer: JSON for the file's metadata, under the key `nightshift`. A table with footprints gets the key `geo` too,
+    and its geometry the type of this version of GeoParquet. more: further keys.
     options: of `pyarrow.parquet.write_table`.
     """
     buffer = io.BytesIO()
-    geo = {"geo": geo_metadata(table)} if has_footprints(table.schema) else {}
-    table = table.replace_schema_metadata({"nightshift": footer, **geo})
+    geo = {"geo": geo_metadata(table, geoparquet)} if has_footprints(table.schema) else {}
+    table = with_type(table, geoparquet).replace_schema_metadata({"nightshift": footer, **geo, **more})
     with pq.ParquetWriter(
         buffer,
         table.schema,

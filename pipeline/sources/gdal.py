@@ -9,7 +9,8 @@ import math
 import posixpath
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import affine
@@ -26,15 +27,20 @@ from rasterio.windows import Window
 from pipeline.errors import NightshiftError, ReadError, StorageRefused
 from pipeline.geo.footprints import crs_name, pixel_metres
 from pipeline.geo.windows import Span, Tiling
+from pipeline.sources.read_ahead import Range, ReadAhead
 from pipeline.sources.scene import Band, RasterFile, Scene
 from pipeline.storage import access
 from pipeline.storage.base import ObjectInfo
+from pipeline.storage.uris import BUCKET_SCHEMES
 
 DRIVERS = ("GTiff", "JP2OpenJPEG", "VRT")
 CHUNK_BYTES = 1 << 16
 CHUNKS = 32
 CHUNKS_AHEAD = 8
 """Small reads, of headers and tables of tiles, are served from this many chunks of CHUNK_BYTES."""
+AHEAD_BYTES = 32 << 20
+"""Of compressed blocks of remote files that are fetched before GDAL asks for them, for one shard."""
+READS_AHEAD = (*BUCKET_SCHEMES, "http", "https")
 READ_BY_GDAL = (".aux.xml", ".ovr", ".msk")
 HEADER_CACHE_BYTES = 16 << 20
 MAX_FACTOR = 1e9
@@ -60,12 +66,15 @@ class _Bytes:
         self.raw = getattr(self.file, "raw", self.file)  # a buffer would read megabytes for each tile
         self.size = self.raw.seek(0, 2)
         self.chunks: OrderedDict[int, bytes] = OrderedDict()
+        self.ahead: ReadAhead | None = None
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from `start` to `stop`, fewer at the end of the object."""
         stop = min(stop, self.size)
         if stop <= start:
             return b""
+        if self.ahead and (data := self.ahead.find(start, stop)) is not None:
+            return data
         if stop - start >= CHUNK_BYTES // 4:
             return self._fetch(start, stop)
         first, last = start // CHUNK_BYTES, (stop - 1) // CHUNK_BYTES
@@ -196,8 +205,19 @@ class _Files(FileContainer):  # type: ignore[misc]
     def rm(self, path: str) -> None:
         raise PermissionError(path)
 
+    def read_ahead(self, uri: str, steps: Iterable[Sequence[Range]], limit_bytes: int) -> ReadAhead | None:
+        """Fetch the ranges of a file that the next steps need; None for a file that is not worth it."""
+        data = self._load(uri)
+        read_range = getattr(data.raw, "read_range", None)  # needs no position, so threads can share it
+        if read_range is None or uri.partition("://")[0] not in READS_AHEAD:
+            return None
+        data.ahead = ReadAhead(lambda start, stop: bytes(read_range(start, min(stop, data.size))), steps, limit_bytes)
+        return data.ahead
+
     def close(self) -> None:
         for data in self._bytes.values():
+            if data.ahead:
+                data.ahead.close()
             data.file.close()
 
 
@@ -412,6 +432,12 @@ ANY_CRS = "EPSG:3857"
 """`reproject` needs a CRS; source and destination have the same, so that it does not matter which."""
 
 
+def _block_numbers(start: float, length: float, block: int, margin: int, whole: int) -> range:
+    """The blocks that a range of pixels touches. whole: length of the file's side."""
+    first, last = max(0, math.floor(start) - margin), min(whole, math.ceil(start + length) + margin)
+    return range(first // block, -(-last // block))
+
+
 UNIT = Affine.scale(10, -10)
 """Size of a file's pixels for `reproject`. GDAL takes pixels of 1 × 1 at 0, 0 for a file without a transform."""
 
@@ -419,8 +445,11 @@ UNIT = Affine.scale(10, -10)
 class Reader:
     """Reads windows of a scene. Not thread-safe."""
 
-    def __init__(self, scene: Scene, bands: Sequence[int], cache_bytes: int) -> None:
-        """bands: indices over all files of the scene. Raises OSError, ReadError and StorageRefused."""
+    def __init__(
+        self, scene: Scene, bands: Sequence[int], cache_bytes: int, windows: Sequence[tuple[Span, Span]] = ()
+    ) -> None:
+        """bands: indices over all files of the scene. windows: those that will be read, in order; blocks of remote
+        files are fetched ahead for them. Raises OSError, ReadError and StorageRefused."""
         self.scene, self.size, self.bands = scene, scene.tiling.size, len(bands)
         self.dtype = np.dtype(scene.bands[bands[0]].dtype)
         self.files: list[_BandReader] = []
@@ -433,6 +462,8 @@ class Reader:
                     self.files.append(_BandReader(scene, file, indices, places, cache_bytes))
                     self.files[-1].check_blocks()
                 first += len(file.bands)
+            for each in self.files:
+                each.read_ahead(windows, AHEAD_BYTES // len(self.files))
         except BaseException:
             self.close()
             raise
@@ -469,6 +500,33 @@ class _BandReader:
         self.indexes = [index + 1 for index in bands]
         self.masks = {file.bands[index].mask for index in bands}
         self.input = _Dataset(file.uri, {file.uri: file.etag, **file.siblings}, cache_bytes)
+        self.ahead: ReadAhead | None = None
+        self.steps: dict[tuple[Span, Span], int] = {}
+
+    def read_ahead(self, windows: Sequence[tuple[Span, Span]], limit_bytes: int) -> None:
+        """Fetch the blocks of the windows before they are read. Only a TIFF says where its blocks are, and only blocks
+        of full resolution are known to be the ones that GDAL reads."""
+        if len(windows) < 2 or self.input.dataset.driver != "GTiff" or self.scene.is_resampled:
+            return
+        steps = (self._blocks(*window) for window in windows)
+        self.ahead = self.input.files.read_ahead(self.file.uri, steps, limit_bytes)
+        self.steps = {window: step for step, window in enumerate(windows)}
+
+    def _blocks(self, across: Span, down: Span) -> list[Range]:
+        """The ranges of the file with the blocks of a window."""
+        window, (height, width) = self._window(across, down), self.file.block
+        margin = 0 if self.file.factor == (1.0, 1.0) else MARGIN_PIXELS
+        columns = _block_numbers(window.col_off, window.width, width, margin, self.input.dataset.width)
+        rows = _block_numbers(window.row_off, window.height, height, margin, self.input.dataset.height)
+        bands = self.indexes[:1] if self.file.is_interleaved else self.indexes
+        places = [(column, row, band) for row in rows for column in columns for band in bands]
+        return [found for place in places if (found := self._block(*place))]
+
+    def _block(self, column: int, row: int, band: int) -> Range | None:
+        """None for a block that a sparse file does not have."""
+        names = (f"BLOCK_OFFSET_{column}_{row}", f"BLOCK_SIZE_{column}_{row}")
+        offset, size = (self.input.dataset.get_tag_item(name, "TIFF", bidx=band) for name in names)
+        return (int(offset), int(offset) + int(size)) if offset and size else None
 
     def check_blocks(self) -> None:
         """Raise ReadError (corrupt) if the header of a TIFF lists fewer blocks than its size has.
@@ -496,6 +554,8 @@ class _BandReader:
 
     def read(self, across: Span, down: Span) -> tuple[np.ndarray, np.ndarray | None]:
         """Numbers [bands, height, width] of a window, and True for those without data; None if all have data."""
+        if self.ahead and (step := self.steps.get((across, down))) is not None:
+            self.input.call(partial(self.ahead.advance, step))
         window = self._window(across, down)
         shape = down.pixels, across.pixels
         is_without_zeros = self.scene.zero_is_missing and self.masks == {""}

@@ -442,7 +442,8 @@ def _windows(scene: Scene, numbers: list[int], options: ReadOptions) -> Iterator
         try:
             bands = chosen_bands(scene, options)
             present = [band for band in bands if band != FILLED]
-            reader = gdal().Reader(scene, present, max(CACHE_BYTES, scene.cache_bytes(present)))
+            windows = [scene.spans(row) for row in numbers]
+            reader = gdal().Reader(scene, present, max(CACHE_BYTES, scene.cache_bytes(present)), windows)
         except OSError as error:
             fault = storage_fault(scene.uri, error)
         except ReadError as error:

@@ -4,8 +4,9 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import coverage, schema
+from pipeline.output import embedding_metadata
 from pipeline.output.commit import ERRORS, RESULTS, Commit
+from pipeline.output.geoparquet import WKB_ONLY
 from pipeline.output.ledger import commit_uri
 from pipeline.output.parts import column_options, count_errors, count_nulls, encode, encode_errors, write_part
 from pipeline.stages import usage
+from pipeline.stages.ground_resolution import metres_per_pixel
 from pipeline.storage import access, uris
 
 MAX_EXPANDED_BYTES = 256 << 20
@@ -27,13 +31,16 @@ MAX_EXPANDED_BYTES = 256 << 20
 class Sink:
     """Writes the parts of one attempt. Called with the rows of one part at a time, in any worker.
 
-    result_schema: of a part. footer: JSON that every part has under the key `nightshift`.
+    result_schema: of a part. footer: JSON that every part has under the key `nightshift`. geoparquet: version of parts
+    with footprints. embeddings: fields of `output.embedding_metadata`.
     """
 
     output: str
     attempt: int
     result_schema: pa.Schema
     footer: str
+    geoparquet: str = WKB_ONLY
+    embeddings: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, table: pa.Table) -> str | None:
         """Write the rows, commit them, and return the commits as lines of JSON; None if there are no rows.
@@ -101,7 +108,16 @@ class Sink:
 
     def _part(self, rows: pa.Table) -> bytes:
         table = rows.select(self.result_schema.names).cast(self.result_schema)
-        return encode(table, self.footer, **column_options(self.result_schema))
+        more = embedding_metadata.to_text(self._embeddings(table))
+        return encode(table, self.footer, self.geoparquet, more, **column_options(self.result_schema, self.geoparquet))
+
+    def _embeddings(self, rows: pa.Table) -> dict[str, Any]:
+        """The fields of the run with those of these rows."""
+        if not self.embeddings:
+            return {}
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        metres = None if "gsd" in self.embeddings else metres_per_pixel(rows)
+        return {**self.embeddings, **({"gsd": metres} if metres else {}), "processing:datetime": now}
 
 
 def _sorted_once(table: pa.Table) -> pa.Table:
@@ -138,8 +154,8 @@ def _with_repeats(rows: pa.Table, numbers: "np.ndarray[Any, np.dtype[np.int64]]"
     """
     is_repeat = pa.array(numbers > 0)
     columns = {name: rows[name] for name in rows.column_names}
-    for field in repeats.type:
-        columns[field.name] = pc.if_else(is_repeat, repeats.field(field.name), columns[field.name])
+    for each in repeats.type:
+        columns[each.name] = pc.if_else(is_repeat, repeats.field(each.name), columns[each.name])
     for name in (*schema.SECONDS.names, *schema.USAGE.names, "size_bytes"):
         columns[name] = pc.if_else(is_repeat, pa.scalar(0, columns[name].type), columns[name])
     columns["row"] = pc.add(columns["row"], pa.array(numbers))

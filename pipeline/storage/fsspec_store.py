@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import io
+import os
 import queue
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -199,32 +201,41 @@ class FsspecStore:
 
 
 class _Ranges:
-    """Ranges of an open file. After a failed request it is opened again; without ranges it is copied to disk."""
+    """Ranges of an open file. After a failed request it is opened again; without ranges it is copied to disk.
+
+    Each of several threads has a file of its own.
+    """
 
     def __init__(self, store: FsspecStore, path: str, file: Any) -> None:
         self.store, self.path, self.size_bytes = store, path, file.size
-        self.file: Any = file
+        self.idle: list[Any] = [file]
+        self.copy: BinaryIO | None = None
+        self.lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> Any:
         """The bytes from `start` to `stop`, with retries."""
         return with_retries(lambda: self._read(start, stop))
 
     def _read(self, start: int, stop: int) -> Any:
-        file, self.file = self.file or self.store._open(self.path), None
-        try:
-            data = self._part(file, start, stop)
-        except ValueError as error:
-            if "range requests" not in str(error):
-                raise
-            file = self.store._copy_to_disk(self.path, self.size_bytes)
-            data = self._part(file, start, stop)
-        self.file = file
-        return data
+        if self.copy is None:
+            try:
+                return self._from_server(start, stop)
+            except ValueError as error:
+                if "range requests" not in str(error):
+                    raise
+            with self.lock:  # one copy, also for several threads
+                self.copy = self.copy or self.store._copy_to_disk(self.path, self.size_bytes)
+        return check_length(os.pread(self.copy.fileno(), stop - start, start), stop - start)
 
-    @staticmethod
-    def _part(file: Any, start: int, stop: int) -> Any:
+    def _from_server(self, start: int, stop: int) -> Any:
+        try:
+            file = self.idle.pop()
+        except IndexError:
+            file = self.store._open(self.path)
         file.seek(start)
-        return check_length(file.read(stop - start), stop - start)
+        data = check_length(file.read(stop - start), stop - start)
+        self.idle.append(file)
+        return data
 
 
 def _date(info: dict[str, Any], size_bytes: int) -> str:

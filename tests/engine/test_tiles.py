@@ -11,7 +11,9 @@ import pytest
 from tile_archives import Tile, square, tile_image, write_mbtiles, write_pmtiles
 from whole import SLOW, TINY, Jobs, count_commits, embeddings, same, wait_for
 
+from pipeline.output.commit import Commit
 from pipeline.output.verify import verify
+from pipeline.planning import plan as plans
 
 OCEAN = tile_image(10**6)
 
@@ -29,6 +31,13 @@ def whole_report(output: Path) -> dict[str, int]:
     assert checked.is_whole, checked.problems
     report = json.loads((output / "_report.json").read_text())
     return {name: report[name] for name in ("planned", "rows", "errors", "resumed_images")}
+
+
+def read_since(output: Path, shards: int) -> tuple[int, int]:
+    """Images of all shards but the first ones that workers read, and their bytes."""
+    commits = [Commit.from_json(path.read_bytes()) for path in output.glob("_commits/part-*.json")]
+    new = [commit for commit in commits if min(commit.ranges, default=-1) >= shards]
+    return sum(commit.rows + commit.errors for commit in new), sum(commit.bytes_read for commit in new)
 
 
 @pytest.mark.slow
@@ -51,8 +60,12 @@ def test_one_row_per_place_and_an_update_of_what_changed(jobs: Jobs, tmp_path: P
     changed = {**tiles, (5, 0, 3): tile_image(7000), (5, 31, 31): tile_image(7001), (5, 0, 4): b"broken now"}
     del changed[5, 2, 2]
     write(path, changed)
+    planned = plans.load(str(out))
+    assert planned is not None
     jobs.run("embed", *settings, "--output", out, "--update")
     assert whole_report(out) == {"planned": 200, "rows": 199, "errors": 1, "resumed_images": 197}
+    new = [data for tile, data in changed.items() if tiles.get(tile) != data]
+    assert read_since(out, planned.shards) == (3, sum(map(len, new))), "1 % of the tiles, and no other"
     jobs.run("embed", *settings, "--output", tmp_path / "new")
     assert same(embeddings(out), embeddings(tmp_path / "new"))
     done = jobs.run("embed", *settings, "--output", out, "--update")

@@ -25,6 +25,7 @@ from pipeline.explore import geoparquet
 from pipeline.explore.export import export
 from pipeline.output import ledger as ledgers
 from pipeline.output.commit import Commit
+from pipeline.output.parts import column_options, encode
 from pipeline.stages.write import Sink
 from pipeline.storage import access
 
@@ -139,6 +140,35 @@ def test_an_output_without_rows_is_refused(tmp_path: Path) -> None:
     for suffix in (".gpkg", ".pmtiles", ".parquet"):
         with pytest.raises(OutputRefused, match="has no rows, so there is nothing to export"):
             export(str(written), tmp_path / f"w{suffix}")
+
+
+def test_geoparquet_2_of_both_versions_and_back(output: Path, tmp_path: Path) -> None:
+    export(str(output), tmp_path / "w.parquet", geoparquet="2.0")
+    metadata = pq.read_metadata(tmp_path / "w.parquet")
+    index = [metadata.row_group(0).column(i).path_in_schema for i in range(metadata.num_columns)].index("geometry")
+    assert "Geometry" in str(metadata.schema.column(index).logical_type)
+    assert metadata.row_group(0).column(index).geo_statistics.ymax > 40
+    assert json.loads(metadata.metadata[b"geo"])["version"] == "2.0.0"
+    check_same(geopandas.read_parquet(tmp_path / "w.parquet"), output)
+    assert len(geopandas.read_parquet(tmp_path / "w.parquet", bbox=(-76, 40, -74, 41))) == 35
+    with pytest.raises(SettingRefused, match="--geoparquet is for GeoParquet: write to a name that ends"):
+        export(str(output), tmp_path / "w.fgb", geoparquet="2.0")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".fgb", ".geojson"])
+def test_an_output_in_geoparquet_2_is_exported_as_any_other(output: Path, tmp_path: Path, suffix: str) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    for path in (copy / "results").iterdir():
+        table = pq.read_table(path)
+        footer = table.schema.metadata[b"nightshift"].decode()
+        path.write_bytes(encode(table, footer, "2.0", **column_options(table.schema, "2.0")))
+    export(str(copy), tmp_path / f"w{suffix}")
+    read = geopandas.read_parquet if suffix == ".parquet" else geopandas.read_file
+    check_same(read(tmp_path / f"w{suffix}"), output, 1e-7)
+    if suffix == ".parquet":
+        assert "Geometry" not in str(pq.read_metadata(tmp_path / "w.parquet").schema)
+        assert pq.read_schema(tmp_path / "w.parquet").field("geometry").metadata is None
 
 
 def test_vectors_on_request(output: Path, tmp_path: Path) -> None:

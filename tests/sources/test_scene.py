@@ -24,7 +24,7 @@ from servers import S3Server
 
 from pipeline import sources
 from pipeline.errors import InputRefused, ReadError
-from pipeline.sources import ReadOptions, Record, scene
+from pipeline.sources import ReadOptions, Record, gdal, scene
 from pipeline.sources.shard import Shard
 from pipeline.storage import access
 
@@ -626,6 +626,7 @@ def test_s3(s3: S3Server, tmp_path: Path) -> None:
 def test_a_store_that_fails_is_unreadable_and_not_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.tif", numbers(3, 512, 512), tiled=True, blockxsize=128, blockysize=128)
     monkeypatch.setenv("NIGHTSHIFT_RETRY_SECONDS", "0")
+    monkeypatch.setattr(gdal, "AHEAD_BYTES", 100_000)  # otherwise the whole file is here before it is gone
     with scenes.counting_server(tmp_path) as (url, _):
         (shard,) = shards_of(f"{url}/a.tif")
         reading = sources.read(shard, ((0, 64),), ReadOptions(network_bands=3))

@@ -43,14 +43,18 @@ def write_output(
     result: Callable[[Place], dict[str, Any] | None],
     columns: pa.Schema = LABELS,
     rows_per_part: int = 1 << 30,
+    **more: Any,
 ) -> Path:
-    """Write the output of a finished run. result: the columns of a window; None if it has no data."""
+    """Write the output of a finished run. result: the columns of a window; None if it has no data.
+
+    more: of the Sink.
+    """
     uri = str(out)
     access.write(f"{uri}/_run.json", json.dumps({"fingerprint": "f", "settings": {"model": "tiny"}}).encode())
     shards = [shard for path in paths for shard in scenes.shards_of(path, tiling)]
     plan = plans.make(uri, shards, KEEP)
     plans.save(plan)
-    sink = Sink(uri, ledgers.begin(uri).attempt, schema.result(columns, KEEP), json.dumps({"fingerprint": "f"}))
+    sink = Sink(uri, ledgers.begin(uri).attempt, schema.result(columns, KEEP), json.dumps({"fingerprint": "f"}), **more)
     for shard in plans.read_shards(plan):
         for start in range(0, shard.rows or 0, rows_per_part):
             numbers = range(start, min(start + rows_per_part, shard.rows or 0))
