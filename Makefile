@@ -31,7 +31,7 @@ $(PROMETHEUS): | $(READY)
 	@cd $(VENV)/tools && apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb \
 		|| echo 'no Prometheus from apt-get here: the tests that need it are skipped'
 
-demo: $(READY) ## make a small archive, embed it, fit a head, classify with it, show the result (2-3 minutes)
+demo: $(READY) ## label a drawn archive and map a drawn scene: embed, fit, classify, map (2-3 minutes)
 	$(BIN)/python jobs/demo.py demo
 
 test: $(READY) $(PROMETHEUS) ## all tests except the longest (test-long, test-faults)

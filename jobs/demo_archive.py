@@ -56,11 +56,15 @@ def forest(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
     return pixels
 
 
+def waves(rng: np.random.Generator, size: tuple[int, int], along: np.ndarray) -> Pixels:
+    crests = 0.5 + 0.5 * np.sin(along / 2.6 + 9 * noise(rng, size, 40))
+    depth = noise(rng, size, 120)
+    return blend((10, 42, 84), (40, 110, 140), depth * 0.75 + crests * 0.25 * noise(rng, size, 30))
+
+
 def water(rng: np.random.Generator, size: tuple[int, int]) -> Pixels:
     across, along = rotated_grid(rng, size)
-    waves = 0.5 + 0.5 * np.sin(along / 2.6 + 9 * noise(rng, size, 40))
-    depth = noise(rng, size, 120)
-    pixels = blend((10, 42, 84), (40, 110, 140), depth * 0.75 + waves * 0.25 * noise(rng, size, 30))
+    pixels = waves(rng, size, along)
     shore = across + 30 * noise(rng, size, 35) - max(size) * rng.uniform(0.3, 0.6)
     sand, surf = shore > 0, np.abs(shore + 4) < 4
     pixels[sand] = blend((168, 150, 112), (98, 112, 66), noise(rng, size, 9))[sand]
@@ -117,8 +121,13 @@ DRAW: dict[str, Callable[[np.random.Generator, tuple[int, int]], Pixels]] = {
 
 def draw_tile(kind: str, rng: np.random.Generator, size: tuple[int, int] = (256, 256)) -> Image.Image:
     """An RGB tile of one of KINDS. size: (width, height). The same state of `rng` gives the same tile."""
-    pixels = DRAW[kind](rng, size) * rng.uniform(0.9, 1.08) + rng.normal(0, 3, (size[1], size[0], 1))
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return Image.fromarray(as_bytes(DRAW[kind](rng, size), rng))
+
+
+def as_bytes(pixels: Pixels, rng: np.random.Generator) -> np.ndarray:
+    """uint8, of a random brightness and with a sensor's noise."""
+    pixels = pixels * rng.uniform(0.9, 1.08) + rng.normal(0, 3, (*pixels.shape[:2], 1))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 def encode(image: Image.Image, suffix: str) -> bytes:

@@ -2,6 +2,7 @@
 
     python jobs/map.py OUTPUT --to map.tif
     python jobs/map.py OUTPUT --scene S2A_T32TMT.tif --to map.tif --png map.png
+    python jobs/map.py OUTPUT --to map.tif --png map.png --colors colors.csv
     python jobs/map.py OUTPUT --to components.tif --show embedding
 
 OUTPUT is the output of a job over raster scenes (--tile-size). The map has one pixel per step from window to window, in
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from pipeline import cli
 from pipeline.errors import printable
+from pipeline.explore.colors import read_colors
 from pipeline.explore.map import SHOWN, write_map
 
 
@@ -31,6 +33,9 @@ def parser() -> cli.Parser:
         default="class",
         help="class of each window, its score, or three principal components of its embedding (default: class)",
     )
+    map_parser.add_argument(
+        "--colors", metavar="FILE.csv", help="colours of the classes: columns label and color (#RRGGBB, or a CSS name)"
+    )
     map_parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return map_parser
 
@@ -39,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser().parse_args(arguments)
 
     def work() -> int:
-        result = write_map(flags.output, flags.to, flags.scene, flags.show, png=flags.png, overwrite=flags.overwrite)
+        more = {"png": flags.png, "colors": read_colors(flags.colors) if flags.colors else None}
+        result = write_map(flags.output, flags.to, flags.scene, flags.show, **more, overwrite=flags.overwrite)
         print(printable(result.describe()))
         for path in filter(None, (flags.to, flags.png)):
             print(printable(f"wrote {path}"))

@@ -23,8 +23,8 @@ NAMES = {
     "DecodeError", "ImageError", "PredictError", "ReadError",
 }  # fmt: skip
 COMMANDS = {
-    "classify", "demo", "demo_archive", "demo_picture", "demo_scene", "embed", "estimate", "export", "fit", "map",
-    "nightshift", "submit", "verify",
+    "classify", "demo", "demo_archive", "demo_land_cover", "demo_picture", "demo_scene", "embed", "estimate",
+    "export", "fit", "map", "nightshift", "submit", "verify",
 }  # fmt: skip
 
 

@@ -203,9 +203,6 @@ def test_python_runs(page: str, user_folder: Path) -> None:
     printed = run_python(script, cwd=user_folder)
     if page == "README.md":
         assert "6 0 {}" in printed, "the counts of the report"
-        brightness = duckdb.sql(f"SELECT brightness FROM '{user_folder}/brightness/results/*.parquet'").fetchall()
-        assert len(brightness) == 6
-        assert all(0.3 < value < 0.7 for (value,) in brightness), "noise is mid-grey"
     if page == "pipeline/README.md":
         assert "whole: every planned image is exactly one row" in printed
         histograms = duckdb.sql(

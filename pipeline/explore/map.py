@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import OutputRefused, SettingRefused
 from pipeline.explore import votes
-from pipeline.explore.colors import Color, class_colors
+from pipeline.explore.colors import Color, chosen_colors, class_colors
 from pipeline.explore.scenes import WINDOW_COLUMNS, Grid, choose
 from pipeline.explore.table import Output, open_output
 from pipeline.explore.target import SIDECAR, check_target, need_geo, replaced
@@ -66,16 +67,20 @@ def write_map(
     show: str = "class",
     *,
     png: Path | None = None,
+    colors: Mapping[str, Color] | None = None,
     overwrite: bool = False,
 ) -> MapResult:
     """Write the map of one scene of an output, as a cloud-optimized GeoTIFF, as a picture over the scene, or both.
 
     to: the GeoTIFF. scene: URI of the scene, or the end of it; None for the only one. show: `class` (label_id, with
     colours), `score` (float32), or `embedding` (the first three principal components as red, green, blue and alpha).
-    Pixels without a result have no data. png: the picture. Raises SettingRefused, InputRefused and OutputRefused.
+    Pixels without a result have no data. png: the picture. colors: of all classes, by name. Raises SettingRefused,
+    InputRefused and OutputRefused.
     """
     if show not in SHOWN:
         raise SettingRefused(f"--show is {show!r}: it must be one of {', '.join(SHOWN)}")
+    if colors is not None and show != "class":
+        raise SettingRefused(f"--colors gives classes their colours, and --show {show} has no classes: leave it out")
     need_geo("nightshift map", "rasterio", *["sklearn"] * (show == "embedding"), *["matplotlib"] * (png is not None))
     targets = [path for path in (to, png) if path]
     if not targets:
@@ -88,14 +93,15 @@ def write_map(
     grid = Grid.of(choose(opened, scene))
     if to and to.exists() and uris.is_local(grid.scene.uri) and to.samefile(grid.scene.uri):
         raise SettingRefused(f"--to {to} is the scene itself; choose another file")
+    write = WRITERS[show] if colors is None else partial(_write_class, given=colors)
     with replaced(*targets) as folder:
-        return _write(opened, grid, show, to, png, folder)
+        return _write(opened, grid, write, to, png, folder)
 
 
-def _write(output: Output, grid: Grid, show: str, to: Path | None, png: Path | None, folder: Path) -> MapResult:
+def _write(output: Output, grid: Grid, write: "Writer", to: Path | None, png: Path | None, folder: Path) -> MapResult:
     """Write the files into a folder. A map that only the picture needs gets a name of its own."""
     raster = to or Path("map-of-picture.tif")
-    result = WRITERS[show](output, grid, raster, folder)
+    result = write(output, grid, raster, folder)
     if png:
         from pipeline.explore.quicklook import write_quicklook
 
@@ -106,7 +112,10 @@ def _write(output: Output, grid: Grid, show: str, to: Path | None, png: Path | N
 COLUMNS_SHOWN = {"class": ["label_id"], "score": ["label_id", "score"], "embedding": ["embedding"]}
 
 
-def _write_class(output: Output, grid: Grid, to: Path, folder: Path) -> MapResult:
+def _write_class(
+    output: Output, grid: Grid, to: Path, folder: Path, given: Mapping[str, Color] | None = None
+) -> MapResult:
+    """given: the colours of all classes, by name; by default those of `class_colors`."""
     from pipeline.explore import cog
 
     with WindowValues(grid, 2) as values:
@@ -122,8 +131,8 @@ def _write_class(output: Output, grid: Grid, to: Path, folder: Path) -> MapResul
                 counts[label] += count
             return np.where(winner >= 0, winner, nodata).astype(dtype)[None], int(number.sum())
 
-        colors = class_colors(labels)
         names = {label: classes.names[label] for label in labels}
+        colors = class_colors(labels) if given is None else chosen_colors(names, given)
         colormap = {label: (*color, 255) for label, color in colors.items()} if classes.max_id <= MAX_PALETTE_ID else {}
         raster = cog.Raster(
             dtype,
@@ -201,7 +210,8 @@ def _write_embedding(output: Output, grid: Grid, to: Path, folder: Path) -> MapR
     return MapResult(grid, "embedding", total, _model(output), output.is_finished, explained=shares)
 
 
-WRITERS: Mapping[str, Callable[[Output, Grid, Path, Path], MapResult]] = {
+Writer = Callable[[Output, Grid, Path, Path], MapResult]
+WRITERS: Mapping[str, Writer] = {
     "class": _write_class,
     "score": _write_score,
     "embedding": _write_embedding,

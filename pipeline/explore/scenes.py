@@ -158,12 +158,25 @@ def choose(output: Output, name: str | None) -> Scene:
 
 def _scenes(output: Output) -> Iterator[Scene]:
     """The scenes of the plan that were not replaced, once for each of their shards."""
-    plan = plans.load(output.uri)
-    if plan is None:
-        raise InputRefused(f"{output.uri} has no plan yet: run its job again")
+    plan = _plan(output)
     for shard in plans.read_shards(plan):
         if isinstance(shard.payload, Scene) and plan.planned(shard.index):
             yield shard.payload
+
+
+def _plan(output: Output) -> plans.Plan:
+    """The plan that has the scenes: of `classify --from`, that of the output with the vectors."""
+    if not output.settings.get("vectors"):
+        if (plan := plans.load(output.uri)) is None:
+            raise InputRefused(f"{output.uri} has no plan yet: run its job again")
+        return plan
+    (source,) = output.settings["input"]
+    if (plan := plans.load(source)) is None:
+        raise InputRefused(
+            f"{output.uri} has the classes of the vectors in {source}, whose plan has the scenes, but there is no plan "
+            "now: put that output back in its place"
+        )
+    return plan
 
 
 def _listed(names: Any) -> str:

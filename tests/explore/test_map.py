@@ -1,5 +1,7 @@
 """Maps: each pixel is the result of the window at its place, on the scene's own grid."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,39 @@ def test_colours_names_and_metadata(tmp_path: Path) -> None:
         assert file.dtypes == ("uint8",)
     text = (tmp_path / "map.tif.aux.xml").read_text()
     assert [name for name in NAMES if f"<Category>{name}</Category>" in text] == list(NAMES[:5])
+
+
+COLORS = {name: (number, 20, 30) for number, name in enumerate(NAMES)}
+
+
+def test_given_colours(tmp_path: Path) -> None:
+    path = scene(tmp_path / "in" / "a.tif", 64, 64)
+    out = str(write_output(tmp_path / "out", [path], scenes.tiling(32), checkers))
+    result = write_map(out, tmp_path / "map.tif", colors={**COLORS, "of another scene": (9, 9, 9)})
+    assert result.colors == {label: (label, 20, 30) for label in range(4)}
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert [file.colormap(1)[label] for label in range(4)] == [(label, 20, 30, 255) for label in range(4)]
+    with pytest.raises(SettingRefused, match="no color for 2 classes of the map; add a line for: field, forest"):
+        write_map(out, tmp_path / "b.tif", colors={"water": (0, 0, 0), "urban": (0, 0, 0)})
+    with pytest.raises(SettingRefused, match="--show score has no classes"):
+        write_map(out, tmp_path / "b.tif", show="score", colors=COLORS)
+    assert not (tmp_path / "b.tif").exists()
+
+
+def test_classes_from_vectors_lie_on_the_scenes_of_the_vectors(tmp_path: Path) -> None:
+    """`classify --from` plans the parts of another output, whose plan has the scenes."""
+    path = scene(tmp_path / "in" / "a.tif", 64, 64)
+    embeddings = write_output(tmp_path / "embeddings", [path], scenes.tiling(32), vector, VECTORS)
+    labels = write_output(tmp_path / "labels", [path], scenes.tiling(32), checkers)
+    record = {"fingerprint": "f", "settings": {"vectors": True, "input": [str(embeddings)]}}
+    (labels / "_run.json").write_text(json.dumps(record))
+    shutil.rmtree(labels / "_plan")
+    write_map(str(labels), tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert file.read(1).tolist() == [[0, 1], [2, 3]]
+    shutil.rmtree(embeddings)
+    with pytest.raises(InputRefused, match=r"embeddings, whose plan has the scenes, but there is no plan now"):
+        write_map(str(labels), tmp_path / "map.tif", overwrite=True)
 
 
 def test_windows_that_are_empty_errors_or_missing_have_no_data(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The demo: its output on the screen, its picture, a second run, an archive without errors, and Ctrl-C."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,8 +111,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 @pytest.mark.slow
 def test_it_shows_rows_errors_and_three_commands(run: SmallRun) -> None:
     for printed in (run.first, run.again):
-        assert printed.count("whole: every planned image is exactly one row") == 2
+        assert printed.count("whole: every planned image is exactly one row") == 4
         assert "truncated" in printed
+        assert printed.count("hold-out accuracy of the head: ") == 2
         assert len(printed.partition("\nnext:\n")[2].splitlines()) == 3
     assert "demo_archive.py" in run.first
     assert "demo_archive.py" not in run.again
@@ -126,19 +128,32 @@ def test_it_draws_the_embeddings(run: SmallRun) -> None:
 
 @pytest.mark.slow
 def test_it_has_nothing_to_do_the_second_time(run: SmallRun) -> None:
-    for output in ("embeddings", "labels"):
+    for output in ("embeddings", "labels", "scene/windows", "scene/land-cover"):
         attempts = [path.name for path in (run.folder / output / "_attempts").iterdir()]
         assert attempts == ["1.json"], "the second run started no attempt"
 
 
+@pytest.mark.slow
+def test_it_maps_the_scene(run: SmallRun) -> None:
+    found = re.search(r"Of the pixels outside of these\n([\d.]+)% have the class that was drawn", run.again)
+    assert found
+    assert float(found[1]) > 85
+    assert f"picture of the map: {run.folder}/scene/map.png" in run.again
+    assert Image.open(run.folder / "scene" / "map.png").size[0] > 1000
+    labels = pd.read_csv(run.folder / "scene" / "labels.csv")
+    assert set(labels["label"].value_counts()) == {10}
+
+
 def test_a_scene_has_areas_of_every_kind_and_a_place(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio")
-    demo_scene.write_scene(tmp_path / "scene.tif")
-    with rasterio.open(tmp_path / "scene.tif") as file:
-        pixels = file.read().transpose(1, 2, 0)
-        assert (file.width, file.height) == demo_scene.SIZE
-        assert str(file.crs) == demo_scene.CRS
-    drawn, areas = demo_scene.draw_scene()
-    assert (pixels == drawn).all()
+    demo_scene.write_scene(tmp_path / "scene.tif", tmp_path / "truth.tif")
+    with rasterio.open(tmp_path / "scene.tif") as file, rasterio.open(tmp_path / "truth.tif") as truth:
+        pixels, areas = file.read().transpose(1, 2, 0), truth.read(1)
+        assert (file.width, file.height) == (truth.width, truth.height) == demo_scene.SIZE
+        assert str(file.crs) == str(truth.crs) == demo_scene.CRS
+        assert file.transform == truth.transform
+    mean = {kind: pixels[areas == number].mean(axis=0) for number, kind in enumerate(demo_archive.KINDS)}
+    assert mean["water"].argmax() == 2, "blue"
+    assert mean["forest"].argmax() == 1, "green"
     shares = np.bincount(areas.ravel(), minlength=len(demo_archive.KINDS)) / areas.size
     assert (shares > 0.05).all()
