@@ -12,6 +12,8 @@ COMMANDS = {
     "embed": "one vector per image",
     "classify": "label, score and top classes per image",
     "fit": "your own classes, from embeddings and some labels",
+    "compare": "several networks on a labelled sample: accuracy, speed and cost",
+    "explain": "where in a picture a network finds its evidence for a class",
     "estimate": "hours, dollars and bottleneck of a run, before it starts",
     "verify": "proof from the files that no image is missing",
     "map": "the results of a scene as a GeoTIFF and a picture",

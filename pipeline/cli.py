@@ -27,7 +27,7 @@ from pipeline.report.messages import MessageFlags
 from pipeline.storage import retry, uris
 from pipeline.version import __version__
 
-LIST_FLAGS = ("input",)
+LIST_FLAGS = ("input", "models")
 BOOLEANS = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off": "no-"}
 """Boolean in YAML, in any case → prefix of the flag's name."""
 NEGATIVE = re.compile(r"-\.?\d")

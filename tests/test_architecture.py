@@ -28,6 +28,8 @@ WINGS = {
     "stages": "storage geo config sources planning output images models predictors",
     "engine": "storage config sources planning output images predictors stages",
     "estimates": "storage config sources planning output images models inference predictors stages engine",
+    "explain": "storage config planning explore images models inference predictors stages training",
+    "comparison": "storage config planning output predictors stages training estimates",
     "report": "storage config planning output estimates",
     "runner": "config planning output explore predictors stages engine estimates report",
     "cli": "storage config planning output predictors stages report runner",
@@ -35,7 +37,7 @@ WINGS = {
 }
 """Two columns meet in `stages`: storage → sources → planning → output, and images → models → inference → predictors."""
 
-TORCH = {"models", "inference", "training"}
+TORCH = {"models", "inference", "training", "explain", "comparison"}
 TORCH_IF_LOADED = {"predictors"}
 """May name torch inside of functions and type annotations only."""
 RAY = {"engine"}
@@ -140,6 +142,8 @@ def test_ray_and_torch_stay_where_they_belong(path: Path) -> None:
         ("pipeline.stages.write", "torch"),
         ("pipeline.training.job", "torch"),
         ("jobs.fit", "sklearn"),
+        ("jobs.compare", "torch"),
+        ("jobs.explain", "torch"),
     ],
 )
 def test_what_a_worker_need_not_import(module: str, absent: str) -> None:

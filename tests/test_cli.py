@@ -34,7 +34,7 @@ FLAGS = {
 }  # fmt: skip
 NETWORK_FLAGS = {
     "--model", "--weights", "--precision", "--compile", "--seed", "--embedding-dtype", "--resize", "--crop",
-    "--interpolation", "--mean", "--std", "--input-spec",
+    "--interpolation", "--mean", "--std", "--input-spec", "--transform",
 }  # fmt: skip
 
 

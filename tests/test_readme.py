@@ -18,9 +18,10 @@ from pages import PAGES, ROOT, blocks, code_spans, pages_with, tables, text_of
 from PIL import Image
 from small_run import SmallRun, run_python, small_run
 
-from jobs import estimate, nightshift, submit, verify
+from jobs import compare, estimate, nightshift, submit, verify
 from jobs.classify import VectorFlags
 from pipeline import Classifier, Embedder, RunConfig, cli
+from pipeline.comparison.job import CompareConfig
 from pipeline.estimates.machines import LOCAL, Prices
 
 PREDICTORS = {"embed": Embedder, "classify": Classifier}
@@ -139,6 +140,15 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
             run_values, predictor_values, vector_values = cli.parse(Classifier, "", arguments, VectorFlags)
             RunConfig(**{"input": vector_values.get("from_"), **run_values})
             Classifier(**predictor_values)
+        case "explain":
+            given = importlib.import_module("jobs.explain").parser().parse_args(arguments)
+            assert given.id
+            assert not Path(given.output).exists()
+        case "compare":
+            _, config_values, run_values, network_values, _ = cli.parsed(compare.parser(), compare.CLASSES, arguments)
+            CompareConfig(**config_values)
+            RunConfig(**{"output": "unused", **run_values})
+            Embedder(**network_values)
         case "map" | "export":
             given = importlib.import_module(f"jobs.{job}").parser().parse_args(arguments)
             assert given.to or given.png

@@ -54,7 +54,7 @@ def test_the_table_has_all_flags_of_submit() -> None:
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags("submit")
 
 
-@pytest.mark.parametrize("job", ["map", "export"])
+@pytest.mark.parametrize("job", ["map", "export", "explain"])
 def test_the_table_of_an_exploring_job_has_all_flags(job: str) -> None:
     cells = [cell for cell, _ in tables("jobs/README.md", f"| `{job}` flag | meaning |")]
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags(job)
@@ -69,6 +69,12 @@ def fit_rows() -> dict[str, str]:
 def test_the_table_has_all_flags_of_fit() -> None:
     of_messages = {cli.flag_name(field.name) for field in fields(MessageFlags)}
     assert {*fit_rows()} == help_flags("fit") - of_messages
+
+
+def test_the_table_has_all_flags_of_compare() -> None:
+    cells = [cell for cell, _ in tables("jobs/README.md", "| `compare` flag | meaning |")]
+    shared = {cli.flag_name(field.name) for cls in (RunConfig, Embedder, MessageFlags) for field in fields(cls)}
+    assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags("compare") - shared
 
 
 def test_the_defaults_in_the_tables_are_those_of_the_code() -> None:

@@ -39,7 +39,7 @@ class Forecast:
     estimate: the job on the given cluster. better: the job on a cheaper cluster that is no slower, or None.
     parallelism: how the job would share the cluster among its stages. core_seconds: per image, by stage.
     gpu_rates: images/s of the network on one GPU, by the GPU's name. assumed: assumptions in words.
-    left_out: numbers of files of the archive that are not read, by suffix.
+    left_out: numbers of files of the archive that are not read, by suffix. workload: to estimate other clusters.
     """
 
     model: str
@@ -54,6 +54,7 @@ class Forecast:
     gpu_rates: dict[str, float]
     assumed: tuple[str, ...]
     left_out: dict[str, int]
+    workload: Workload | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
@@ -161,6 +162,7 @@ def estimate(config: RunConfig, predictor: NetworkPredictor, say: Callable[[str]
         gpu_rates={each.gpu: workload.gpu_rate(each.gpu) for _, each in cluster.groups if each.gpus},
         assumed=tuple(_assumptions(config, sampled_config, cluster)),
         left_out=dict(plan.left_out),
+        workload=workload,
     )
 
 

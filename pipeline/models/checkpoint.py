@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,14 @@ _NESTED = ("state_dict", "model", "model_state_dict", "net", "weights", *_AVERAG
 """Keys under which training scripts save a state dict. If a file has several, the first one is taken."""
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that are used only in training
 _TRAINING = ("criterion.", "loss.", "loss_fn.", "n_averaged")  # tensors of a loss function or a moving average
+_ONLY_DATA: list[Any] = [
+    argparse.Namespace,  # the flags of a training script
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")),
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+]
+"""What pickles of training scripts hold beside tensors and that cannot run code: flags, and scalars of NumPy."""
 _OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)")
 
 
@@ -28,14 +37,12 @@ def read_state(path: str) -> "OrderedDict[str, Tensor]":
     model_state_dict, net, weights, state_dict_ema, model_ema, ema_state_dict, ema. Pickled code is never executed.
     Raises WeightsRefused.
     """
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
     try:
-        if is_safetensors:
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             return OrderedDict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # flags of a training script; only data
+        with torch.serialization.safe_globals(_ONLY_DATA):
             # Files from before PyTorch 1.6 are not zip archives and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -50,6 +57,24 @@ def read_state(path: str) -> "OrderedDict[str, Tensor]":
             ) from error
         raise WeightsRefused(f"weights {path} cannot be read as a checkpoint: {first_line(error)}") from error
     return _find_state(content, path)
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """The metadata of a .safetensors file; none for other files. Raises WeightsRefused if the file is damaged."""
+    if not _is_safetensors(path):
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsRefused(f"weights {path} cannot be read as a checkpoint: {first_line(error)}") from error
+
+
+def _is_safetensors(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _find_state(content: Any, path: str) -> "OrderedDict[str, Tensor]":

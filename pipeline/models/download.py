@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from pipeline.errors import SettingRefused, WeightsRefused, first_line
+from pipeline.errors import SettingRefused, WeightsRefused, first_line, message_line
 from pipeline.storage import access, uris
 
 MAX_TRIES = 3
@@ -68,6 +68,32 @@ def fetch_weights(uri: str, official: bool = False) -> tuple[str, str]:
             f"{named_hash(uri)}; replace the file"
         )
     return str(path), digest
+
+
+def fetch_beside(uri: str, name: str) -> bytes | None:
+    """The content of a small file in the folder of a file of weights; None if there is none.
+
+    Raises WeightsRefused if the store does not say whether there is one.
+    """
+    folder, _, query = uris.normalize(uri).partition("?") if uri.startswith(("http://", "https://")) else (uri, "", "")
+    beside = uris.join(folder.rpartition("/")[0], name) + (f"?{query}" if query else "")
+    try:
+        return _local_copy(uris.normalize(beside), official=False).read_bytes()
+    except FileNotFoundError:
+        return None
+    except urllib.error.HTTPError as error:
+        if error.code in (403, 404, 410):  # a signed address of the weights is not valid for the file beside them
+            return None
+        raise WeightsRefused(_beside_failure(beside, f"HTTP {error.code}")) from error
+    except (OSError, HTTPException) as error:
+        raise WeightsRefused(_beside_failure(beside, message_line(error))) from error
+
+
+def _beside_failure(uri: str, reason: str) -> str:
+    return (
+        f"{uris.redact(uri)}, which may state the transform of the weights, cannot be read: {reason}; try again, or "
+        "copy both files to a folder"
+    )
 
 
 def named_hash(uri: str) -> str:
@@ -226,6 +252,8 @@ def _fetch_from_hub(uri: str) -> Path:
         url = hub.hf_hub_url(repository, name, revision=version)
         _with_timeout(OPEN_TIMEOUT_SECONDS, lambda: hub.get_hf_file_metadata(url))
         return Path(hub.hf_hub_download(repository, name, revision=version))
+    except hub.errors.RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(first_line(error)) from error
     except Exception as error:  # the client's errors have no base class that all its versions share
         raise OSError(f"{first_line(error)}") from error
 

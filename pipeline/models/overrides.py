@@ -1,7 +1,8 @@
-"""Overrides: the user's changes to a network's transform. Imports no torch."""
+"""Overrides: changes to a network's transform, by flags or files; where each value comes from. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from pipeline.errors import SettingRefused
 from pipeline.images.transform import Transform
@@ -10,6 +11,10 @@ MAX_SIDE = 4096
 """Largest side in pixels of a resized image. The pixels of one batch must fit in memory."""
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+NAMES = tuple(field.name for field in fields(Transform))
+STATED = tuple(name for name in NAMES if name != "squash")
+"""The values that a complete transform states. Most networks keep the aspect ratio, so its absence says so."""
+FLAGS = "flags"
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,8 @@ class Overrides:
     """Values that replace those of a network's own transform. None and () leave the network's own value.
 
     mean, std: one number for all channels, or one for each channel; pixels are from 0 to 1.
+    scale: range of the numbers that training turned into black to white, as `--scale` does; None for 8-bit images.
+    source: the file that states the values, for messages and `_run.json`; "" for flags.
     Raises SettingRefused if a value is not valid.
     """
 
@@ -25,49 +32,86 @@ class Overrides:
     interpolation: str | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    squash: bool | None = None
+    scale: tuple[float, float] | None = None
+    source: str = ""
 
     def __post_init__(self) -> None:
         for name, side in (("resize", self.resize), ("crop", self.crop)):
             if side is not None and not 1 <= side <= MAX_SIDE:
-                raise SettingRefused(f"--{name} is {side}: it must be a number of pixels from 1 to {MAX_SIDE}")
+                raise self._refused(name, f"{side}: it must be a number of pixels from 1 to {MAX_SIDE}")
         if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
-            raise SettingRefused(
-                f"--interpolation is {self.interpolation!r}: it must be one of {', '.join(INTERPOLATIONS)}"
+            raise self._refused(
+                "interpolation", f"{self.interpolation!r}: it must be one of {', '.join(INTERPOLATIONS)}"
             )
+        in_bytes = ", or state `range: [0, 255]`" if self.source else ""
         if not all(0 <= value <= 1 for value in self.mean):
-            raise SettingRefused(
-                f"--mean is {_text(self.mean)}: it must be numbers from 0 to 1; divide a mean of pixels from 0 to 255 "
-                "by 255"
+            raise self._refused(
+                "mean",
+                f"{_text(self.mean)}: it must be numbers from 0 to 1; divide a mean of pixels from 0 to 255 by 255"
+                + in_bytes,
             )
         if not all(0 < value <= 1 for value in self.std):
-            raise SettingRefused(
-                f"--std is {_text(self.std)}: it must be numbers greater than 0 and at most 1; divide one of pixels "
-                "from 0 to 255 by 255"
+            raise self._refused(
+                "std",
+                f"{_text(self.std)}: it must be numbers greater than 0 and at most 1; divide one of pixels from 0 to "
+                f"255 by 255{in_bytes}",
             )
 
+    def _refused(self, name: str, fault: str) -> SettingRefused:
+        return SettingRefused(f"{self.source}: {name} is {fault}" if self.source else f"--{name} is {fault}")
+
     @property
-    def are_complete(self) -> bool:
-        """Whether nothing of the network's own transform is left."""
-        return all(getattr(self, field.name) not in (None, ()) for field in fields(self))
+    def given(self) -> dict[str, Any]:
+        """The values of the transform that are given, by name."""
+        values = {name: getattr(self, name) for name in NAMES}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Overrides of one transform. Each one overrides those before it."""
+
+    overrides: tuple[Overrides, ...]
+
+    @property
+    def crop(self) -> int | None:
+        return next((each.crop for each in reversed(self.overrides) if each.crop), None)
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        return next((each.scale for each in reversed(self.overrides) if each.scale), None)
+
+    def missing(self) -> list[str]:
+        """The values that no layer states."""
+        return [name for name in STATED if not any(name in each.given for each in self.overrides)]
+
+    def origins(self, default: str) -> dict[str, str]:
+        """Where each value of the transform comes from: a file, FLAGS, or else `default`."""
+        origins = dict.fromkeys(NAMES, default)
+        for each in self.overrides:
+            origins |= dict.fromkeys(each.given, each.source or FLAGS)
+        return origins
 
     def apply(self, transform: Transform) -> Transform:
         """Replace the given values. Raises SettingRefused if the crop becomes larger than the resized image."""
-        changes = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = replace(transform, **{name: value for name, value in changes.items() if value not in (None, ())})
-        if (self.resize or self.crop) and changed.crop > changed.resize > 0:
+        given = {name: value for each in self.overrides for name, value in each.given.items()}
+        changed = replace(transform, **given)
+        if given.keys() & {"resize", "crop"} and changed.crop > changed.resize > 0:
             raise SettingRefused(
                 f"the crop of {changed.crop} pixels is larger than the resized image of {changed.resize}: set --resize "
                 f"to {changed.crop} or more, or --crop to {changed.resize} or less"
             )
         return changed
 
-    def for_channels(self, transform: Transform, channels: int, model: str) -> Transform:
-        """Give every channel of the network its mean and standard deviation.
 
-        A network of one channel takes the average of three values. Raises SettingRefused for another number of values.
-        """
-        mean = _for_channels("mean", transform.mean, channels, model)
-        return replace(transform, mean=mean, std=_for_channels("std", transform.std, channels, model))
+def for_channels(transform: Transform, channels: int, model: str, origins: Mapping[str, str]) -> Transform:
+    """Give every channel of the network its mean and standard deviation.
+
+    A network of one channel takes the average of three values. Raises SettingRefused for another number of values.
+    """
+    mean = _for_channels("mean", transform.mean, channels, model, origins)
+    return replace(transform, mean=mean, std=_for_channels("std", transform.std, channels, model, origins))
 
 
 def numbers(name: str, given: str | float | Sequence[str | float]) -> tuple[float, ...]:
@@ -82,15 +126,27 @@ def numbers(name: str, given: str | float | Sequence[str | float]) -> tuple[floa
         ) from error
 
 
-def _for_channels(name: str, values: tuple[float, ...], channels: int, model: str) -> tuple[float, ...]:
+def as_flags(transform: Transform) -> str:
+    """The flags that give a transform: --resize 256 --crop 224 …"""
+    return (
+        f"--resize {transform.resize} --crop {transform.crop} --interpolation {transform.interpolation} "
+        f"--mean {_text(transform.mean)} --std {_text(transform.std)}"
+    )
+
+
+def _for_channels(
+    name: str, values: tuple[float, ...], channels: int, model: str, origins: Mapping[str, str]
+) -> tuple[float, ...]:
     if len(values) == channels:
         return values
     if len(values) == 1:
         return values * channels
     if channels == 1:
         return (sum(values) / len(values),)
+    origin = origins[name]
+    subject = f"--{name}" if origin == FLAGS else f"{name} of {origin}"
     raise SettingRefused(
-        f"--{name} is {_text(values)}, which are {len(values)} numbers, but {model} takes {channels} channels: give "
+        f"{subject} is {_text(values)}, which are {len(values)} numbers, but {model} takes {channels} channels: give "
         f"1 number or {channels}"
     )
 

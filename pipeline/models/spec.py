@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,18 @@ from torch import Tensor, nn
 from pipeline.errors import WeightsRefused
 from pipeline.images.pixels import RGB8, PixelFormat
 from pipeline.images.transform import Transform
-from pipeline.models.checkpoint import align, fit, read_state, unwrap_head
+from pipeline.models import transform_files
+from pipeline.models.checkpoint import align, fit, read_metadata, read_state, unwrap_head
 from pipeline.models.classifier import RGB, Network, Shape, find_classifier, first_convolution
-from pipeline.models.download import fetch_weights
+from pipeline.models.download import fetch_beside, fetch_weights, file_name
 from pipeline.models.families import Family, WeightsSource
 from pipeline.models.input_spec import InputSpec
 from pipeline.models.labels import read_labels
-from pipeline.models.overrides import Overrides
+from pipeline.models.overrides import Layers, Overrides, as_flags, for_channels
 from pipeline.models.python_function import FunctionFamily
 from pipeline.models.timm_models import TimmFamily
 from pipeline.models.torchvision_models import TorchvisionFamily
+from pipeline.models.transform_files import Stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class ModelSpec:
     head: name of the classifier among the network's modules; "" without a classifier.
     notes: sentences for the user about defaults that may not fit these weights.
     input: bands and numbers that the weights were trained on; None for RGB of 8 bits.
+    origins: where each value of the transform comes from. scale: range of `--scale` in the training, None if unknown.
     """
 
     model: str
@@ -53,6 +57,8 @@ class ModelSpec:
     head: str
     notes: tuple[str, ...] = ()
     input: InputSpec | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+    scale: tuple[float, float] | None = None
 
     @property
     def pixel_format(self) -> PixelFormat:
@@ -68,6 +74,7 @@ def resolve(
     seed: int = 0,
     need_head: bool = True,
     overrides: Overrides = Overrides(),  # noqa: B008
+    transform_file: Overrides = Overrides(),  # noqa: B008
     input: InputSpec | None = None,
 ) -> ModelSpec:
     """Check a choice of network and weights, without running data or using a GPU. Downloads the weights.
@@ -78,20 +85,23 @@ def resolve(
     .safetensors, or random.
     labels: path or URI of class names. None: the names of the weights, or class numbers if they have none.
     seed: of random weights. need_head: False if only the embedding is needed; the weights may then lack a classifier.
-    overrides: of the network's transform. input: what the weights were trained on, if it is not RGB of 8 bits. Its
-    transform replaces the network's own.
+    overrides: of the network's transform, by flags. They override transform_file, the values of `--transform`, which
+    override those that the file of weights states, which override the network's default.
+    input: what the weights were trained on, if it is not RGB of 8 bits. Its transform replaces the network's own.
     Raises SettingRefused and WeightsRefused.
     """
     family = find_family(model, seed)
     source = family.source(weights)
     path, sha256 = fetch_weights(source.uri, family.is_official(source)) if source.uri else ("", "")
     source = family.recognise(source, sha256)
+    stated = _stated(source, path) if path and not source.own and not input else Stated()
+    layers = Layers((stated.transform, transform_file, overrides))
     own_transform = input.transform if input else source.transform
-    sizes = {"image_size": overrides.crop or (own_transform or family.transform).crop}
+    sizes = {"image_size": layers.crop or (own_transform or family.transform).crop}
     if input and weights == "random":
         sizes["in_channels"] = len(input.bands)
     network = family.skeleton(source.own, sizes)
-    transform = overrides.apply(own_transform or family.transform)  # that of a function is known only now
+    transform = layers.apply(own_transform or family.transform)  # that of a function is known only now
     shape = find_classifier(network, model, transform.crop)
     notes = [_embedding_note(model, shape)] if isinstance(family, FunctionFamily) and not shape.head else []
     if path and not (source.own and family.loads_own):
@@ -101,8 +111,12 @@ def resolve(
         sha256 = _digest(network)
     _check_channels(shape.channels, model, source.name, input)
     _check_shape(shape, model, need_head)
-    transform = overrides.for_channels(transform, shape.channels, model)
-    if not (own_transform or overrides.are_complete) and family.assumes_transform(source):
+    is_assumed = not own_transform and family.assumes_transform(source)
+    origins = layers.origins(_default_origin(model, source, input, is_assumed=is_assumed))
+    transform = for_channels(transform, shape.channels, model, origins)
+    if stated.transform.given or transform_file.given:
+        notes.append(_origins_note(transform, origins))
+    elif is_assumed and layers.missing():
         notes.append(_transform_note(transform, model, source))
     return ModelSpec(
         model=model,
@@ -115,10 +129,12 @@ def resolve(
         embedding_dim=shape.width,
         num_classes=shape.classes,
         in_channels=shape.channels,
-        labels=_class_names(labels if need_head else None, source.labels, shape.classes),
+        labels=_class_names(labels if need_head else None, stated.labels or source.labels, shape.classes),
         head=shape.head,
         notes=tuple(notes),
         input=input,
+        origins=origins,
+        scale=layers.scale,
     )
 
 
@@ -224,13 +240,38 @@ def _head_note(source: WeightsSource, inner: str, head: str) -> str:
     )
 
 
+def _stated(source: WeightsSource, path: str) -> Stated:
+    """What a file of weights states about itself: in its metadata, or in timm's config.json beside it."""
+    transform = transform_files.of_metadata(read_metadata(path), source.name)
+    if transform.given or file_name(source.uri or "") not in transform_files.BESIDE_CONFIG:
+        return Stated(transform)
+    text = fetch_beside(source.uri or "", transform_files.CONFIG)
+    return Stated() if text is None else transform_files.of_config(text, source.name)
+
+
+def _default_origin(model: str, source: WeightsSource, input: InputSpec | None, *, is_assumed: bool) -> str:
+    if input:
+        return f"--input-spec {input.name}"
+    if is_assumed:
+        return f"default of --model {model}; that of the training is unknown"
+    return f"weights {source.name}" if source.own and source.uri else f"--model {model}"
+
+
+def _origins_note(transform: Transform, origins: Mapping[str, str]) -> str:
+    """The transform of a run, and where its values come from."""
+    names: dict[str, list[str]] = {}
+    for name, origin in origins.items():
+        names.setdefault(origin, []).append(name)
+    parts = "; ".join(f"{', '.join(values)} from {origin}" for origin, values in names.items())
+    squash = ", and ignores the aspect ratio" if transform.squash else ""
+    return f"the run uses {as_flags(transform)}{squash} ({parts})"
+
+
 def _transform_note(transform: Transform, model: str, source: WeightsSource) -> str:
-    mean, std = (",".join(f"{value:g}" for value in values) for values in (transform.mean, transform.std))
     subject = f"--weights {source.name}" if source.uri else f"--model {model}"
     return (
-        f"{subject} comes without a transform, so the run uses --resize {transform.resize} "
-        f"--crop {transform.crop} --interpolation {transform.interpolation} --mean {mean} --std {std}; set these flags "
-        "to the values of the training if they differ"
+        f"{subject} comes without a transform, so the run uses {as_flags(transform)}; set these flags to the values of "
+        "the training if they differ, or give them with --transform FILE.yaml"
     )
 
 

@@ -1,7 +1,6 @@
 """timm's networks and weights: `timm:<name>`."""
 
 import importlib
-import math
 from typing import Any
 
 from torch import nn
@@ -10,6 +9,7 @@ from pipeline.errors import SettingRefused
 from pipeline.images.transform import Transform
 from pipeline.models.families import Family, WeightsSource
 from pipeline.models.names import unknown_timm
+from pipeline.models.transform_files import transform_of_timm
 
 
 class TimmFamily(Family):
@@ -42,20 +42,10 @@ class TimmFamily(Family):
         return dict(config.to_dict())
 
     def _transform(self) -> Transform:
-        data = self.timm.data.resolve_data_config({}, pretrained_cfg=self.config)
-        _, height, width = data["input_size"]
-        if height != width:
-            raise SettingRefused(
-                f"--model {self.model} takes images of {height} × {width} pixels, but only square images are supported"
-            )
-        if data["crop_mode"] not in ("center", "squash"):
-            raise SettingRefused(
-                f"--model {self.model} needs crop_mode {data['crop_mode']!r}, but only center and squash are supported"
-            )
-        interpolation = data["interpolation"] if data["interpolation"] != "random" else "bilinear"
-        resize = math.floor(height / data["crop_pct"])
-        mean, std = tuple(data["mean"]), tuple(data["std"])
-        return Transform(resize, height, interpolation, mean, std, data["crop_mode"] == "squash")
+        try:
+            return transform_of_timm(self.config)
+        except SettingRefused as error:
+            raise SettingRefused(f"--model {self.model}: {error}") from error
 
     def network(self, own: bool, sizes: dict[str, int]) -> nn.Module:
         names = {"num_classes": sizes.get("num_classes"), "in_chans": sizes.get("in_channels")}

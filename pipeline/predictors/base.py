@@ -59,6 +59,7 @@ class Predictor:
     images_are_alike: all images take the same memory. If one does not fit, another process uses the memory.
 
     specification: the bands and numbers that the network takes, by name; None if only `pixel_format` says it.
+    trained_scale: range of `--scale` that the weights were trained with, if they say so; other ranges are refused.
 
     Needs `join` with `takes_tiles` or `takes_encoded`, and if a source gives arrays of several shapes.
     """
@@ -71,6 +72,7 @@ class Predictor:
     takes_tiles: bool = False
     takes_encoded: bool = False
     specification: "InputSpec | None" = None
+    trained_scale: tuple[float, float] | None = None
     best_batch_size: int | None = None
 
     def __getattr__(self, name: str) -> Any:

@@ -18,6 +18,7 @@ from pipeline.predictors.network import NetworkPredictor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.models.heads import NamedHead
     from pipeline.models.spec import ModelSpec
 
 
@@ -57,6 +58,11 @@ class Classifier(NetworkPredictor):
     @property
     def needs_head(self) -> bool:
         return not self.head
+
+    @property
+    def heads(self) -> "tuple[NamedHead, ...]":
+        """The heads, once `prepare` has read them; () without `head`."""
+        return self._heads.heads if self._heads else ()
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_loaded": None}

@@ -1,7 +1,7 @@
 """NetworkPredictor: the base of Embedder and Classifier. Imports torch when it is prepared."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ from pipeline.config import check_choices, flag
 from pipeline.errors import DecodeError, SettingRefused, printable
 from pipeline.images.pixels import Encoded
 from pipeline.models import input_spec as input_specs
-from pipeline.models import names
+from pipeline.models import names, transform_files
 from pipeline.models.overrides import INTERPOLATIONS, Overrides, numbers
 from pipeline.predictors.base import Allotment, Columns, Predictor, field_values
 from pipeline.schema import vector
@@ -37,7 +37,8 @@ class NetworkPredictor(Predictor):
 
     precision auto: bfloat16 if the hardware computes in it, else float16 on a GPU and float32 on a CPU.
     compile auto: compile if the remaining images save more time than compiling takes.
-    resize, crop, interpolation, mean, std: replace values of the network's own transform.
+    resize, crop, interpolation, mean, std: replace values of the network's own transform, and of transform_, a file or
+    its content.
     input_spec: what weights for satellite imagery were trained on; its transform replaces the network's own.
     The fingerprint contains hashes of the weights and labels instead of their paths: a file may be moved. It contains
     the resulting transform instead of the flags that change it.
@@ -59,6 +60,12 @@ class NetworkPredictor(Predictor):
     )
     embedding_dtype: str = flag("number format of the embedding column", "float32", choices=("float32", "float16"))
     seed: int = flag("seed of random weights", 0, metavar="N", fingerprint=False)
+    transform_: str | Mapping[str, Any] | None = flag(
+        "transform of the weights, if they do not state it: resize, crop, interpolation, range, mean, std",
+        None,
+        metavar="FILE.yaml",
+        fingerprint=False,
+    )
     resize: int | None = flag(
         "short side of the resized image in pixels (default: the network's)", None, metavar="N", fingerprint=False
     )
@@ -78,6 +85,7 @@ class NetworkPredictor(Predictor):
         "divisor after the mean (default: the network's)", (), metavar="R,G,B", fingerprint=False
     )
     _spec: "ModelSpec | None" = field(default=None, init=False, repr=False, compare=False)
+    _stated: Overrides = field(default=Overrides(), init=False, repr=False, compare=False)
     _session: "InferenceSession | None" = field(default=None, init=False, repr=False, compare=False)
     _jpeg_decoder: "JpegDecoder | None" = field(default=None, init=False, repr=False, compare=False)
 
@@ -89,6 +97,10 @@ class NetworkPredictor(Predictor):
         if not -(1 << 63) <= self.seed < 1 << 64:
             raise SettingRefused(f"--seed is {self.seed}: it must be a number of at most 64 bits")
         self._overrides()
+        if isinstance(self.transform_, str):
+            self._stated = transform_files.load(self.transform_)
+        elif self.transform_ is not None:
+            self._stated = transform_files.overrides_of(self.transform_, "transform_")
         names.check(self.model)
         if self.input_spec is not None:
             self._use(input_specs.load(self.input_spec))
@@ -98,6 +110,10 @@ class NetworkPredictor(Predictor):
             raise SettingRefused(
                 f"--mean and --std contradict --input-spec {self.input_spec}: leave them out, or write them into a "
                 "copy of the specification"
+            )
+        if self.transform_ is not None:
+            raise SettingRefused(
+                f"--transform contradicts --input-spec {self.input_spec}, which has a transform: leave one of them out"
             )
         self.specification, self.pixel_format = specification, specification.pixel_format
 
@@ -133,11 +149,12 @@ class NetworkPredictor(Predictor):
             seed=self.seed,
             need_head=self.needs_head,
             overrides=self._overrides(),
+            transform_file=self._stated,
             input=self.specification,
         )
         for note in self._spec.notes:
             log.warning("nightshift: %s", printable(note))
-        self.transform = self._spec.transform
+        self.transform, self.trained_scale = self._spec.transform, self._spec.scale
         pads = self.transform.resize < self.transform.crop
         is_rgb = self.specification is None
         self.takes_tiles = is_rgb and self.transform.interpolation == "bilinear" and not pads
@@ -159,6 +176,7 @@ class NetworkPredictor(Predictor):
         return {
             **self.settings(),
             **({"input_spec": uris.redact(self.input_spec)} if self.input_spec else {}),
+            "transform_from": dict(spec.origins),
             "weights": spec.weights,
             "weights_uri": spec.weights_uri and uris.redact(spec.weights_uri),
             "weights_sha256": spec.sha256,

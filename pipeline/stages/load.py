@@ -337,6 +337,11 @@ def _check_values(config: RunConfig, predictor: Predictor) -> None:
     if bands and bands not in counts_of_bands and not (bands == 1 and format == RGB8):
         counts = "1 or 3 bands" if format == RGB8 else f"{format.bands} bands"
         raise SettingRefused(f"--bands is {config.bands!r}: the network takes {counts}")
+    if predictor.trained_scale and config.scale_range() != predictor.trained_scale:
+        wanted = ":".join(f"{value:g}" for value in predictor.trained_scale)
+        raise SettingRefused(
+            f"--scale is {config.scale or 'not given'}, but the weights were trained with {wanted}: set it to that"
+        )
     if config.scale is not None and format.dtype != "uint8":
         raise SettingRefused(
             f"--scale is {config.scale!r}: the network takes {format.dtype}, whose values stay as they are"

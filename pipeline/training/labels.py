@@ -4,15 +4,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputRefused, SettingRefused, message_line
-from pipeline.explore.table import Output
 from pipeline.storage import access, uris
 from pipeline.storage.parquet import open_parquet
 
@@ -26,6 +25,27 @@ _SEPARATOR = re.compile("[/#]")
 
 Classes = tuple[str, ...]
 """The classes of one image: one, or with `--multi-label` any number."""
+
+
+class Table(Protocol):
+    """The images that labels are for: an output, or decoded images."""
+
+    @property
+    def uri(self) -> str:
+        """Name in messages."""
+
+    @property
+    def rows(self) -> int:
+        """Number of images."""
+
+    def require(self, columns: Sequence[str]) -> None:
+        """Refuse the images if they lack one of these columns."""
+
+    def batches(self, columns: Sequence[str], /) -> Iterator[pa.RecordBatch]:
+        """The rows of all images, in order."""
+
+    def errors(self, columns: Sequence[str], /) -> Iterator[pa.RecordBatch]:
+        """The images that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +80,18 @@ class Labels:
 
 
 def find(
-    output: Output,
+    output: Table,
     labels: str,
     *,
     image_column: str = "image",
     label_column: str = "label",
     multi_label: bool = False,
+    image_flag: str = "--image-column",
 ) -> Labels:
     """Find the labelled images of an output.
 
     labels: a CSV, JSON or Parquet file with the columns `image_column` and `label_column`; `folder`, the name of the
-    folder that an image is in; or `column:NAME`, a column of the output.
+    folder that an image is in; or `column:NAME`, a column of the output. image_flag: that names `image_column`.
     A file names an image by its image_id or by the end of it, from a `/` or `#` on. Raises InputRefused if a name fits
     several images, if an image has two classes without `multi_label`, or if no image has a label.
     """
@@ -79,14 +100,14 @@ def find(
     elif labels.startswith(COLUMN):
         found = _of_column(output, labels.removeprefix(COLUMN))
     else:
-        found = _of_file(output, labels, read_file(labels, image_column, label_column))
+        found = _of_file(output, labels, read_file(labels, image_column, label_column, image_flag))
     found = found if multi_label else found.with_classes()
     _check(found, labels, output.uri, multi_label)
     return found
 
 
 def find_concept(
-    output: Output, positives: str, negatives: str | None, *, image_column: str = "image", seed: int = 0
+    output: Table, positives: str, negatives: str | None, *, image_column: str = "image", seed: int = 0
 ) -> Labels:
     """Labels of one concept: the images that a file names, and images of which most are others.
 
@@ -132,7 +153,9 @@ def _names(uri: str, flag: str, image_column: str) -> list[str]:
     return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 
-def read_file(uri: str, image_column: str = "image", label_column: str = "label") -> dict[str, Classes]:
+def read_file(
+    uri: str, image_column: str = "image", label_column: str = "label", image_flag: str = "--image-column"
+) -> dict[str, Classes]:
     """Read a file of labels: name → its classes, in the order of the file. A name may occur several times.
 
     JSON: a list of objects, one object per line, or one object of names and classes. Raises InputRefused.
@@ -150,7 +173,7 @@ def read_file(uri: str, image_column: str = "image", label_column: str = "label"
         raise InputRefused(f"--labels {name} cannot be read: {message_line(error)}") from error
     labels: dict[str, Classes] = {}
     for number, row in enumerate(rows, start=1):
-        for column, flag in ((image_column, "--image-column"), (label_column, "--label-column")):
+        for column, flag in ((image_column, image_flag), (label_column, "--label-column")):
             if column not in row:
                 raise InputRefused(
                     f"--labels {name}: entry {number} has no {column!r}, only {', '.join(map(str, row))}; name the "
@@ -196,7 +219,7 @@ def _classes(value: Any) -> Classes:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _of_file(output: Output, uri: str, labels: Mapping[str, Classes]) -> Labels:
+def _of_file(output: Table, uri: str, labels: Mapping[str, Classes]) -> Labels:
     matches = _match(_column(output, "image_id"), labels)
     ambiguous = {name: found for name, found in matches.items() if len(found) > 1}
     if ambiguous:
@@ -226,13 +249,25 @@ def _of_file(output: Output, uri: str, labels: Mapping[str, Classes]) -> Labels:
     )
 
 
+def matcher(names: Iterable[str]) -> Callable[[str], bool]:
+    """A function that says whether one of some names fits an image_id. It is for one image, so not for unique names."""
+    wanted = set(names)
+    ends = {_SEPARATOR.split(name)[-1] for name in wanted}
+
+    def fits(image_id: str) -> bool:
+        is_near = image_id[_last_separator(image_id) + 1 :] in ends
+        return is_near and any(suffix in wanted for suffix in _suffixes(image_id))
+
+    return fits
+
+
 def _match(image_ids: Iterable[str], names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
     """Name → the rows that it fits, with their image_ids. A whole image_id fits only its own image."""
     wanted = set(names)
-    ends = {_SEPARATOR.split(name)[-1] for name in wanted}
+    fits = matcher(wanted)
     matches: dict[str, list[tuple[int, str]]] = {}
     for row, image_id in enumerate(image_ids):
-        if image_id[_last_separator(image_id) + 1 :] not in ends:
+        if not fits(image_id):
             continue
         for suffix in _suffixes(image_id):
             if suffix in wanted:
@@ -251,7 +286,7 @@ def _suffixes(image_id: str) -> Iterator[str]:
         yield image_id[separator.end() :]
 
 
-def _of_folders(output: Output) -> Labels:
+def _of_folders(output: Table) -> Labels:
     """The class of an image is the name of its folder, in the archive file that holds it or in the file system."""
     return _of_all((image_id, _folder(image_id)) for image_id in _column(output, "image_id"))
 
@@ -261,7 +296,7 @@ def _folder(image_id: str) -> str:
     return path.rpartition("/")[0].rpartition("/")[2]
 
 
-def _of_column(output: Output, column: str) -> Labels:
+def _of_column(output: Table, column: str) -> Labels:
     output.require([column])
     batches = output.batches(["image_id", column])
     pairs = (pair for batch in batches for pair in zip(*(values.to_pylist() for values in batch.columns), strict=True))
@@ -275,7 +310,7 @@ def _of_all(pairs: Iterable[tuple[str, Any]]) -> Labels:
     return Labels(rows, image_ids, classes).with_classes()
 
 
-def _column(output: Output, name: str) -> Iterator[str]:
+def _column(output: Table, name: str) -> Iterator[str]:
     return (value for batch in output.batches([name]) for value in batch.column(0).to_pylist())
 
 

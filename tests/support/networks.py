@@ -49,6 +49,22 @@ def tiny() -> tuple[nn.Module, Transform]:
     return nn.Sequential(convolution, nn.Flatten(), nn.Linear(8, 6)), Transform(40, 32)
 
 
+def colours() -> tuple[nn.Module, Transform]:
+    """Two classes, red and blue: the mean over the picture of how much redder or bluer than the other a place is."""
+    convolution = nn.Conv2d(3, 2, 8, 8, bias=False)
+    with torch.no_grad():
+        convolution.weight.zero_()
+        convolution.weight[0, 0], convolution.weight[0, 2] = 1 / 64, -1 / 64
+        convolution.weight[1, 2], convolution.weight[1, 0] = 1 / 64, -1 / 64
+    classifier = nn.Linear(2, 2)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.eye(2) * 20)
+        classifier.bias.zero_()
+    features = nn.Sequential(convolution, nn.ReLU())
+    network = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+    return network, Transform(64, 64, "bilinear", (0.5,), (0.5,))
+
+
 class Branching(nn.Module):
     """Data-dependent control flow, so that it cannot be traced."""
 

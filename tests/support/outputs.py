@@ -9,9 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import schema
+from pipeline.config import RunConfig
+from pipeline.coverage import END
 from pipeline.embedding_space import EmbeddingSpace
 from pipeline.output import directory
 from pipeline.output import ledger as ledgers
+from pipeline.output.run_record import RunRecord
+from pipeline.planning import plan as plans
+from pipeline.planning.archive import Archive
+from pipeline.predictors.base import Allotment, Predictor
+from pipeline.stages.load import Loader
+from pipeline.stages.predict import Predict
 from pipeline.stages.write import Sink
 from pipeline.storage import access
 
@@ -66,3 +74,23 @@ def write_output(
         sink(table)
     directory.finish(str(folder))
     return folder
+
+
+def run_here(config: RunConfig, predictor: Predictor) -> str:
+    """A whole run of the project's own stages in this process, without Ray. Returns the output."""
+    predictor.prepare()
+    archive = Archive(config)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    record = RunRecord.of(config, predictor)
+    plan, _ = directory.prepare(config, record, archive)
+    loader = Loader.of(config, predictor, archive.options(), rows_per_table=16, keep=plan.keep)
+    keep = dict(loader.keep.values())
+    sink = Sink(
+        config.output, ledgers.begin(config.output).attempt, schema.result(predictor.columns, keep), record.footer
+    )
+    predict = Predict(predictor, keep, Allotment(batch_size=16, gpu_share=0))
+    for shard in plans.read_shards(plan):
+        for table in loader.load(shard, ((0, END),)):
+            sink(predict(table))
+    directory.finish(config.output)
+    return config.output
