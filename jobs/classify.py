@@ -3,10 +3,12 @@
     python jobs/classify.py --input photos/ --output labels/ --model resnet50 --top-k 5
     python jobs/classify.py --input tiles.tar --output labels/ --weights model.pt --labels names.txt --embeddings
     python jobs/classify.py --input photos/ --output labels/ --head trees.safetensors --head roads.safetensors
+    python jobs/classify.py --input photos/ --output labels/ --weights checkpoint.safetensors
     python jobs/classify.py --from embeddings/ --output labels/ --head head.safetensors
 
---head applies classes of your own, made by jobs/fit.py. It also sets the network, its weights and its transform. --from
-reads the vectors of a finished output, and no images.
+--head applies classes of your own, made by jobs/fit.py. It also sets the network, its weights and its transform. A
+checkpoint of jobs/finetune.py sets the network, its transform and the names of its classes: --weights needs no other
+flag. --from reads the vectors of a finished output, and no images.
 
 Run the same command again after any stop: it continues from there.
 """
@@ -20,6 +22,7 @@ from pipeline.config import RunConfig, flag
 from pipeline.errors import SettingRefused
 from pipeline.predictors.base import Predictor
 from pipeline.predictors.classify import Classifier
+from pipeline.predictors.network import with_flags_of_weights
 from pipeline.report.messages import MessageFlags
 
 OF_HEADS = ("head", "top_k")
@@ -51,6 +54,7 @@ def make(run: dict[str, Any], network: dict[str, Any], more: dict[str, Any]) -> 
     """The settings and the predictor of a run, from the given flags of RunConfig, Classifier and VectorFlags."""
     if source := more.get("from_"):
         return _on_vectors(source, run, network)
+    run, network = with_flags_of_weights(run, network)
     if network.get("head"):
         run, network = _with_flags_of_head(run, network)
     return RunConfig(**run), Classifier(**network)

@@ -7,10 +7,13 @@ Run the same command again after any stop: it continues from there.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline import cli
 from pipeline.config import RunConfig
+from pipeline.predictors.base import Predictor
 from pipeline.predictors.embed import Embedder
+from pipeline.predictors.network import with_flags_of_weights
 from pipeline.report.messages import MessageFlags
 
 
@@ -19,7 +22,13 @@ def parser() -> cli.Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cli.job(Embedder, __doc__, arguments)
+    return cli.job(Embedder, __doc__, arguments, make=make)
+
+
+def make(run: dict[str, Any], network: dict[str, Any], _: dict[str, Any]) -> tuple[RunConfig, Predictor]:
+    """The settings and the predictor of a run. A checkpoint of jobs/finetune.py names its network itself."""
+    run, network = with_flags_of_weights(run, network)
+    return RunConfig(**run), Embedder(**network)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ COMMANDS = {
     "fit": "your own classes, from embeddings and some labels",
     "compare": "several networks on a labelled sample: accuracy, speed and cost",
     "explain": "where in a picture a network finds its evidence for a class",
+    "finetune": "your own classes, from labelled images: all layers of a network",
     "estimate": "hours, dollars and bottleneck of a run, before it starts",
     "verify": "proof from the files that no image is missing",
     "map": "the results of a scene as a GeoTIFF and a picture",

@@ -61,7 +61,7 @@ def job(
         run_values, predictor_values, message_values, *others = parse(predictor_class, description, arguments, *classes)
         speak(MessageFlags(**message_values))
         if make:
-            config, predictor = make(run_values, predictor_values, others[0])
+            config, predictor = make(run_values, predictor_values, others[0] if others else {})
         else:
             config, predictor = RunConfig(**run_values), predictor_class(**predictor_values)
         messages.say(f"version {__version__}: looking at the input and at {uris.redact(config.output)}")

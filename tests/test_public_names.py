@@ -24,7 +24,7 @@ NAMES = {
 }  # fmt: skip
 COMMANDS = {
     "classify", "demo", "demo_archive", "demo_land_cover", "demo_picture", "demo_scene", "embed", "estimate",
-    "export", "fit", "map", "nightshift", "submit", "verify",
+    "export", "finetune", "fit", "map", "nightshift", "submit", "verify",
 }  # fmt: skip
 
 

@@ -134,8 +134,8 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
         case "verify":
             places = [word if word.startswith("--") else str(folder / word) for word in arguments]
             assert verify.main(places) == 2, "the arguments are accepted, but the output does not exist"
-        case "fit":
-            assert importlib.import_module("jobs.fit").parser().parse_args(arguments).to
+        case "fit" | "finetune":
+            assert importlib.import_module(f"jobs.{job}").parser().parse_args(arguments).to
         case "classify" if "--head" in arguments:
             run_values, predictor_values, vector_values = cli.parse(Classifier, "", arguments, VectorFlags)
             RunConfig(**{"input": vector_values.get("from_"), **run_values})

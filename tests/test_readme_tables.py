@@ -17,6 +17,7 @@ import pipeline
 from jobs import classify, estimate, nightshift
 from pipeline import Allotment, Classifier, Embedder, NightshiftError, Predictor, RunConfig, cli, errors, schema
 from pipeline.report.messages import MessageFlags
+from pipeline.training.finetune import FinetuneConfig
 from pipeline.training.job import FitConfig
 
 # Flags and variables
@@ -60,9 +61,9 @@ def test_the_table_of_an_exploring_job_has_all_flags(job: str) -> None:
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags(job)
 
 
-def fit_rows() -> dict[str, str]:
-    """Flag of `fit` → default."""
-    rows = tables("jobs/README.md", "| `fit` flag | default | meaning |")
+def fit_rows(job: str = "fit") -> dict[str, str]:
+    """Flag of `fit` or `finetune` → default."""
+    rows = tables("jobs/README.md", f"| `{job}` flag | default | meaning |")
     return {re.findall(r"--[a-z-]+", cell)[0]: default for cell, default, _ in rows}
 
 
@@ -77,11 +78,19 @@ def test_the_table_has_all_flags_of_compare() -> None:
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags("compare") - shared
 
 
+def test_the_table_has_all_flags_of_finetune_alone() -> None:
+    own = {cli.flag_name(field.name) for field in fields(FinetuneConfig)}
+    assert {*fit_rows("finetune")} == own
+    assert own <= help_flags("finetune")
+
+
 def test_the_defaults_in_the_tables_are_those_of_the_code() -> None:
     of_jobs = (RunConfig, Embedder, Classifier, MessageFlags, estimate.EstimateFlags, classify.VectorFlags)
     defaults = {cli.flag_name(field.name): field.default for cls in of_jobs for field in fields(cls)}
     of_fit = {cli.flag_name(field.name): field.default for field in fields(FitConfig)}
-    for rows, known in [*((rows, defaults) for rows in flag_rows().values()), (fit_rows(), of_fit)]:
+    of_finetune = {cli.flag_name(field.name): field.default for field in fields(FinetuneConfig)}
+    more = [(fit_rows(), of_fit), (fit_rows("finetune"), of_finetune)]
+    for rows, known in [*((rows, defaults) for rows in flag_rows().values()), *more]:
         for flag, written in rows.items():
             default = known.get(flag, False)
             if isinstance(default, bool):

@@ -123,6 +123,15 @@ def resize_classifier(network: nn.Module, head: str, classes: int) -> None:
     setattr(layer, name, classes)
 
 
+def new_classifier(network: nn.Module, head: str, classes: int) -> None:
+    """Give a classifier tensors for another number of classes, on the CPU, whose values are 0."""
+    resize_classifier(network, head, classes)
+    layer: Any = network.get_submodule(head)
+    layer.weight = nn.Parameter(torch.zeros(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros(layer.bias.shape))
+
+
 def _trace(network: nn.Module, image: Tensor) -> tuple[Any, tuple[str, nn.Module, Any]]:
     """The network's output; and the Linear or convolution that ran last, with its name and its output."""
     ran: list[tuple[str, nn.Module, Any]] = []

@@ -8,21 +8,32 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsRefused
+from pipeline.errors import SettingRefused, WeightsRefused
 from pipeline.images.pixels import RGB8, PixelFormat
-from pipeline.images.transform import Transform
+from pipeline.images.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 from pipeline.models import transform_files
 from pipeline.models.checkpoint import align, fit, read_metadata, read_state, unwrap_head
-from pipeline.models.classifier import RGB, Network, Shape, find_classifier, first_convolution
+from pipeline.models.classifier import (
+    RGB,
+    Network,
+    Shape,
+    find_classifier,
+    first_convolution,
+    new_classifier,
+)
 from pipeline.models.download import fetch_beside, fetch_weights, file_name
 from pipeline.models.families import Family, WeightsSource
 from pipeline.models.input_spec import InputSpec
 from pipeline.models.labels import read_labels
 from pipeline.models.overrides import Layers, Overrides, as_flags, for_channels
 from pipeline.models.python_function import FunctionFamily
+from pipeline.models.record import check_model, check_names, read_record
 from pipeline.models.timm_models import TimmFamily
 from pipeline.models.torchvision_models import TorchvisionFamily
 from pipeline.models.transform_files import Stated
+
+NORMALIZE_INSIDE = ("googlenet", "inception_v3")
+"""Networks of torchvision whose own weights need `transform_input`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +99,17 @@ def resolve(
     overrides: of the network's transform, by flags. They override transform_file, the values of `--transform`, which
     override those that the file of weights states, which override the network's default.
     input: what the weights were trained on, if it is not RGB of 8 bits. Its transform replaces the network's own.
-    Raises SettingRefused and WeightsRefused.
+    A checkpoint of `finetune` names its own network and classes. Raises SettingRefused and WeightsRefused.
     """
     family = find_family(model, seed)
     source = family.source(weights)
     path, sha256 = fetch_weights(source.uri, family.is_official(source)) if source.uri else ("", "")
     source = family.recognise(source, sha256)
-    stated = _stated(source, path) if path and not source.own and not input else Stated()
+    record = read_record(path) if path and not source.own else None
+    if record:
+        check_model(record, model, source.name)
+        source = replace(source, labels=record.classes)
+    stated = _stated(source, path) if path and not source.own and (record or not input) else Stated()
     layers = Layers((stated.transform, transform_file, overrides))
     own_transform = input.transform if input else source.transform
     sizes = {"image_size": layers.crop or (own_transform or family.transform).crop}
@@ -118,6 +133,9 @@ def resolve(
         notes.append(_origins_note(transform, origins))
     elif is_assumed and layers.missing():
         notes.append(_transform_note(transform, model, source))
+    names = _class_names(labels if need_head else None, stated.labels or source.labels, shape.classes)
+    if record and labels and need_head:
+        check_names(record, names, labels, source.name)
     return ModelSpec(
         model=model,
         weights=source.name,
@@ -129,7 +147,7 @@ def resolve(
         embedding_dim=shape.width,
         num_classes=shape.classes,
         in_channels=shape.channels,
-        labels=_class_names(labels if need_head else None, stated.labels or source.labels, shape.classes),
+        labels=names,
         head=shape.head,
         notes=tuple(notes),
         input=input,
@@ -143,6 +161,42 @@ def build(spec: ModelSpec) -> Network:
 
     Raises WeightsRefused if this node cannot read the weights, or if they are not those of the spec.
     """
+    return Network(_body(spec), spec.head, spec.num_classes).eval()
+
+
+def build_for(spec: ModelSpec, classes: int) -> Network:
+    """Build the network of a spec of `trainable` with a new classifier, whose weights are 0.
+
+    Raises WeightsRefused as `build` does.
+    """
+    body = _body(spec)
+    if getattr(body, "transform_input", False):
+        body.transform_input = False  # type: ignore[assignment]
+    new_classifier(body, spec.head, classes)
+    return Network(body, spec.head, classes).eval()
+
+
+def trainable(spec: ModelSpec) -> ModelSpec:
+    """The spec for `build_for`. Raises SettingRefused for a network without a classifier.
+
+    torchvision's own weights of GoogLeNet and Inception change the normalization inside of the network. Weights of a
+    file do not, so the training puts that change into the transform.
+    """
+    if not spec.head:
+        raise SettingRefused(
+            f"--model {spec.model} does not end in a classifier, which fine-tuning replaces: let the network end in a "
+            "torch.nn.Linear, or name another one"
+        )
+    if not (spec.own_weights and spec.weights_uri and spec.model in NORMALIZE_INSIDE):
+        return spec
+    old = spec.transform
+    ratios = [std / imagenet for std, imagenet in zip(old.std, IMAGENET_STD, strict=True)]
+    mean = (m - (i - 0.5) * r for m, i, r in zip(old.mean, IMAGENET_MEAN, ratios, strict=True))
+    return replace(spec, transform=replace(old, mean=tuple(mean), std=tuple(0.5 * ratio for ratio in ratios)))
+
+
+def _body(spec: ModelSpec) -> nn.Module:
+    """The whole network of a spec, with its weights."""
     family = find_family(spec.model, spec.seed)
     source = WeightsSource(spec.weights, spec.weights_uri, spec.own_weights)
     sizes = {"num_classes": spec.num_classes, "in_channels": spec.in_channels, "image_size": spec.transform.crop}
@@ -158,7 +212,7 @@ def build(spec: ModelSpec) -> Network:
         )
     if spec.weights_uri is not None:
         body = family.load(source, path, sizes, spec.head)
-    return Network(body, spec.head, spec.num_classes).eval()
+    return body
 
 
 def count_flops(spec: ModelSpec) -> int:

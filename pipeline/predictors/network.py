@@ -270,3 +270,20 @@ class NetworkPredictor(Predictor):
         from pipeline.inference.cuda_stream import to_host
 
         return to_host(features.half() if self.embedding_dtype == "float16" else features)
+
+
+def with_flags_of_weights(run: Mapping[str, Any], network: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add the flags that a checkpoint of `finetune` stands for to the given ones, of a run and of its network.
+
+    Raises WeightsRefused if --weights cannot be read, and SettingRefused for a flag that contradicts it.
+    """
+    weights = network.get("weights", "")
+    if not uris.redact(weights).endswith(".safetensors"):
+        return dict(run), dict(network)
+    from pipeline.models.download import fetch_weights
+    from pipeline.models.record import read_record, with_flags_of_record
+
+    record = read_record(fetch_weights(weights)[0])
+    if record is None:
+        return dict(run), dict(network)
+    return with_flags_of_record(record, uris.redact(weights), run, network)

@@ -3,7 +3,7 @@
 import inspect
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -100,12 +100,17 @@ class Loader:
             harmonize=harmonize,
         )
 
-    def load(self, shard: Shard, todo: Ranges) -> Iterator[pa.Table]:
-        """Yield the rows of `todo` in order, decoded, with the row that ends the shard last."""
+    def load(self, shard: Shard, todo: Ranges, wanted: Callable[[Record], bool] | None = None) -> Iterator[pa.Table]:
+        """Yield the rows of `todo` in order, decoded, with the row that ends the shard last.
+
+        wanted: of the records with data, those to decode; the others are left out.
+        """
         if (tables := sources.read_tables(shard, todo, self.options)) is not None:
             yield from self._load_tables(shard, tables)
             return
         items = sources.read(shard, todo, self.options)
+        if wanted:
+            items = (item for item in items if not isinstance(item, Record) or item.data is None or wanted(item))
         batch: list[_Row] = []
         images = encoded_bytes = pixel_bytes = 0
         work = partial(self._decode, MemoryBudget(self.decode_bytes))

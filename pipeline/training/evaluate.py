@@ -67,8 +67,8 @@ class Evaluation:
     share whose classes are all right. baseline, baseline_accuracy: the most frequent class, and the accuracy of always
     predicting it. confusion: [C][C] images, by label and by prediction; empty with several labels per image.
     ece_before, ece_after: expected calibration error without and with the temperature.
-    curve: (number of labels, accuracy, macro-F1). mistakes: the most confident ones. doubtful: labels that are probably
-    wrong, the most probable first.
+    curve: (number of labels, accuracy, macro-F1); may be empty. mistakes: the most confident ones. doubtful: labels
+    that are probably wrong, the most probable first.
     """
 
     how: str
@@ -101,10 +101,32 @@ def evaluate(samples: Samples, settings: FitSettings, holdout: float | None, cho
     """
     rows = some(samples, np.arange(len(samples)), settings.seed)
     folds, how = _split(samples, rows, holdout, settings.seed)
+    return evaluate_folds(samples, settings, folds, how, choice)
+
+
+def evaluate_folds(samples: Samples, settings: FitSettings, folds: list[Fold], how: str, choice: Choice) -> Evaluation:
+    """Evaluate the method on given splits. how: the kind of split, in words."""
     results = [_test(samples, fold, settings) for fold in folds]
+    before, after = (np.concatenate([result[number] for result in results]) for number in (0, 1))
+    curve = _learning_curve(samples, folds[0], settings, results[0][2])
+    return assess(samples, folds, how, before, after, choice, curve)
+
+
+def assess(
+    samples: Samples,
+    folds: list[Fold],
+    how: str,
+    before: Scores,
+    after: Scores,
+    choice: Choice,
+    curve: tuple[tuple[int, float, float], ...] = (),
+) -> Evaluation:
+    """The figures of scores on the images that the folds leave out, in that order.
+
+    before, after: without and with the temperature. choice: its logits show doubtful labels. curve: see `Evaluation`.
+    """
     tested = np.concatenate([left_out for _, left_out in folds])
     targets = samples.targets[tested]
-    before, after = (np.concatenate([result[number] for result in results]) for number in (0, 1))
     guesses = predictions(after, samples.multi_label)
     by_class = _by_class(samples.names, targets, guesses, after)
     frequent = int(samples.targets[folds[0][0]].sum(axis=0).argmax())
@@ -120,7 +142,7 @@ def evaluate(samples: Samples, settings: FitSettings, holdout: float | None, cho
         confusion=() if samples.multi_label else _confusion(targets, guesses),
         ece_before=calibration_error(before, targets, samples.multi_label),
         ece_after=calibration_error(after, targets, samples.multi_label),
-        curve=_learning_curve(samples, folds[0], settings, results[0][2]),
+        curve=curve,
         mistakes=_mistakes(samples, tested, guesses, after),
         doubtful=_doubtful(samples, choice),
         warnings=_warnings(samples, folds),

@@ -199,10 +199,10 @@ def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, lab
     return config.to, f"{base}.json", f"{base}.html"
 
 
-def unknown_text(labels: Labels) -> str:
+def unknown_text(labels: Labels, places: str = "rows of the output") -> str:
     """A sentence about the names of the file that are no image of the output; "" if there are none."""
     if not labels.unknown:
         return ""
     unreadable = f", {len(labels.unreadable)} of them could not be read" if labels.unreadable else ""
     shown = ", ".join(labels.unknown[:MAX_SHOWN]) + (", …" if len(labels.unknown) > MAX_SHOWN else "")
-    return f"{len(labels.unknown)} names of the labels are no rows of the output{unreadable}: {shown}."
+    return f"{len(labels.unknown)} names of the labels are no {places}{unreadable}: {shown}."

@@ -1,7 +1,8 @@
 """The evaluation for people: a table on the terminal, and one HTML page with pictures that needs no other file."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -11,10 +12,12 @@ from rich.text import Text
 
 from pipeline.errors import SettingRefused, printable
 from pipeline.training.evaluate import Evaluation, Example
+from pipeline.training.history import FROZEN, Epoch
 
 MAX_MATRIX = 30
 MAX_PICTURES = 24
 MAX_TABLE = 40
+CHART_WIDTH, CHART_HEIGHT = 640, 240
 
 
 def percent(share: float) -> str:
@@ -25,6 +28,7 @@ def percent(share: float) -> str:
 def figures(evaluation: Evaluation, temperature: float) -> list[tuple[str, str]]:
     """The main figures by name, as text."""
     curve = evaluation.curve
+    more = [f"{labels:,} labels give {percent(accuracy)}" for labels, accuracy, _ in curve[-2:]]
     return [
         ("tested on", f"{evaluation.images:,} labels, {evaluation.how}"),
         ("accuracy", percent(evaluation.accuracy)),
@@ -36,10 +40,7 @@ def figures(evaluation: Evaluation, temperature: float) -> list[tuple[str, str]]
             f"{percent(evaluation.ece_after)} (before temperature scaling by {temperature:.2f}: "
             f"{percent(evaluation.ece_before)})",
         ),
-        (
-            "more labels",
-            f"{curve[-2][0]:,} labels give {percent(curve[-2][1])}, {curve[-1][0]:,} give {percent(curve[-1][1])}",
-        ),
+        *([("more labels", ", ".join(more))] if more else []),
     ]
 
 
@@ -57,7 +58,14 @@ def show(evaluation: Evaluation, temperature: float, console: Console | None = N
         console.print(Text(f"warning: {printable(warning)}"))
 
 
-def html(title: str, summary: str, evaluation: Evaluation, temperature: float, pictures: Mapping[str, bytes]) -> str:
+def html(
+    title: str,
+    summary: str,
+    evaluation: Evaluation,
+    temperature: float,
+    pictures: Mapping[str, bytes],
+    training: "Training | None" = None,
+) -> str:
     """The page. pictures: JPEGs by image_id. Every name is escaped. Raises SettingRefused without Jinja."""
     try:
         from jinja2 import Environment
@@ -71,6 +79,8 @@ def html(title: str, summary: str, evaluation: Evaluation, temperature: float, p
         evaluation=evaluation,
         figures=figures(evaluation, temperature),
         matrix=_matrix(evaluation),
+        training=training,
+        chart=training and loss_chart(training.history),
         groups=[
             (
                 "Most confident mistakes",
@@ -85,6 +95,53 @@ def html(title: str, summary: str, evaluation: Evaluation, temperature: float, p
         ],
         percent=percent,
     )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the page says of a fine-tuning. history: its epochs. figures: further figures by name, as text."""
+
+    history: Sequence[Epoch]
+    figures: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart. points: x and y in pixels, as SVG has them. colour: of CSS."""
+
+    name: str
+    points: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of losses by epoch, CHART_WIDTH × CHART_HEIGHT pixels. highest: the loss at its top; 0 is at the bottom.
+
+    best: x of the best epoch. all_layers: x of the last epoch that trained the classifier only.
+    """
+
+    lines: tuple[Line, ...]
+    highest: float
+    last: int
+    best: float
+    all_layers: float
+
+
+def loss_chart(history: Sequence[Epoch]) -> Chart:
+    """The losses of the training and of the images that end it."""
+    highest = max([each.stop_loss for each in history] + [each.loss or 0 for each in history]) or 1.0
+    step = CHART_WIDTH / max(len(history) - 1, 1)
+
+    def line(name: str, colour: str, losses: Iterable[tuple[int, float | None]]) -> Line:
+        points = (f"{n * step:.1f},{CHART_HEIGHT * (1 - loss / highest):.1f}" for n, loss in losses if loss is not None)
+        return Line(name, " ".join(points), colour)
+
+    training = line("training", "#888", ((each.number, each.loss) for each in history))
+    stop = line("images that end the training", "#28a050", ((each.number, each.stop_loss) for each in history))
+    best = max(each.number for each in history if each.is_best)
+    frozen = max(each.number for each in history if each.phase == FROZEN)
+    return Chart((training, stop), highest, history[-1].number, best * step, frozen * step)
 
 
 def shown(evaluation: Evaluation) -> list[str]:
