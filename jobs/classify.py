@@ -62,8 +62,8 @@ def make(run: dict[str, Any], network: dict[str, Any], more: dict[str, Any]) -> 
 
 def _on_vectors(source: str, run: dict[str, Any], network: dict[str, Any]) -> tuple[RunConfig, Predictor]:
     from pipeline.explore.table import open_output
+    from pipeline.explore.vectors import space_of
     from pipeline.predictors.vectors import VectorClassifier
-    from pipeline.training.job import space_of
 
     if not network.get("head"):
         raise SettingRefused("--from needs --head, a file that `nightshift fit` made")

@@ -138,7 +138,7 @@ def parsed(parser: "Parser", classes: Sequence[type], arguments: Sequence[str] |
     Returns the values of those arguments, then the given fields of each class.
     """
     flags = _flags(classes)
-    given = vars(parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments)))
+    given = vars(parser.parse_args(joined(sys.argv[1:] if arguments is None else arguments)))
     others = {name: given.pop(name) for name in list(given) if name not in flags and name != "config"}
     words = _config_words(given.pop("config", None), flags)
     in_file = vars(parser_of(None, classes).parse_args(words))
@@ -190,7 +190,7 @@ def parser_of(description: str | None, classes: Sequence[type], hidden: Containe
     return parser
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
+def joined(arguments: Sequence[str]) -> list[str]:
     """Join a flag and a value such as -1:1 with "=". argparse takes the value for a flag."""
     words: list[str] = []
     for word in arguments:

@@ -310,19 +310,7 @@ class RunConfig:
         return low, high
 
     def _box(self) -> Bounds | None:
-        if self.bbox is None:
-            return None
-        try:
-            west, south, east, north = map(_number, self.bbox.split(","))
-        except ValueError:
-            west = south = east = north = math.nan
-        are_longitudes = all(-180 <= value <= 180 for value in (west, east))
-        if not (are_longitudes and west != east and -90 <= south < north <= 90):
-            raise SettingRefused(
-                f"--bbox is {self.bbox!r}: it must be W,S,E,N in degrees, longitudes from -180 to 180 and latitudes "
-                "from -90 to 90 with S < N, as in -118.4,36.5,-118.2,36.7; W > E crosses the antimeridian"
-            )
-        return west, south, east, north
+        return None if self.bbox is None else parse_box(self.bbox)
 
     def time_range(self) -> TimeRange | None:
         """The times that --datetime selects, None for all of them."""
@@ -393,6 +381,21 @@ def _pair(text: str) -> tuple[float, float] | None:
     except ValueError:
         return None
     return (low, high) if low < high and math.isfinite(high - low) else None
+
+
+def parse_box(text: str) -> Bounds:
+    """The box of --bbox. Raises SettingRefused."""
+    try:
+        west, south, east, north = map(_number, text.split(","))
+    except ValueError:
+        west = south = east = north = math.nan
+    are_longitudes = all(-180 <= value <= 180 for value in (west, east))
+    if not (are_longitudes and west != east and -90 <= south < north <= 90):
+        raise SettingRefused(
+            f"--bbox is {text!r}: it must be W,S,E,N in degrees, longitudes from -180 to 180 and latitudes "
+            "from -90 to 90 with S < N, as in -118.4,36.5,-118.2,36.7; W > E crosses the antimeridian"
+        )
+    return west, south, east, north
 
 
 def parse_keep(keep: Iterable[str]) -> dict[str, str]:

@@ -11,13 +11,13 @@ from pipeline.config import PERCENTILE, RunConfig
 from pipeline.embedding_space import EmbeddingSpace
 from pipeline.errors import InputRefused, WeightsRefused
 from pipeline.explore.table import Output
+from pipeline.explore.vectors import network_of, space_of
 from pipeline.images.pixels import PixelTable
 from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
 from pipeline.planning.plan import Plan
 from pipeline.predictors.classify import Classifier
 from pipeline.stages.load import Loader, harmonize_of
-from pipeline.training.job import network_of, space_of
 
 AS_THEY_ARE = ("input", "image_column", "any_suffix", "max_pixels", "exif_rotate", "nodata_fill", "harmonize")
 

@@ -4,13 +4,16 @@ Every reader of outputs uses this module, so all of them see the same rows: thos
 output in mid-run, and one of an earlier layout, because it finds parts by their commits and not by their names.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline import schema as schemas
 from pipeline.errors import InputRefused, OutputRefused, message_line
@@ -23,7 +26,34 @@ from pipeline.threads import ordered_map
 BATCH_ROWS = 8192
 THREADS = 4
 """Row groups that are read at a time. `ordered_map` bounds the bytes that wait: 256 MB, or one row group."""
+BLOCKS_AHEAD = 2
+"""Whole row groups of vectors that are read or wait. More would need more than 1 GB."""
 ERRORS_FOLDER = "_errors"
+
+if TYPE_CHECKING:
+    from pipeline.explore.search import Hits
+
+Positions = NDArray[np.int64]
+"""Positions among all rows of an output."""
+
+
+class Choice(Protocol):
+    """Chooses rows by some columns. Called on several threads."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that it looks at."""
+
+    def __call__(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """Whether each row is chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The chosen rows of a row group: their positions in ascending order, and their columns."""
+
+    positions: Positions
+    table: pa.Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +140,55 @@ class Output:
             wanted = pa.schema([self.schema.field(name) for name in names])
             yield from _batches(self.uri, self.parts, wanted, batch_rows, equal or {})
 
+    def blocks(
+        self, columns: Sequence[str], choices: Sequence[Choice] = (), parts: Sequence[Part] | None = None
+    ) -> Iterator[Block]:
+        """Yield the chosen rows, one row group at a time, in the order of parts.
+
+        A row group is read only if `choices` choose one of its rows by their own columns, which are read first.
+        parts: some of the output's parts (default: all of them). Raises OutputRefused as `batches` does, and for a part
+        whose footer names another embedding space than `_run.json`.
+        """
+        looked_at = list(dict.fromkeys(name for choice in choices for name in choice.columns))
+        self.require([*columns, *looked_at])
+        wanted, first = (pa.schema([self.schema.field(name) for name in names]) for names in (columns, looked_at))
+        paths = {part.path for part in (self.parts if parts is None else parts)}
+        chosen = [each for each in self._firsts() if each[0].path in paths]
+        space = (self.record.get("embedding_space") or {}).get("id")
+        groups = _row_groups(self.uri, chosen, {*columns, *looked_at}, {}, space)
+        read = partial(_read_block, self.uri, wanted, first, tuple(choices))
+        for block in ordered_map(read, groups, BLOCKS_AHEAD, BLOCKS_AHEAD, lambda group: group.size_bytes):
+            if len(block.positions):
+                yield block
+
+    def take(self, positions: Positions, columns: Sequence[str]) -> pa.Table:
+        """The columns of some rows, in the order of `positions`. Reads only the row groups that have them."""
+        self.require(columns)
+        wanted, unique = pa.schema([self.schema.field(name) for name in columns]), np.unique(positions)
+        parts = [(part, first) for part, first in self._firsts() if _within(unique, first, part.rows)]
+        groups = _row_groups(self.uri, parts, {*columns}, {})
+        groups = (group for group in groups if _within(unique, group.first, group.rows))
+        read = partial(_read, self.uri, wanted, {})
+        tables = []
+        for group in groups:
+            start, stop = np.searchsorted(unique, [group.first, group.first + group.rows])
+            tables.append(read(group).take(pa.array(unique[start:stop] - group.first)))
+        table = pa.concat_tables([wanted.empty_table(), *tables])
+        return table.take(pa.array(np.searchsorted(unique, positions)))
+
+    def search(self, **query: Any) -> "Hits":
+        """The images most similar to some images, ids or vectors; see `explore.search.search` for the arguments."""
+        from pipeline.explore.search import search
+
+        return search(self, **query)
+
+    def _firsts(self) -> Iterator[tuple[Part, int]]:
+        """Each part, and the position of its first row."""
+        first = 0
+        for part in self.parts:
+            yield part, first
+            first += part.rows
+
     def errors(self, columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Yield the rows of `_errors/`, with the columns of `schema.ERRORS`, as `batches` does."""
         names = schemas.ERRORS.names if columns is None else list(columns)
@@ -155,36 +234,68 @@ def open_output(uri: str) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _RowGroup:
-    """A row group of a part. metadata: the part's footer. size_bytes: of the wanted columns, decompressed."""
+    """A row group of a part. metadata: the part's footer. size_bytes: of the wanted columns, decompressed.
+
+    first: position of its first row. rows: number of its rows.
+    """
 
     path: str
     metadata: Any
     index: int
     size_bytes: int
+    first: int
+    rows: int
 
 
 def _batches(
     output: str, parts: Sequence[Part], wanted: pa.Schema, batch_rows: int, equal: Mapping[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     read = partial(_read, output, wanted, equal)
-    groups = _row_groups(output, parts, {*wanted.names, *equal}, equal)
+    groups = _row_groups(output, [(part, 0) for part in parts], {*wanted.names, *equal}, equal)
     for table in ordered_map(read, groups, THREADS, 2 * THREADS, lambda group: group.size_bytes):
         yield from table.to_batches(max_chunksize=batch_rows)
 
 
-def _row_groups(output: str, parts: Sequence[Part], names: set[str], equal: Mapping[str, Any]) -> Iterator[_RowGroup]:
-    """The row groups that may have rows with the values of `equal`. Footers are read ahead."""
-    footers = ordered_map(lambda part: _open(output, part.path).metadata, parts, THREADS, 2 * THREADS)
-    for part, metadata in zip(parts, footers, strict=True):
+def _within(positions: Positions, first: int, rows: int) -> bool:
+    """Whether one of the sorted positions is one of `rows` rows from `first` on."""
+    start, stop = np.searchsorted(positions, [first, first + rows])
+    return bool(start < stop)
+
+
+def _row_groups(
+    output: str,
+    parts: Sequence[tuple[Part, int]],
+    names: set[str],
+    equal: Mapping[str, Any],
+    space: str | None = None,
+) -> Iterator[_RowGroup]:
+    """The row groups that may have rows with the values of `equal`. Footers are read ahead.
+
+    parts: each with the position of its first row. space: id of the embedding space that no footer may contradict.
+    """
+    footers = ordered_map(lambda part: _open(output, part[0].path).metadata, parts, THREADS, 2 * THREADS)
+    for (part, first), metadata in zip(parts, footers, strict=True):
         if metadata.num_rows != part.rows:
             raise _damaged(output, part.path, f"it has {metadata.num_rows} rows and its commit says {part.rows}")
+        if space and _space_of(metadata) not in (None, space):
+            raise OutputRefused(
+                f"{uris.join(output, part.path)} has vectors of embedding space {_space_of(metadata)}, but {RUN} says "
+                f"{space}: it was copied from another output; remove its commit, or restore {RUN}"
+            )
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
             columns = [group.column(number) for number in range(group.num_columns)]
             if all(_may_have(columns, name, value) for name, value in equal.items()):
                 chosen = [column for column in columns if column.path_in_schema.partition(".")[0] in names]
                 size = sum(column.total_uncompressed_size for column in chosen)
-                yield _RowGroup(part.path, metadata, index, size)
+                yield _RowGroup(part.path, metadata, index, size, first, group.num_rows)
+            first += group.num_rows
+
+
+def _space_of(metadata: Any) -> str | None:
+    """The id of the embedding space in a part's footer; None if it has none."""
+    footer = json.loads((metadata.metadata or {}).get(b"nightshift", b"{}"))
+    return (footer.get("embedding_space") or {}).get("id")
 
 
 def _may_have(columns: Sequence[Any], name: str, value: Any) -> bool:
@@ -193,6 +304,20 @@ def _may_have(columns: Sequence[Any], name: str, value: Any) -> bool:
     if statistics is None or not statistics.has_min_max:
         return True
     return bool(statistics.min <= value <= statistics.max)
+
+
+def _read_block(
+    output: str, wanted: pa.Schema, looked_at: pa.Schema, choices: Sequence[Choice], group: _RowGroup
+) -> Block:
+    """The rows of a row group that all choices choose. looked_at: the columns that the choices need."""
+    positions = np.arange(group.first, group.first + group.rows)
+    if not choices:
+        return Block(positions, _read(output, wanted, {}, group))
+    rows = _read(output, looked_at, {}, group)
+    is_chosen = np.logical_and.reduce([choice(rows) for choice in choices])
+    if not is_chosen.any():
+        return Block(positions[:0], wanted.empty_table())
+    return Block(positions[is_chosen], _read(output, wanted, {}, group).filter(pa.array(is_chosen)))
 
 
 def _read(output: str, wanted: pa.Schema, equal: Mapping[str, Any], group: _RowGroup) -> pa.Table:

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from pipeline.embedding_space import EmbeddingSpace
 from pipeline.errors import InputRefused, SettingRefused
+from pipeline.explore.vectors import Vectors
 from pipeline.models.heads import SHARPNESS, Head
-from pipeline.training.samples import Samples, Targets, VectorFile, Vectors
+from pipeline.training.samples import Samples, Targets, VectorFile
 
 try:
     import sklearn.exceptions

@@ -1,16 +1,16 @@
 """From the embeddings of an output and some labels to a head with its evaluation."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.config import check_choices, flag
-from pipeline.embedding_space import EmbeddingSpace
-from pipeline.errors import InputRefused, OutputRefused, SettingRefused
+from pipeline.errors import InputRefused, SettingRefused
+from pipeline.explore.choices import duplicates_of
 from pipeline.explore.table import Output, open_output
+from pipeline.explore.vectors import network_of, space_of
 from pipeline.storage import access, uris
 from pipeline.training import labels as label_files
 from pipeline.training.labels import Labels
@@ -58,6 +58,9 @@ class FitConfig:
     )
     normalize: bool = flag("scale vectors to length 1", True)
     seed: int = flag("seed of the splits and of the mlp", 0, metavar="N")
+    exclude: str | None = flag(
+        "leave out the labels of duplicates that a file of `duplicates` does not keep", None, metavar="FILE.parquet"
+    )
     pictures: bool = flag("put pictures of mistakes on the page, read from the archive", True)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,11 @@ def fit(embeddings: str, config: FitConfig) -> FitResult:
 
 
 def _labels(output: Output, config: FitConfig) -> Labels:
+    labels = _all_labels(output, config)
+    return labels.without(duplicates_of(config.exclude).to_pylist()) if config.exclude else labels
+
+
+def _all_labels(output: Output, config: FitConfig) -> Labels:
     if config.positives:
         return label_files.find_concept(
             output, config.positives, config.negatives, image_column=config.image_column, seed=config.seed
@@ -148,26 +156,6 @@ def _write_lists(output: Output, config: FitConfig, head: "Head", labels: Labels
     return files
 
 
-def space_of(output: Output) -> EmbeddingSpace:
-    """The space of an output's vectors. Raises OutputRefused if no network computed them."""
-    recorded = output.record.get("embedding_space")
-    space = EmbeddingSpace.from_json(recorded) if recorded else EmbeddingSpace.of(output.settings)
-    if space is None:
-        raise OutputRefused(f"{output.uri} has no embeddings of a network: give the output of `nightshift embed`")
-    return space
-
-
-def network_of(output: Output) -> dict[str, Any]:
-    """The flags that give the output's network and weights again."""
-    provenance: Mapping[str, Any] = output.record.get("provenance", {})
-    model, weights, uri = provenance["model"], provenance["weights"], provenance.get("weights_uri")
-    if weights == "random":
-        return {"model": model, "weights": weights, "seed": provenance["seed"]}
-    is_own = weights == model or weights.startswith("timm:")
-    is_official = "_Weights." in weights and str(uri).startswith("http")
-    return {"model": model, "weights": "DEFAULT" if is_own else weights if is_official else uri or weights}
-
-
 def _check_classes(labels: Labels, config: FitConfig) -> None:
     if len(labels.names) < 2 and not config.multi_label:
         given = f"--labels {uris.redact(config.labels)}" if config.labels else f"--positives {config.positives}"
@@ -176,8 +164,8 @@ def _check_classes(labels: Labels, config: FitConfig) -> None:
 
 def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, labels: Labels) -> tuple[str, ...]:
     """Write the evaluation, then the head."""
+    from pipeline.explore.pictures import pictures
     from pipeline.training import page
-    from pipeline.training.pictures import pictures
 
     base = uris.normalize(config.to).removesuffix(SUFFIX)
     title = f"{base.rpartition('/')[2]}: {len(head.classes)} classes from {len(labels.rows):,} labels"

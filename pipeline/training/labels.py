@@ -71,6 +71,13 @@ class Labels:
         """The names of all classes, sorted."""
         return tuple(sorted({name for each in self.classes for name in each}))
 
+    def without(self, image_ids: Iterable[str]) -> "Labels":
+        """Without some images."""
+        left_out = set(image_ids)
+        kept = [each for each in zip(self.rows, self.image_ids, self.classes, strict=True) if each[1] not in left_out]
+        rows, names, classes = zip(*kept, strict=True) if kept else ((), (), ())
+        return replace(self, rows=rows, image_ids=names, classes=classes)
+
     def with_classes(self) -> "Labels":
         """Without the images that have no class."""
         kept = [each for each in zip(self.rows, self.image_ids, self.classes, strict=True) if each[2]]

@@ -9,17 +9,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import schema
 from pipeline.errors import InputRefused
 from pipeline.explore.table import Output
+from pipeline.explore.vectors import COLUMN, Vectors, as_vectors, dim_of, scaled
 from pipeline.training.labels import Labels
 
-COLUMN = "embedding"
 MEMORY_BYTES = 1 << 30
 """Vectors of more bytes are kept in a temporary file."""
 CHUNK_BYTES = 64 << 20
 
-Vectors = NDArray[np.float32]
 Targets = NDArray[np.float32]
 """[N, C] of 0 and 1."""
 
@@ -96,12 +94,6 @@ class Samples:
             yield scaled(part) if self.normalize else part, self.targets[start : start + step]
 
 
-def scaled(vectors: Vectors) -> Vectors:
-    """Scale each vector to length 1, as torch.nn.functional.normalize does."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-12), np.float32)
-
-
 def read_samples(
     output: Output,
     labels: Labels,
@@ -116,11 +108,8 @@ def read_samples(
     group_by: a column of the output, whose values are the groups. Raises OutputRefused for a missing column, and
     InputRefused if the column of vectors is none, or if the output changed meanwhile.
     """
-    output.require(["image_id", COLUMN, *([group_by] if group_by else [])])
-    type_ = output.schema.field(COLUMN).type
-    if not schema.is_vector(type_):
-        raise InputRefused(f"{output.uri}: the column {COLUMN} is {type_}, not vectors of one length")
-    vectors, groups = _read(output, labels, group_by, type_.list_size, memory_bytes)
+    output.require([group_by] if group_by else [])
+    vectors, groups = _read(output, labels, group_by, dim_of(output), memory_bytes)
     index = {name: number for number, name in enumerate(labels.names)}
     targets = np.zeros((len(labels.rows), len(index)), np.float32)
     for row, classes in enumerate(labels.classes):
@@ -160,10 +149,3 @@ def _labelled(output: Output, labels: Labels, more: Sequence[str]) -> Iterator[p
             raise InputRefused(f"{output.uri} changed while it was read: run the same command again")
         yield chosen
         first, done = first + len(batch), stop
-
-
-def as_vectors(column: pa.Array, dim: int) -> Vectors:
-    """float32 [N, dim] of a column of vectors."""
-    return np.array(
-        column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim), np.float32
-    )  # writable, as torch wants

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.explore.table import Output
+from pipeline.explore.vectors import COLUMN, as_vectors, scaled
 from pipeline.models.heads import Head
-from pipeline.training.samples import COLUMN, as_vectors, scaled
 
 CANDIDATES = 3
 """Most uncertain images per suggestion, of which those that differ most are suggested."""

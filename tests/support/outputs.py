@@ -10,12 +10,10 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.config import RunConfig
-from pipeline.coverage import END
 from pipeline.embedding_space import EmbeddingSpace
 from pipeline.output import directory
 from pipeline.output import ledger as ledgers
 from pipeline.output.run_record import RunRecord
-from pipeline.planning import plan as plans
 from pipeline.planning.archive import Archive
 from pipeline.predictors.base import Allotment, Predictor
 from pipeline.stages.load import Loader
@@ -85,12 +83,11 @@ def run_here(config: RunConfig, predictor: Predictor) -> str:
     plan, _ = directory.prepare(config, record, archive)
     loader = Loader.of(config, predictor, archive.options(), rows_per_table=16, keep=plan.keep)
     keep = dict(loader.keep.values())
-    sink = Sink(
-        config.output, ledgers.begin(config.output).attempt, schema.result(predictor.columns, keep), record.footer
-    )
+    ledger = ledgers.begin(config.output)
+    sink = Sink(config.output, ledger.attempt, schema.result(predictor.columns, keep), record.footer)
     predict = Predict(predictor, keep, Allotment(batch_size=16, gpu_share=0))
-    for shard in plans.read_shards(plan):
-        for table in loader.load(shard, ((0, END),)):
+    for index, todo in plan.remaining(ledger.coverage):
+        for table in loader.load(plan.load(index), todo):
             sink(predict(table))
     directory.finish(config.output)
     return config.output

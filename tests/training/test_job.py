@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from outputs import write_output
 
@@ -46,6 +48,21 @@ def test_a_fit_writes_a_head_its_evaluation_and_suggestions(output: str, tmp_pat
     assert len({each["image"] for each in suggested}) == 20
     assert not {each["image"] for each in suggested} & {*labelled}
     assert all(float(each["score"]) < 0.9 for each in suggested), "the images that the head is least sure of"
+
+
+def test_duplicates_are_left_out(output: str, tmp_path: Path) -> None:
+    lines = "\n".join(f"{image_id},{image_id.split('/')[2]}" for image_id in IDS[:60])
+    (tmp_path / "labels.csv").write_text(f"image,label\n{lines}\n")
+    table = {"group": [0] * 11, "image_id": IDS[:11], "keep": [True] + [False] * 10, "similarity": [1.0] * 11}
+    pq.write_table(pa.table(table), tmp_path / "duplicates.parquet")
+    config = FitConfig(
+        labels=str(tmp_path / "labels.csv"),
+        to=str(tmp_path / "ab.safetensors"),
+        exclude=str(tmp_path / "duplicates.parquet"),
+        pictures=False,
+    )
+    assert fit(output, config).labels.image_ids == (IDS[0], *IDS[11:60])
+    assert json.loads((tmp_path / "ab.json").read_text())["labels"] == 50
 
 
 def test_one_concept_ranks_the_archive(output: str, tmp_path: Path) -> None:
