@@ -99,6 +99,17 @@ class Result:
         return more / (self.large_images - self.small_images) if more > 0 else None
 
     @property
+    def joules_per_image(self) -> float | None:
+        """Marginal, of the CPU packages; None if the energy cannot be read, or was not larger."""
+        small, large = (
+            [spent.joules for spent in runs if spent.joules is not None] for runs in (self.small, self.large)
+        )
+        if not small or not large:
+            return None
+        more = median(large) - median(small)
+        return more / (self.large_images - self.small_images) if more > 0 else None
+
+    @property
     def by_role(self) -> dict[str, float]:
         """Marginal core-seconds per image by role of the processes, means over the rounds; the largest first."""
         more = self.large_images - self.small_images

@@ -1,4 +1,4 @@
-"""Run a command and measure it: elapsed time, and the memory and CPU time of all its processes."""
+"""Run a command and measure it: elapsed time, memory and CPU time of all its processes, energy of the CPUs."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import psutil
 
+from jobs.bench.harness.energy import Meter
 from pipeline.errors import NightshiftError
 
 SAMPLE_SECONDS = 0.5
@@ -42,6 +43,7 @@ class Spent:
         processes that share it), or of their unique sets if the system reports no PSS.
     core_seconds: CPU time of all its processes. by_role: the same by the role of a process when it was sampled; the
         sum is smaller, since short-lived processes are missed. sampling_core_seconds: cost of sampling, not included.
+    joules: energy of the CPU packages; None if it cannot be read.
     """
 
     seconds: float
@@ -49,6 +51,7 @@ class Spent:
     core_seconds: float
     sampling_core_seconds: float
     by_role: dict[str, float] = field(default_factory=dict)
+    joules: float | None = None
 
 
 @dataclass
@@ -131,7 +134,7 @@ def spend(command: Sequence[str], environment: Mapping[str, str] | None = None, 
     folder: the working directory.
     """
     with tempfile.TemporaryFile("w+b") as output:
-        started = time.perf_counter()
+        meter, started = Meter(), time.perf_counter()
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, cwd=folder
         )
@@ -141,7 +144,7 @@ def spend(command: Sequence[str], environment: Mapping[str, str] | None = None, 
         sampler.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - started
+            seconds, joules = time.perf_counter() - started, meter.joules()
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             stop.set()
@@ -155,7 +158,7 @@ def spend(command: Sequence[str], environment: Mapping[str, str] | None = None, 
     # The kernel counts all CPU time, but only of children that were waited for; samples see all processes, but not to
     # their end.
     core_seconds = max(usage.ru_utime + usage.ru_stime, sum(watch.core_seconds.values()))
-    return Spent(seconds, watch.peak_memory_bytes, core_seconds, sampling[0], dict(watch.by_role))
+    return Spent(seconds, watch.peak_memory_bytes, core_seconds, sampling[0], dict(watch.by_role), joules)
 
 
 def json_of(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:

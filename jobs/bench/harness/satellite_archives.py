@@ -24,11 +24,21 @@ Tile = tuple[int, int, bytes]
 
 
 def tiles(count: int) -> Iterator[Tile]:
-    """Square areas of drawn tiles. No two have the same bytes, since archives store equal tiles once."""
-    pictures = [_picture(seed) for seed in range(min(count, DISTINCT_TILES))]
+    """A square area of drawn tiles, row by row."""
+    for number, (x, y) in enumerate(places(count)):
+        yield x, y, jpeg(number)
+
+
+def places(count: int) -> Iterator[tuple[int, int]]:
+    """x and y of the tiles."""
     side = math.isqrt(count - 1) + 1
     for number in range(count):
-        yield 8_000 + number % side, 5_000 + number // side, _with_comment(pictures[number % len(pictures)], number)
+        yield 8_000 + number % side, 5_000 + number // side
+
+
+def jpeg(number: int) -> bytes:
+    """The bytes of a tile. No two tiles have the same, since archives store equal tiles once."""
+    return _with_comment(_picture(number % DISTINCT_TILES), number)
 
 
 def write_tar(path: Path, count: int) -> None:
@@ -58,20 +68,29 @@ def write_pmtiles(path: Path, count: int) -> None:
     from pmtiles.writer import write
 
     with write(str(path)) as writer:
-        numbered = sorted((zxy_to_tileid(ZOOM, x, y), data) for x, y, data in tiles(count))
-        for number, data in numbered:
-            writer.write_tile(number, data)
+        ids = [zxy_to_tileid(ZOOM, x, y) for x, y in places(count)]
+        for tile_id, number in sorted(zip(ids, range(count), strict=True)):
+            writer.write_tile(tile_id, jpeg(number))
         header = {"tile_type": TileType.JPEG, "tile_compression": Compression.NONE}
         writer.finalize({**header, "min_zoom": ZOOM, "max_zoom": ZOOM}, {})
 
 
 def write_scene(path: Path, side: int) -> None:
-    """A square GeoTIFF of 3 bands: internal tiles of BLOCK pixels, JPEG, 10 m per pixel in UTM."""
+    """A square cloud-optimized GeoTIFF of 3 bands: internal tiles of BLOCK pixels, JPEG, 10 m per pixel in UTM."""
+    import rasterio.shutil
+
+    plain = path.with_suffix(".plain.tif")
+    _write_plain(plain, side)
+    rasterio.shutil.copy(plain, path, driver="COG", blocksize=BLOCK, compress="JPEG", num_threads="ALL_CPUS")
+    plain.unlink()
+
+
+def _write_plain(path: Path, side: int) -> None:
+    """The scene without the order of bytes and the overviews that make it cloud-optimized."""
     import rasterio
     from rasterio.transform import from_origin
     from rasterio.windows import Window
 
-    blocks = [_block(seed) for seed in range(DISTINCT_BLOCKS)]
     shape = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
     layout = {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "compress": "JPEG", "photometric": "YCBCR"}
     place = {"crs": CRS, "transform": from_origin(300_000, 5_600_000, RESOLUTION, RESOLUTION)}
@@ -79,7 +98,7 @@ def write_scene(path: Path, side: int) -> None:
         for number, (row, column) in enumerate(np.ndindex(*2 * (-(-side // BLOCK),))):
             top, left = row * BLOCK, column * BLOCK
             window = Window(left, top, min(BLOCK, side - left), min(BLOCK, side - top))
-            pixels = blocks[number * 7 % len(blocks)]  # 7: neighbours differ
+            pixels = _block(number * 7 % DISTINCT_BLOCKS)  # 7: neighbours differ
             file.write(pixels[:, : window.height, : window.width], window=window)
 
 
@@ -89,6 +108,7 @@ def _picture(seed: int) -> bytes:
     return encoded(draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), TILE), quality=90)
 
 
+@functools.cache
 def _block(seed: int) -> np.ndarray:
     """uint8 [3, BLOCK, BLOCK]."""
     image = draw_tile(KINDS[seed % len(KINDS)], np.random.default_rng(seed), (BLOCK, BLOCK))

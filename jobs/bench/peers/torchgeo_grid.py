@@ -2,12 +2,14 @@
 
 python jobs/bench/peers/torchgeo_grid.py SCENE.tif OUTPUT --model resnet18 --tile-size 224
 
-Needs `pip install torchgeo`. Written as TorchGeo's tutorials are.
+Needs `pip install --no-deps torchgeo==0.8.1 einops`; its other dependencies clash with ours, and this peer uses none of
+them. Written as TorchGeo's tutorials are. Its windows go row by row from the south. The network computes in float32.
 """
 
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,12 @@ from jobs.bench.harness.null import named
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+def normalize(sample: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of 0 to 255 → normalized pixels, float32 [3, size, size]."""
+    sample["image"] = (sample["image"] / 255 - MEAN) / STD
+    return sample
 
 
 def main() -> None:
@@ -38,18 +46,24 @@ def main() -> None:
     network = network.eval().to(device)
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    dataset = RasterDataset(options.input)
-    sampler = GridGeoSampler(dataset, size=options.tile_size, stride=options.tile_size)
+    dataset = RasterDataset(options.input, transforms=normalize)
     batches = DataLoader(
-        dataset, batch_size=options.batch_size, sampler=sampler, num_workers=workers, collate_fn=stack_samples
+        dataset,
+        batch_size=options.batch_size,
+        sampler=GridGeoSampler(dataset, size=options.tile_size, stride=options.tile_size),
+        num_workers=workers,
+        pin_memory=device == "cuda",
+        collate_fn=stack_samples,
     )
-    embeddings = []
+    xs, ys, embeddings = [], [], []
     with torch.inference_mode():
         for batch in batches:
-            pixels = (batch["image"].float() / 255 - MEAN) / STD
-            embeddings.append(network(pixels.to(device)).cpu())
+            xs += [x.start for x, _, _ in batch["bounds"]]
+            ys += [y.stop for _, y, _ in batch["bounds"]]
+            embeddings.append(network(batch["image"].to(device, non_blocking=True)).cpu())
     options.output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"embedding": list(torch.cat(embeddings).numpy())}), options.output / "embeddings.parquet")
+    table = pa.table({"x": xs, "y": ys, "embedding": list(torch.cat(embeddings).numpy())})
+    pq.write_table(table, options.output / "embeddings.parquet")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 python jobs/bench/peers/windows.py SCENE.tif OUTPUT --model resnet18 --tile-size 224
 
-Each worker opens the scene once. Windows go row by row; those that reach over the edge are padded with zeros.
+Each worker opens the scene once. Windows go row by row, and those that reach over the edge are padded with zeros here:
+reads with `boundless=True` would bypass GDAL's cache of blocks (rasterio's discussion 3077). The network computes in
+float32.
 """
 
 import argparse
@@ -32,19 +34,19 @@ class Windows(Dataset[tuple[int, int, Tensor]]):
         self.scene, self.size = scene, size
         self.file: Any = None
         with rasterio.open(scene) as file:
-            self.columns = -(-file.width // size)
-            self.rows = -(-file.height // size)
+            self.width, self.height = file.width, file.height
+        self.columns, self.rows = -(-self.width // size), -(-self.height // size)
 
     def __len__(self) -> int:
         return int(self.columns * self.rows)
 
     def __getitem__(self, i: int) -> tuple[int, int, Tensor]:
         self.file = self.file or rasterio.open(self.scene)
-        row, column = divmod(i, self.columns)
-        window = Window(column * self.size, row * self.size, self.size, self.size)
-        pixels: np.ndarray = self.file.read((1, 2, 3), window=window, boundless=True, fill_value=0)
-        normalized = (torch.from_numpy(pixels).float() / 255 - MEAN) / STD
-        return column * self.size, row * self.size, normalized
+        top, left = (number * self.size for number in divmod(i, self.columns))
+        width, height = min(self.size, self.width - left), min(self.size, self.height - top)
+        pixels = np.zeros((3, self.size, self.size), np.uint8)
+        pixels[:, :height, :width] = self.file.read((1, 2, 3), window=Window(left, top, width, height))
+        return left, top, (torch.from_numpy(pixels).float() / 255 - MEAN) / STD
 
 
 def main() -> None:
@@ -63,13 +65,18 @@ def main() -> None:
     network = network.eval().to(device)
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    dataset = Windows(options.input, options.tile_size)
+    batches = DataLoader(
+        Windows(options.input, options.tile_size),
+        batch_size=options.batch_size,
+        num_workers=workers,
+        pin_memory=device == "cuda",
+    )
     columns, rows, embeddings = [], [], []
     with torch.inference_mode():
-        for column, row, pixels in DataLoader(dataset, batch_size=options.batch_size, num_workers=workers):
+        for column, row, pixels in batches:
             columns.append(column)
             rows.append(row)
-            embeddings.append(network(pixels.to(device)).cpu())
+            embeddings.append(network(pixels.to(device, non_blocking=True)).cpu())
     options.output.mkdir(parents=True, exist_ok=True)
     table = pa.table(
         {
