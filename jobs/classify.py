@@ -6,9 +6,9 @@
     python jobs/classify.py --input photos/ --output labels/ --weights checkpoint.safetensors
     python jobs/classify.py --from embeddings/ --output labels/ --head head.safetensors
 
---head applies classes of your own, made by jobs/fit.py. It also sets the network, its weights and its transform. A
-checkpoint of jobs/finetune.py sets the network, its transform and the names of its classes: --weights needs no other
-flag. --from reads the vectors of a finished output, and no images.
+--head applies classes of your own, made by jobs/fit.py. It also sets the network, its weights, the transform, the
+bands, the values and the windows. A checkpoint of jobs/finetune.py sets the network, its transform and the names of its
+classes: --weights needs no other flag. --from reads the vectors of a finished output, and no images.
 
 Run the same command again after any stop: it continues from there.
 """
@@ -23,11 +23,12 @@ from pipeline.errors import SettingRefused
 from pipeline.predictors.base import Predictor
 from pipeline.predictors.classify import Classifier
 from pipeline.predictors.network import with_flags_of_weights
+from pipeline.report import messages
 from pipeline.report.messages import MessageFlags
 
 OF_HEADS = ("head", "top_k")
 OF_VECTORS = (
-    *("output", "keep", "limit", "batch_size", "rows_per_part", "actors", "max_error_rate"),
+    *("output", "keep", "limit", "rows_per_part", "max_error_rate"),
     *("overwrite", "update", "cluster", "prices", "dry_run"),
 )
 """The flags of a run that do not concern images."""
@@ -62,7 +63,7 @@ def make(run: dict[str, Any], network: dict[str, Any], more: dict[str, Any]) -> 
 
 def _on_vectors(source: str, run: dict[str, Any], network: dict[str, Any]) -> tuple[RunConfig, Predictor]:
     from pipeline.explore.table import open_output
-    from pipeline.explore.vectors import space_of
+    from pipeline.explore.vectors import dim_of, space_of
     from pipeline.predictors.vectors import VectorClassifier
 
     if not network.get("head"):
@@ -72,26 +73,25 @@ def _on_vectors(source: str, run: dict[str, Any], network: dict[str, Any]) -> tu
     others = [name for name in network if name not in OF_HEADS]
     others += [name for name in run if name not in OF_VECTORS]
     if others:
-        raise SettingRefused(f"{cli.flag_name(others[0])} is for images, but --from reads no images: leave it out")
+        raise SettingRefused(
+            f"{cli.flag_name(others[0])} is for images and networks, but --from reads vectors: leave it out"
+        )
     config = RunConfig(**{**run, "input": (source,), "gpus_per_actor": "0"}, vectors=True)
-    return config, VectorClassifier(space=space_of(open_output(source)), source=source, **network)
+    output = open_output(source)
+    dim = dim_of(output) if output.parts else None
+    return config, VectorClassifier(space=space_of(output), dim=dim, source=source, **network)
 
 
 def _with_flags_of_head(run: dict[str, Any], network: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Add the flags that give the first head's vectors again. Flags that are given stay, and are compared later."""
+    """Add the flags that give the first head's vectors again, and say which."""
+    from pipeline.models.head_flags import with_flags_of_head
     from pipeline.models.heads import load_heads
 
-    head = load_heads(network["head"])[0].head
-    space = head.space.description
-    if network.get("model", head.network["model"]) != head.network["model"]:
-        return run, network
-    of_space = {name: space[name] for name in ("exif_rotate", "decoder", "nodata_fill") if name in space}
-    if "bands" in space:
-        of_space["bands"] = ",".join(space["bands"])
-    if "scale" in space:
-        of_space["scale"] = ":".join(map(repr, space["scale"]))
-    transform = {name: space["transform"][name] for name in ("resize", "crop", "interpolation", "mean", "std")}
-    return {**of_space, **run}, {**head.network, "precision": space["precision"], **transform, **network}
+    head = load_heads(network["head"])[0]
+    flags = with_flags_of_head(head, run, network)
+    if flags.taken:
+        messages.say(f"taken from --head {head.name}: {flags.taken}")
+    return flags.run, flags.network
 
 
 if __name__ == "__main__":

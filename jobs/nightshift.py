@@ -12,9 +12,9 @@ COMMANDS = {
     "embed": "one vector per image",
     "classify": "label, score and top classes per image",
     "fit": "your own classes, from embeddings and some labels",
-    "compare": "several networks on a labelled sample: accuracy, speed and cost",
+    "compare": "networks on a labelled sample: accuracy, speed and cost",
     "explain": "where in a picture a network finds its evidence for a class",
-    "finetune": "your own classes, from labelled images: all layers of a network",
+    "finetune": "your own classes, from labelled images, in all layers",
     "search": "the images most similar to an image, an id or a vector",
     "index": "an approximate index, for faster searches",
     "duplicates": "groups of near-duplicates, and which image of each to keep",
@@ -32,6 +32,15 @@ complete:  eval "$(register-python-argcomplete nightshift)"   in bash or zsh
 """
 
 
+class OverviewFormatter(argparse.RawDescriptionHelpFormatter):
+    """One line per command, with room for the longest name of one."""
+
+    def __init__(self, prog: str) -> None:
+        longest = max(map(len, COMMANDS))
+        super().__init__(prog, max_help_position=longest + 6)
+        self._action_max_length = longest + 4  # argparse forgets that commands are indented twice
+
+
 def main() -> int:
     """Run the job that the first argument names, and exit with its exit code."""
     complete()
@@ -44,9 +53,7 @@ def main() -> int:
 
 def parser() -> cli.Parser:
     """The overview: one line per command. The flags of a command are in its own parser."""
-    overview = cli.Parser(
-        prog="nightshift", description=__doc__, epilog=FOOTER, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    overview = cli.Parser(prog="nightshift", description=__doc__, epilog=FOOTER, formatter_class=OverviewFormatter)
     overview.add_argument("--version", action="version", version=f"nightshift {__version__}")
     commands = overview.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():

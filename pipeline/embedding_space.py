@@ -11,13 +11,15 @@ NOT_OF_VECTORS = {
     # which images are read, and what is written beside the vector
     "input", "keep", "image_column", "uri_column", "any_suffix", "limit", "max_pixels", "vectors",
     "zoom", "bbox", "datetime", "any_values", "geoparquet",
+    # how `scale` was measured, which counts itself
+    "scale_percentiles",
     # which columns the same features become. A float16 column is a rounded copy of the same vector
     "predictor", "columns", "embedding_dtype", "embeddings", "top_k", "labels", "heads",
 }  # fmt: skip
 """Settings of a run that do not change its vectors. A setting that is not in this list counts, also a new one."""
 
-OF_TILING = ("size", "resolution")
-"""The settings of windows that change the pixels of one window; the others choose the windows."""
+CHOOSE_WINDOWS = {"stride", "edge", "max_nodata"}
+"""The settings of windows that do not change the pixels of one window."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class EmbeddingSpace:
             return None
         of_vectors = {name: value for name, value in settings.items() if name not in NOT_OF_VECTORS}
         if tiling := of_vectors.get("tiling"):
-            of_vectors["tiling"] = {name: tiling[name] for name in OF_TILING}
+            of_vectors["tiling"] = {name: value for name, value in tiling.items() if name not in CHOOSE_WINDOWS}
         return EmbeddingSpace(json.loads(json.dumps(of_vectors)))
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "EmbeddingSpace":
         """The space that `to_json` described."""
-        return EmbeddingSpace({name: value for name, value in record.items() if name != "id"})
+        return EmbeddingSpace({name: value for name, value in record.items() if name not in {"id", *NOT_OF_VECTORS}})
 
     def to_json(self) -> dict[str, Any]:
         """The id and what it stands for, for `_run.json` and the footer of each part."""
@@ -65,7 +67,10 @@ class EmbeddingSpace:
         """
         ours, others = _flat(self.description), _flat(other.description)
         names = [name for name in dict.fromkeys([*ours, *others]) if ours.get(name) != others.get(name)]
-        return "; ".join(f"{name} is {_text(ours.get(name))}, not {_text(others.get(name))}" for name in names)
+        return "; ".join(
+            f"{name} is {_text(ours.get(name))}, {'not' if name in others else 'but was'} {_text(others.get(name))}"
+            for name in names
+        )
 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:

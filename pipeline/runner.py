@@ -85,6 +85,7 @@ class _Settled:
         for note in notes:
             messages.say(printable(note))
         self.record = RunRecord.of(self.config, self.predictor)
+        self.predictor.check_space(self.record.embedding_space)  # again: a measured --scale is part of it
         return self.record
 
 

@@ -19,12 +19,25 @@ KeysWithCredentials = Mapping[int, tuple[str, ...]]
 """By shard, its keys with the credentials that the plan leaves out."""
 
 
-class ShardDatasource(Datasource):
-    """One read task per group of units; each yields decoded tables."""
+Stage = Callable[[pa.Table], pa.Table]
 
-    def __init__(self, plan: Plan, tasks: list[list[Unit]], loader: Loader, credentials: KeysWithCredentials) -> None:
+
+class ShardDatasource(Datasource):
+    """One read task per group of units; each yields decoded tables, or what a further stage makes of them.
+
+    stage: makes that stage, in each read task.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tasks: list[list[Unit]],
+        loader: Loader,
+        credentials: KeysWithCredentials,
+        stage: Callable[[], Stage] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.plan, self.tasks, self.loader, self.credentials = plan, tasks, loader, credentials
+        self.plan, self.tasks, self.loader, self.credentials, self.stage = plan, tasks, loader, credentials, stage
 
     def get_name(self) -> str:
         return " and decode"  # Ray puts "Read" before it
@@ -36,7 +49,7 @@ class ShardDatasource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_read_task(units, *self._of(units), self.loader), unknown) for units in self.tasks]
+        return [ReadTask(_read_task(units, *self._of(units), self.loader, self.stage), unknown) for units in self.tasks]
 
     def _of(self, units: list[Unit]) -> tuple[dict[int, str], dict[int, tuple[str, ...]]]:
         """Files of the plan that hold these units, by number, and keys with credentials, by shard."""
@@ -45,12 +58,19 @@ class ShardDatasource(Datasource):
 
 
 def _read_task(
-    units: list[Unit], files: Mapping[int, str], credentials: KeysWithCredentials, loader: Loader
+    units: list[Unit],
+    files: Mapping[int, str],
+    credentials: KeysWithCredentials,
+    loader: Loader,
+    stage: Callable[[], Stage] | None,
 ) -> Callable[[], Iterator[pa.Table]]:
-    def read() -> Iterator[pa.Table]:
+    def load() -> Iterator[pa.Table]:
         for index, todo in units:
             shard = plans.load_shard(files[index // plans.SHARDS_PER_FILE], index)
             keys = credentials.get(index)
             yield from loader.load(with_keys(shard, keys) if keys else shard, todo)
+
+    def read() -> Iterator[pa.Table]:
+        return map(stage(), load()) if stage else load()
 
     return read

@@ -4,7 +4,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -39,6 +40,8 @@ PART_BYTES = 128 << 20
 MAX_PART_BYTES = 512 << 20
 """In memory. A part ends there even with few rows: the length of kept texts and lists is not known before."""
 ASSUMED_IMAGE_BYTES = 50_000
+ASSUMED_RESULT_BYTES = 200
+"""Of a row of results, without vectors."""
 ACTOR_INIT_DEATHS = 10  # nodes that may be lost in a row while they load a model
 NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600  # it may take hours until a spot machine is available
 
@@ -90,21 +93,25 @@ class Flow:
     def commits(self) -> Iterator[Commit]:
         """Run the flow; yield each commit as it is made."""
         self._set_context()
-        tasks = self._tasks()
+        tasks, keep = self._tasks(), dict(self.loader.keep.values())
+        stage = None
+        if self.predictor.runs_in_readers:
+            stage = partial(_stage_of_reader, ray.put((self.predictor, keep, replace(self.allotment, cores=1))))
         dataset = ray.data.read_datasource(
-            ShardDatasource(self.plan, tasks, self.loader, self.keys),
+            ShardDatasource(self.plan, tasks, self.loader, self.keys, stage),
             override_num_blocks=len(tasks),
             num_cpus=self.allocation.read_cpus,
         )
-        dataset = dataset.map_batches(
-            _named(ModelActor, self.predictor),
-            fn_constructor_args=(self.predictor, dict(self.loader.keep.values()), self.allotment, self.labels),
-            batch_size=self.allotment.batch_size,
-            batch_format="pyarrow",
-            compute=self._actors(),
-            num_cpus=self.allocation.actor_cpus,
-            num_gpus=self.allocation.actor_gpus,
-        )
+        if stage is None:
+            dataset = dataset.map_batches(
+                _named(ModelActor, self.predictor),
+                fn_constructor_args=(self.predictor, keep, self.allotment, self.labels),
+                batch_size=self.allotment.batch_size,
+                batch_format="pyarrow",
+                compute=self._actors(),
+                num_cpus=self.allocation.actor_cpus,
+                num_gpus=self.allocation.actor_gpus,
+            )
         dataset.set_name(self.labels["run"])
         with unwrap_ray_errors():
             yield from self._written(_cut(dataset.iter_internal_ref_bundles(), self.rows_per_part))
@@ -139,6 +146,11 @@ class Flow:
         per_task = -(-len(self.units) // MAX_READ_TASKS)
         return [self.units[i : i + per_task] for i in range(0, len(self.units), per_task)]
 
+    def _block_bytes(self) -> int:
+        if self.predictor.runs_in_readers:  # a block has results and no pixels
+            return max(MIN_BLOCK_BYTES, self.rows_per_part * ASSUMED_RESULT_BYTES)
+        return block_bytes(self.loader, self.rows_per_part)
+
     def _set_context(self) -> None:
         context = DataContext.get_current()
         context.enable_progress_bars = False
@@ -146,7 +158,7 @@ class Flow:
         context.raise_original_map_exception = True  # otherwise the cause of an error is only text
         context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS
-        context.target_max_block_size = block_bytes(self.loader, self.rows_per_part)
+        context.target_max_block_size = self._block_bytes()
         readers, actors = self.allocation.read_tasks(len(self.units))[0], self.allocation.actors[1]
         on_cpus = queue_bytes(context.target_max_block_size, readers, actors)
         limit = None if self.allocation.actor_gpus else on_cpus  # None is set too: the context outlives a run
@@ -193,6 +205,12 @@ class ModelActor(Predict):
         images = len(table) - table[schema.PIXELS].null_count
         self.metrics.add(images, self.allotment.batch_size, self.predictor.gpu_memory_bytes())
         return rows
+
+
+@cache
+def _stage_of_reader(settings: "ray.ObjectRef[Any]") -> Predict:
+    """The predict stage in a read task, made once per process from the arguments of Predict."""
+    return Predict(*ray.get(settings))
 
 
 def _named(actor: type[ModelActor], predictor: Predictor) -> type[ModelActor]:
@@ -253,7 +271,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _rows_per_part(plan: Plan, result: pa.Schema, batch_size: int) -> int:
     """Rows of a part of PART_BYTES; fewer in a small archive, so that a stop costs at most a fiftieth of it."""
-    row_bytes = 200 + sum(
+    row_bytes = ASSUMED_RESULT_BYTES + sum(
         f.type.list_size * f.type.value_type.bit_width // 8 for f in result if schema.is_vector(f.type)
     )
     images = plan.rows + _uncounted(plan)

@@ -86,11 +86,10 @@ def run_flags(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _predictor(output: Output, heads: Sequence[str], weights: str | None) -> Classifier:
     """The network of an output, with the transform of the run."""
-    settings, provenance = output.settings, output.record.get("provenance") or {}
+    settings = output.settings
     space_of(output)  # refuses an output without a network
     flags = {**network_of(output), "precision": settings["precision"], "compile": "off", "top_k": 1}
     flags |= {"weights": weights} if weights else {}
-    flags |= {"input_spec": provenance["input_spec"]} if "input_spec" in provenance else {}
     predictor = Classifier(**flags, head=tuple(heads))
     predictor.prepare()
     own, recorded = asdict(predictor.transform), settings["transform"]

@@ -4,7 +4,7 @@ Similarity is the cosine of two vectors. The vectors are read one row group at a
 output. Neither Ray nor an index is needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +141,7 @@ def _checked(vectors: Vectors, dim: int, output: Output) -> Vectors:
 def _embedded(output: Output, images: Sequence[str]) -> Vectors:
     from pipeline.stages.query import embed  # imports torch when it runs
 
-    provenance: Mapping[str, Any] = output.record.get("provenance", {})
-    specification = {"input_spec": provenance["input_spec"]} if "input_spec" in provenance else {}
-    return embed(output.settings, {**network_of(output), **specification}, space_of(output), images)
+    return embed(output.settings, network_of(output), space_of(output), images)
 
 
 def _vectors_of(output: Output, ids: Sequence[str], dim: int) -> Vectors:

@@ -28,23 +28,31 @@ def space_of(output: Output) -> EmbeddingSpace:
 
 
 def network_of(output: Output) -> dict[str, Any]:
-    """The flags that give the output's network and weights again."""
+    """The flags that give the output's network, weights and input specification again."""
     provenance: Mapping[str, Any] = output.record.get("provenance", {})
     model, weights, uri = provenance["model"], provenance["weights"], provenance.get("weights_uri")
+    flags = {"model": model}
+    if specification := provenance.get("input_spec"):
+        flags["input_spec"] = specification
     if weights == "random":
-        return {"model": model, "weights": weights, "seed": provenance["seed"]}
+        return {**flags, "weights": weights, "seed": provenance["seed"]}
     is_own = weights == model or weights.startswith("timm:")
     is_official = "_Weights." in weights and str(uri).startswith("http")
-    return {"model": model, "weights": "DEFAULT" if is_own else weights if is_official else uri or weights}
+    return {**flags, "weights": "DEFAULT" if is_own else weights if is_official else uri or weights}
 
 
-def dim_of(output: Output) -> int:
-    """Width of the output's vectors. Raises OutputRefused without a column of vectors, InputRefused for another one."""
+def vector_type(output: Output) -> pa.FixedSizeListType:
+    """Arrow type of the output's vectors. Raises OutputRefused without such a column, InputRefused for another type."""
     output.require(["image_id", COLUMN])
     type_ = output.schema.field(COLUMN).type
     if not schema.is_vector(type_):
         raise InputRefused(f"{output.uri}: the column {COLUMN} is {type_}, not vectors of one length")
-    return int(type_.list_size)
+    return type_
+
+
+def dim_of(output: Output) -> int:
+    """Width of the output's vectors. Raises as `vector_type` does."""
+    return int(vector_type(output).list_size)
 
 
 def as_vectors(column: pa.Array | pa.ChunkedArray, dim: int) -> Vectors:
@@ -62,7 +70,13 @@ def view_vectors(column: pa.Array | pa.ChunkedArray, dim: int) -> Vectors:
 
 def scaled(vectors: Vectors) -> Vectors:
     """Scale each vector to length 1, as torch.nn.functional.normalize does."""
-    return np.asarray(vectors / lengths(vectors)[:, None], np.float32)
+    return scale_in_place(vectors.copy())
+
+
+def scale_in_place(vectors: Vectors) -> Vectors:
+    """Scale each vector to length 1, without a further array of their size."""
+    vectors /= lengths(vectors)[:, None]
+    return vectors
 
 
 def lengths(vectors: Vectors) -> Vectors:

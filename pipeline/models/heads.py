@@ -1,6 +1,7 @@
 """A head: embedding → scores of your own classes. One .safetensors file, made by `fit` and applied by `classify`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class Head:
     their order. temperature: divisor of the logits that calibrates the scores. multi_label: an image may have several
     classes, so each score is a probability of its own. normalize: vectors are scaled to length 1 first.
     space: of the vectors that the head was fitted on; it fits no others. network: flags that give this network again
-    (`model`, `weights`, `seed`).
+    (`model`, `weights`, `seed`, `input_spec`) and, for scenes, the same windows (`tile_stride`, `edge`, `max_nodata`).
     """
 
     method: str
@@ -60,12 +61,15 @@ class Head:
         `weight` [C, H] and `bias`. knn: the logarithm of each class's share of the votes of the `k` nearest of
         `vectors` [M, dim], whose classes are `targets` [M, C] of 0 and 1.
         """
-        x = functional.normalize(vectors.float(), dim=1) if self.normalize else vectors.float()
+        x = vectors.float()
+        if self.method in ("linear", "centroid"):
+            products = x @ self.tensors["weight"].T
+            return (products / _lengths(x) if self.normalize else products) + self.tensors["bias"]
+        x = x / _lengths(x) if self.normalize else x
         if self.method == "knn":
             return self._votes(x)
-        if self.method == "mlp":
-            x = functional.linear(x, self.tensors["hidden.weight"], self.tensors["hidden.bias"]).relu()
-        return functional.linear(x, self.tensors["weight"], self.tensors["bias"])
+        hidden = functional.linear(x, self.tensors["hidden.weight"], self.tensors["hidden.bias"]).relu()
+        return functional.linear(hidden, self.tensors["weight"], self.tensors["bias"])
 
     def scores(self, vectors: Tensor) -> Tensor:
         """float32 [N, dim] → calibrated probabilities, float32 [N, C]. They add up to 1 unless `multi_label`."""
@@ -89,6 +93,12 @@ class Head:
         return shares.logit() if self.multi_label else shares.log()
 
 
+def _lengths(x: Tensor) -> Tensor:
+    """[N, dim] → [N, 1], as torch.nn.functional.normalize divides by."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return lengths.clamp_min(1e-12)
+
+
 @dataclass(frozen=True)
 class NamedHead:
     """A head and its file. name: of the file, without its suffix. sha256: hex, of the file."""
@@ -99,13 +109,20 @@ class NamedHead:
 
 
 def load_heads(files: Sequence[str]) -> tuple[NamedHead, ...]:
-    """Read heads. Each is named by its file. Raises WeightsRefused, and SettingRefused if two have the same name."""
+    """Read heads of vectors of one width. Each is named by its file.
+
+    Raises WeightsRefused, and SettingRefused if two have the same name in any case.
+    """
     heads = tuple(load_head(uri) for uri in files)
-    names = [each.name for each in heads]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
+    names = [each.name.casefold() for each in heads]  # SQL does not distinguish A_label and a_label
+    if repeated := next((each.name for each in heads if names.count(each.name.casefold()) > 1), None):
         raise SettingRefused(
             f"--head: two files are named {repeated}{SUFFIX}, and each head's columns have its name: rename one"
         )
+    widths = {each.head.dim: each.name for each in heads}
+    if len(widths) > 1:
+        text = " and ".join(f"{name} takes {dim} numbers" for dim, name in widths.items())
+        raise WeightsRefused(f"--head: {text}: heads of one run need the same vectors")
     return heads
 
 
@@ -130,7 +147,46 @@ def load_head(uri: str) -> NamedHead:
 
 
 def _head(record: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+    """The head of a file. Raises ValueError and other exceptions if the file contradicts itself."""
     if record.pop("format") != FORMAT:
         raise ValueError("it was written by a newer version of Nightshift")
     space = EmbeddingSpace.from_json(record.pop("embedding_space"))
-    return Head(tensors=tensors, space=space, **{**record, "classes": tuple(record["classes"])})
+    head = Head(tensors=tensors, space=space, **{**record, "classes": tuple(record["classes"])})
+    _check(head)
+    return head
+
+
+def _check(head: Head) -> None:
+    classes = head.classes
+    if len(set(classes)) < len(classes) or not classes or not all(isinstance(name, str) and name for name in classes):
+        raise ValueError(f"its classes are {list(classes)[:5]}: they must be different names")
+    if not (isinstance(head.temperature, float) and 0 < head.temperature < math.inf):
+        raise ValueError(f"its temperature is {head.temperature}")
+    if head.method not in _SHAPES:
+        raise ValueError(f"its method is {head.method!r}, not one of {', '.join(_SHAPES)}")
+    sizes = {"classes": len(classes)}
+    for name, axes in _SHAPES[head.method].items():
+        tensor = head.tensors[name]
+        if tensor.ndim != len(axes):
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, not [{', '.join(axes)}]")
+        expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, tensor.shape, strict=True)]
+        if list(tensor.shape) != expected:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}, not {expected}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    if head.method == "knn" and not 1 <= int(head.tensors["k"]) <= len(head.tensors["vectors"]):
+        raise ValueError(f"k is {int(head.tensors['k'])}, of {len(head.tensors['vectors'])} vectors")
+
+
+_SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
+    "linear": {"weight": ("classes", "dim"), "bias": ("classes",)},
+    "centroid": {"weight": ("classes", "dim"), "bias": ("classes",)},
+    "mlp": {
+        "hidden.weight": ("hidden", "dim"),
+        "hidden.bias": ("hidden",),
+        "weight": ("classes", "hidden"),
+        "bias": ("classes",),
+    },
+    "knn": {"vectors": ("images", "dim"), "targets": ("images", "classes"), "k": ()},
+}
+"""The tensors of each method, and the names of their axes."""

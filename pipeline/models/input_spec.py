@@ -109,9 +109,18 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def shown(name: str) -> str:
+    """A shipped specification's name, or the URI of a file, without credentials: it holds in other folders too."""
+    return uris.redact(uris.normalize(name)) if _is_file(name) else name
+
+
+def _is_file(name: str) -> bool:
+    return uris.redact(name).lower().endswith(SUFFIXES)
+
+
 def load(name: str) -> InputSpec:
     """Load a shipped specification by name, or a file by path or URI. Raises SettingRefused."""
-    is_file = uris.redact(name).lower().endswith(SUFFIXES)
+    is_file = _is_file(name)
     if not is_file and name not in shipped():
         close = difflib.get_close_matches(name, shipped(), 1)
         hint = f"did you mean {close[0]}? " if close else ""

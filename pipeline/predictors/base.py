@@ -56,6 +56,7 @@ class Predictor:
     takes_tiles: `predict` also accepts square images of at most half the crop's side, and enlarges them.
     takes_encoded: `decode` turns JPEGs into pixels that `predict` accepts. Used with --decoder gpu.
     best_batch_size: images per batch without --batch-size; None for what suits a network on the hardware.
+    runs_in_readers: `predict` costs less than to move its pixels, so the tasks that read call it, without actors.
     images_are_alike: all images take the same memory. If one does not fit, another process uses the memory.
 
     specification: the bands and numbers that the network takes, by name; None if only `pixel_format` says it.
@@ -69,6 +70,7 @@ class Predictor:
     pixel_format: PixelFormat = RGB8
     max_concurrency: ClassVar[int] = 1
     images_are_alike: ClassVar[bool] = False
+    runs_in_readers: ClassVar[bool] = False
     takes_tiles: bool = False
     takes_encoded: bool = False
     specification: "InputSpec | None" = None

@@ -74,6 +74,8 @@ class Classifier(NetworkPredictor):
 
             self._heads = HeadColumns(load_heads(self.head), self.top_k)
         super().prepare()
+        if self._heads:
+            self._heads.check_width(self.spec.embedding_dim, "this run")
 
     def check_space(self, space: EmbeddingSpace | None) -> None:
         if self._heads:

@@ -51,12 +51,18 @@ class HeadColumns:
 
     def check(self, space: EmbeddingSpace | None, given: str) -> None:
         """Raise WeightsRefused if a head was fitted on vectors of another space. given: what has that space."""
+        from pipeline.models.head_flags import refuse_difference
+
         for each in self.heads:
-            if space is None or each.head.space.id != space.id:
-                reason = "they are of no network" if space is None else space.difference(each.head.space)
+            refuse_difference(each, space, given)
+
+    def check_width(self, dim: int, given: str) -> None:
+        """Raise WeightsRefused if the heads take vectors of another width. given: what has vectors of `dim` numbers."""
+        for each in self.heads:
+            if each.head.dim != dim:
                 raise WeightsRefused(
-                    f"--head {each.name} was fitted on other vectors than those of {given}: {reason}; fit a head to "
-                    "embeddings of this run's settings, or leave out the flags that differ"
+                    f"--head {each.name} takes vectors of {each.head.dim} numbers, and those of {given} have {dim}: "
+                    "fit a head to these vectors"
                 )
 
     def _prefix(self, head: "NamedHead") -> str:

@@ -175,7 +175,7 @@ class NetworkPredictor(Predictor):
         spec = self.spec
         return {
             **self.settings(),
-            **({"input_spec": uris.redact(self.input_spec)} if self.input_spec else {}),
+            **({"input_spec": input_specs.shown(self.input_spec)} if self.input_spec else {}),
             "transform_from": dict(spec.origins),
             "weights": spec.weights,
             "weights_uri": spec.weights_uri and uris.redact(spec.weights_uri),

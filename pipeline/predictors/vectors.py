@@ -1,5 +1,6 @@
 """VectorClassifier: heads on the vectors of another output. No image is read and no network runs."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,6 +13,7 @@ from pipeline.images.pixels import PixelFormat
 from pipeline.images.transform import Transform
 from pipeline.predictors.base import Allotment, Columns, Predictor
 from pipeline.predictors.heads import HeadColumns
+from pipeline.storage import uris
 
 BATCH_BYTES = 32 << 20
 MAX_BATCH_SIZE = 16_384
@@ -21,17 +23,20 @@ MAX_BATCH_SIZE = 16_384
 class VectorClassifier(Predictor):
     """The columns of Classifier with heads, from vectors.
 
-    head: files of heads. space: of the vectors. source: the output that has them, for messages.
+    head: files of heads. space, dim: of the vectors; dim None if the output has none. source: the output that has them,
+    for messages.
     """
 
     head: Sequence[str]
     space: EmbeddingSpace
     source: str = ""
     top_k: int = 5
+    dim: int | None = None
     _columns: HeadColumns | None = field(default=None, init=False, repr=False, compare=False)
 
     transform = Transform(resize=1, crop=1)  # a vector is an image of one pixel
     images_are_alike: ClassVar[bool] = True
+    runs_in_readers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -42,8 +47,10 @@ class VectorClassifier(Predictor):
         from pipeline.models.heads import load_heads
 
         made = HeadColumns(load_heads(self.head), self.top_k)
-        made.check(self.space, f"--from {self.source}")
+        given = f"--from {uris.redact(self.source)}"
+        made.check(self.space, given)
         dim = made.heads[0].head.dim
+        made.check_width(dim if self.dim is None else self.dim, given)
         self._columns = made
         self.columns = made.schema
         self.pixel_format = PixelFormat("float32", dim)
@@ -72,5 +79,6 @@ class VectorClassifier(Predictor):
         import torch
 
         assert self._columns is not None
-        with torch.inference_mode():
-            return self._columns.results(torch.from_numpy(np.array(pixels).reshape(len(pixels), -1)))
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+            return self._columns.results(torch.from_numpy(pixels.reshape(len(pixels), -1)))

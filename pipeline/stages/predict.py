@@ -176,19 +176,27 @@ class Predict:
         places: Places,
         seconds: float,
     ) -> pa.Table:
-        take = np.full(len(table), -1, np.int64)
-        take[places] = np.arange(len(places))
-        indices = pa.array(take, mask=take < 0)
+        is_image = np.zeros(len(table), bool)
+        is_image[places] = True
         merged = {name: table[name] for name in table.column_names if name not in schema.PIXEL_FIELDS.names}
-        merged |= {name: array.take(indices) for name, array in columns.items()}
+        merged |= {name: _spread(array, places, len(table)) for name, array in columns.items()}
         merged["network"] = pa.repeat(self.predictor.describe(), len(table))
-        merged["predict_seconds"] = pa.array(np.where(take >= 0, seconds, 0.0).astype(np.float32))
+        merged["predict_seconds"] = pa.array(np.where(is_image, seconds, 0.0).astype(np.float32))
         for name in ("stage", "error_type", "message") if errors else ():
             values = merged[name].to_pylist()
             for place, error in errors.items():
                 values[place] = getattr(error, name)
             merged[name] = pa.array(values, pa.string())
         return pa.table({name: merged[name] for name in self.schema.names}, schema=self.schema)
+
+
+def _spread(array: pa.Array, places: Places, rows: int) -> pa.ChunkedArray:
+    """The values at their places among `rows` rows, null elsewhere. Without a copy if they are the first rows."""
+    if np.array_equal(places, np.arange(len(places))):
+        return pa.chunked_array([array, pa.nulls(rows - len(places), array.type)])
+    take = np.full(rows, -1, np.int64)
+    take[places] = np.arange(len(places))
+    return pa.chunked_array([array.take(pa.array(take, mask=take < 0))])
 
 
 def _wait_for_memory(pauses: Iterator[float], message: str) -> None:

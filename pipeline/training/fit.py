@@ -45,9 +45,11 @@ BALANCE_RATIO = 3
 """With class weights `auto`, classes are weighted if the largest has so many times the images of the smallest."""
 SAME_LOSS = 1e-3
 """Parameters whose log-losses differ by less are as good as each other; the first one of the grid is taken."""
+MIN_ROWS = 4
+"""Labels to fit to, on one side of a split."""
 ABSENT = -30.0
 """Logit of a class that the images of a fold do not have."""
-SELECT_BYTES = 256 << 20
+SELECT_BYTES = 128 << 20
 """Vectors that choose a parameter if there are more than memory should hold. The head itself is fitted to all."""
 
 Rows = NDArray[np.int64]
@@ -81,25 +83,51 @@ class Choice:
 def folds_of(samples: Samples, rows: Rows, number: int, seed: int) -> list[Fold]:
     """Split rows into at most `number` folds: (rows to fit, rows left out), stratified by class and kept by group.
 
-    Raises InputRefused if no two folds are possible.
+    There are as many folds as the smallest class has images, and as there are groups. Raises InputRefused if these are
+    too few.
     """
     targets, groups = samples.targets[rows], None if samples.groups is None else samples.groups[rows]
-    smallest = int(min(count for count in targets.sum(axis=0) if count)) if len(rows) else 0
-    number = min(number, len(rows) if samples.multi_label else smallest)
+    counts = targets.sum(axis=0).astype(int)
+    number = min(number, len(rows) if samples.multi_label else int(min(count for count in counts if count)))
     if groups is not None:
         number = min(max(number, 2), len(np.unique(groups)))
     if number < 2:
-        names = [name for name, count in zip(samples.names, targets.sum(axis=0), strict=True) if count == 1]
+        names = [name for name, count in zip(samples.names, counts, strict=True) if count == 1]
         reason = "all labelled images are in one group" if groups is not None else f"{', '.join(names[:5])} has 1 label"
         raise InputRefused(f"the labels cannot be divided to fit and to test: {reason}; add labels")
+    return _split(samples, rows, number, seed, groups, stratify=not samples.multi_label)
+
+
+def _inner_folds(samples: Samples, rows: Rows, seed: int) -> list[Fold]:
+    """The folds that choose a parameter. They may lack a class, and divide a group if there is only one.
+
+    Raises InputRefused if the groups leave fewer than MIN_ROWS images on one side of a split.
+    """
+    if len(rows) < MIN_ROWS:
+        raise InputRefused(
+            f"the labels cannot be divided to fit and to test: without one group only {len(rows)} are left; label "
+            "images of more groups, or leave out --group-by"
+        )
+    groups = None if samples.groups is None else samples.groups[rows]
+    if groups is not None and len(np.unique(groups)) < 2:
+        groups = None
+    counts = samples.targets[rows].sum(axis=0).astype(int)
+    least = len(rows) if samples.multi_label else min(count for count in counts.tolist() if count)
+    number = max(2, min(FOLDS, least, len(rows) if groups is None else len(np.unique(groups))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        return _split(samples, rows, number, seed, groups, stratify=not samples.multi_label and counts.max() >= number)
+
+
+def _split(samples: Samples, rows: Rows, number: int, seed: int, groups: Rows | None, *, stratify: bool) -> list[Fold]:
     model_selection = sklearn.model_selection
     kinds = {
-        (False, False): model_selection.StratifiedKFold,
-        (False, True): model_selection.StratifiedGroupKFold,
-        (True, False): model_selection.KFold,
-        (True, True): model_selection.GroupKFold,
+        (True, False): model_selection.StratifiedKFold,
+        (True, True): model_selection.StratifiedGroupKFold,
+        (False, False): model_selection.KFold,
+        (False, True): model_selection.GroupKFold,
     }
-    splitter = kinds[samples.multi_label, groups is not None](number, shuffle=True, random_state=seed)
+    splitter = kinds[stratify, groups is not None](number, shuffle=True, random_state=seed)
     splits = splitter.split(np.zeros(len(rows)), samples.classes(rows), groups)
     return [(rows[fitted], rows[left_out]) for fitted, left_out in splits]
 
@@ -108,7 +136,7 @@ def choose(samples: Samples, rows: Rows, settings: FitSettings) -> Choice:
     """Choose the method's parameter by cross-validation on some rows, by the smallest log-loss."""
     method = _METHODS[settings.method]
     rows = some(samples, rows, settings.seed)
-    folds = folds_of(samples, rows, FOLDS, settings.seed)
+    folds = _inner_folds(samples, rows, settings.seed)
     place = np.full(len(samples), -1)
     place[rows] = np.arange(len(rows))
     logits = {value: np.zeros((len(rows), len(samples.names)), np.float32) for value in method.grid}

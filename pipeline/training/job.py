@@ -1,6 +1,7 @@
 """From the embeddings of an output and some labels to a head with its evaluation."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 METHODS = ("linear", "knn", "mlp", "centroid")
 SUFFIX = ".safetensors"
 MAX_SHOWN = 10
+MIN_LABELS = 3
+"""Of a class: one to test, and two to choose a parameter with."""
 MAX_SUGGESTIONS = 10_000
 RANKED = 1000
 """Images of the ranking of one concept."""
@@ -31,7 +34,7 @@ class FitConfig:
     """Settings of a fit. Every field is a command-line flag. Raises SettingRefused if a value is not valid."""
 
     labels: str = flag(
-        "CSV, JSON or Parquet file of images and classes; folder: the images' folders; column:NAME: a kept column",
+        "CSV, JSON or Parquet of images and classes; GeoJSON of places; folder; column:NAME, a kept column",
         "",
         metavar="FILE",
     )
@@ -102,6 +105,7 @@ def fit(embeddings: str, config: FitConfig) -> FitResult:
 
     Raises InputRefused, OutputRefused and SettingRefused before anything is written.
     """
+    from pipeline.models.head_flags import windows_of  # imports torch
     from pipeline.training.evaluate import evaluate  # imports scikit-learn
     from pipeline.training.fit import FitSettings, choose, fit_all, some
     from pipeline.training.samples import read_samples
@@ -116,7 +120,8 @@ def fit(embeddings: str, config: FitConfig) -> FitResult:
     settings = FitSettings(config.method, config.class_weights, config.seed)
     choice = choose(samples, some(samples, np.arange(len(samples)), config.seed), settings)
     evaluation = evaluate(samples, settings, config.holdout, choice)
-    head = replace(fit_all(samples, settings, choice), space=space, network=network_of(output))
+    network = {**network_of(output), **windows_of(output.settings)}
+    head = replace(fit_all(samples, settings, choice), space=space, network=network)
     files = (*_write(output, config, head, evaluation, labels), *_write_lists(output, config, head, labels))
     return FitResult(head, evaluation, labels, files)
 
@@ -157,9 +162,17 @@ def _write_lists(output: Output, config: FitConfig, head: "Head", labels: Labels
 
 
 def _check_classes(labels: Labels, config: FitConfig) -> None:
-    if len(labels.names) < 2 and not config.multi_label:
-        given = f"--labels {uris.redact(config.labels)}" if config.labels else f"--positives {config.positives}"
-        raise InputRefused(f"{given} has one class, {labels.names[0]}: label images of two classes or more")
+    """Refuse labels that no head can be fitted to and tested with."""
+    given = f"--labels {uris.redact(config.labels)}" if config.labels else f"--positives {config.positives}"
+    if len(labels.names) < (1 if config.multi_label else 2):
+        classes = f"one class, {labels.names[0]}" if labels.names else "no class"
+        raise InputRefused(f"{given} has {classes}: label images of two classes or more")
+    counts = Counter(name for each in labels.classes for name in each)
+    if rare := [name for name, count in counts.items() if count < MIN_LABELS]:
+        raise InputRefused(
+            f"{given} has fewer than {MIN_LABELS} labels of {', '.join(sorted(rare)[:MAX_SHOWN])}, too few to fit and "
+            "to test a class: label more images of these classes, or leave the classes out"
+        )
 
 
 def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, labels: Labels) -> tuple[str, ...]:
@@ -177,6 +190,7 @@ def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, lab
         "method": head.method,
         "labels": len(labels.rows),
         "unknown": list(labels.unknown),
+        "ambiguous": list(labels.ambiguous),
         "temperature": head.temperature,
         "embedding_space": head.space.to_json(),
         **evaluation.to_json(),
@@ -188,9 +202,19 @@ def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, lab
 
 
 def unknown_text(labels: Labels, places: str = "rows of the output") -> str:
-    """A sentence about the names of the file that are no image of the output; "" if there are none."""
-    if not labels.unknown:
-        return ""
-    unreadable = f", {len(labels.unreadable)} of them could not be read" if labels.unreadable else ""
-    shown = ", ".join(labels.unknown[:MAX_SHOWN]) + (", …" if len(labels.unknown) > MAX_SHOWN else "")
-    return f"{len(labels.unknown)} names of the labels are no {places}{unreadable}: {shown}."
+    """Sentences about the labels that are no image of the output, or of several classes; "" if there are none."""
+    sentences = []
+    if labels.unknown:
+        unreadable = f", {len(labels.unreadable)} of them could not be read" if labels.unreadable else ""
+        sentences.append(f"{len(labels.unknown)} names of the labels are no {places}{unreadable}")
+        sentences[-1] += f": {_listed(labels.unknown)}."
+    if labels.ambiguous:
+        sentences.append(
+            f"{len(labels.ambiguous)} images are in places of several classes and were left out: "
+            f"{_listed(labels.ambiguous)}."
+        )
+    return " ".join(sentences)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:MAX_SHOWN]) + (", …" if len(names) > MAX_SHOWN else "")

@@ -1,4 +1,7 @@
-"""Labels of images: a file of names and classes, the images' folders, or a column of the output → the labelled rows."""
+"""Labels of images → the labelled rows of an output.
+
+They come from a file of names and classes, a map, the images' folders, or a column of the output.
+"""
 
 import csv
 import io
@@ -12,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputRefused, SettingRefused, message_line
+from pipeline.explore.table import Output
 from pipeline.storage import access, uris
 from pipeline.storage.parquet import open_parquet
+from pipeline.training import places
 
 FOLDER, COLUMN = "folder", "column:"
 SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
@@ -55,7 +60,7 @@ class Labels:
     rows: their positions among the output's rows, in ascending order. image_ids, classes: of each.
     unknown: names of the file that are no image of the output. unreadable: those of them that are in `_errors/`.
     unlabelled: number of images without a class. background: rows of random images that count as others of a concept,
-    and that no label names.
+    and that no label names. ambiguous: images in places of several classes, which therefore count as without label.
     """
 
     rows: tuple[int, ...]
@@ -65,6 +70,7 @@ class Labels:
     unreadable: tuple[str, ...] = ()
     unlabelled: int = 0
     background: frozenset[int] = frozenset()
+    ambiguous: tuple[str, ...] = ()
 
     @property
     def names(self) -> Classes:
@@ -97,15 +103,19 @@ def find(
 ) -> Labels:
     """Find the labelled images of an output.
 
-    labels: a CSV, JSON or Parquet file with the columns `image_column` and `label_column`; `folder`, the name of the
-    folder that an image is in; or `column:NAME`, a column of the output. image_flag: that names `image_column`.
+    labels: a CSV, JSON or Parquet file with the columns `image_column` and `label_column`; a GeoJSON file of points and
+    polygons with the property `label_column`; `folder`, the name of the folder that an image is in; or `column:NAME`, a
+    column of the output. image_flag: that names `image_column`.
     A file names an image by its image_id or by the end of it, from a `/` or `#` on. Raises InputRefused if a name fits
-    several images, if an image has two classes without `multi_label`, or if no image has a label.
+    several images, if an image has two classes without `multi_label`, or if no image has a label. An image in places of
+    two classes has none, without `multi_label`.
     """
     if labels == FOLDER:
         found = _of_folders(output)
     elif labels.startswith(COLUMN):
         found = _of_column(output, labels.removeprefix(COLUMN))
+    elif places.is_map(labels) and isinstance(output, Output):
+        found = _of_map(output, labels, label_column, multi_label)
     else:
         found = _of_file(output, labels, read_file(labels, image_column, label_column, image_flag))
     found = found if multi_label else found.with_classes()
@@ -168,38 +178,56 @@ def read_file(
     JSON: a list of objects, one object per line, or one object of names and classes. Raises InputRefused.
     """
     name = uris.redact(uri)
+    if places.is_map(uri):
+        raise SettingRefused(
+            f"--labels {name} labels places on a map, which only `nightshift fit` reads: name the images in a CSV file"
+        )
     if not uri.lower().endswith(SUFFIXES):
         raise SettingRefused(
-            f"--labels is {name!r}: it must be a file that ends in {', '.join(SUFFIXES)}, or {FOLDER}, or {COLUMN}NAME"
+            f"--labels is {name!r}: it must be a file that ends in {', '.join((*SUFFIXES, places.SUFFIX))}, or "
+            f"{FOLDER}, or {COLUMN}NAME"
         )
+    labels: dict[str, Classes] = {}
     try:
-        rows = list(_rows(uri, image_column, label_column))
+        for number, row in enumerate(_rows(uri, image_column, label_column), start=1):
+            image, classes = _entry(name, number, row, ((image_column, image_flag), (label_column, "--label-column")))
+            labels[image] = tuple(dict.fromkeys([*labels.get(image, ()), *classes]))
     except FileNotFoundError as error:
         raise InputRefused(f"--labels {name} does not exist") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise InputRefused(f"--labels {name} cannot be read: {message_line(error)}") from error
-    labels: dict[str, Classes] = {}
-    for number, row in enumerate(rows, start=1):
-        for column, flag in ((image_column, image_flag), (label_column, "--label-column")):
-            if column not in row:
-                raise InputRefused(
-                    f"--labels {name}: entry {number} has no {column!r}, only {', '.join(map(str, row))}; name the "
-                    f"column with {flag}"
-                )
-        image = str(row[image_column] if row[image_column] is not None else "").strip().removeprefix("./")
-        if not image:
-            raise InputRefused(f"--labels {name}: entry {number} has no name of an image in {image_column!r}")
-        labels[image] = tuple(dict.fromkeys([*labels.get(image, ()), *_classes(row[label_column])]))
     if not labels:
         raise InputRefused(f"--labels {name} has no entry")
     return labels
+
+
+def _entry(name: str, number: int, row: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> tuple[str, Classes]:
+    """The image and the classes of one entry. Raises InputRefused.
+
+    columns: of the image and of its classes, each with the flag that names it.
+    """
+    for column, flag in columns:
+        if column not in row:
+            raise InputRefused(
+                f"--labels {name}: entry {number} has no {column!r}, only {', '.join(map(str, row))}; name the "
+                f"column with {flag}"
+            )
+    try:
+        (image_column, _), (label_column, _) = columns
+        image, classes = _text(row[image_column]).removeprefix("./"), _classes(row[label_column])
+    except UnicodeError as error:
+        raise InputRefused(f"--labels {name}: entry {number} is no valid text: {message_line(error)}") from error
+    if not image:
+        raise InputRefused(f"--labels {name}: entry {number} has no name of an image in {image_column!r}")
+    return image, classes
 
 
 def _rows(uri: str, image_column: str, label_column: str) -> Iterator[Mapping[str, Any]]:
     """The entries of a file, by column."""
     if uri.lower().endswith(".parquet"):
         with access.open_read(uris.normalize(uri)) as file:
-            yield from open_parquet(file).read(use_threads=False).to_pylist()
+            for batch in open_parquet(file).iter_batches(use_threads=False):
+                yield from batch.to_pylist()
         return
     text = access.read(uris.normalize(uri)).decode("utf-8-sig")
     if uri.lower().endswith(".jsonl"):
@@ -209,8 +237,14 @@ def _rows(uri: str, image_column: str, label_column: str) -> Iterator[Mapping[st
     else:
         header = text.partition("\n")[0]
         delimiter = max(DELIMITERS, key=header.count)
-        yield from csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        names = reader.fieldnames or []
+        if twice := next((name for name in (image_column, label_column) if names.count(name) > 1), None):
+            raise ValueError(f"it has two columns {twice!r}")
+        yield from reader
         return
+    if isinstance(content, dict) and content.get("type") == "FeatureCollection":
+        raise ValueError(f"it is GeoJSON: rename it to end in {places.SUFFIX}")
     if isinstance(content, dict):
         content = [{image_column: name, label_column: value} for name, value in content.items()]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
@@ -221,9 +255,18 @@ def _rows(uri: str, image_column: str, label_column: str) -> Iterator[Mapping[st
 def _classes(value: Any) -> Classes:
     """The classes of a cell: text, a number, a list of these, or nothing."""
     values = value if isinstance(value, list | tuple) else [value]
-    texts = (str(int(each) if isinstance(each, float) and each.is_integer() else each).strip() for each in values
-             if each is not None and each == each)  # fmt: skip
-    return tuple(dict.fromkeys(text for text in texts if text))
+    return tuple(dict.fromkeys(text for text in map(_text, values) if text))
+
+
+def _text(value: Any) -> str:
+    """A value as text: 3.0 is "3", and None and NaN are "". Raises UnicodeError for what is not valid Unicode."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode().strip()
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    text.encode()
+    return text
 
 
 def _of_file(output: Table, uri: str, labels: Mapping[str, Classes]) -> Labels:
@@ -266,6 +309,27 @@ def matcher(names: Iterable[str]) -> Callable[[str], bool]:
         return is_near and any(suffix in wanted for suffix in _suffixes(image_id))
 
     return fits
+
+
+def _of_map(output: Output, uri: str, label_column: str, multi_label: bool) -> Labels:
+    """The images that points and polygons label. Features that label no image are the unknown names."""
+    on_map = places.read_places(uri, label_column, _classes)
+    labelled: list[tuple[int, str, Classes]] = []
+    ambiguous: list[str] = []
+    used: set[int] = set()
+    for row, image_id, numbers in places.match(output, uri, on_map):
+        used.update(numbers)
+        classes = tuple(dict.fromkeys(name for number in numbers for name in on_map.classes[number]))
+        if len(classes) > 1 and not multi_label:
+            ambiguous.append(image_id)
+        else:
+            labelled.append((row, image_id, classes))
+    if not labelled:
+        reason = f"{len(ambiguous)} are in places of several classes" if ambiguous else "all images are elsewhere"
+        raise InputRefused(f"--labels {uris.redact(uri)} labels no image of {output.uri}: {reason}")
+    rows, image_ids, classes_of_rows = zip(*labelled, strict=True)
+    unknown = tuple(name for number, name in enumerate(on_map.names) if number not in used)
+    return Labels(rows, image_ids, classes_of_rows, unknown, ambiguous=tuple(ambiguous))
 
 
 def _match(image_ids: Iterable[str], names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:

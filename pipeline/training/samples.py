@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputRefused
 from pipeline.explore.table import Output
-from pipeline.explore.vectors import COLUMN, Vectors, as_vectors, dim_of, scaled
+from pipeline.explore.vectors import COLUMN, Vectors, as_vectors, scale_in_place, vector_type
 from pipeline.training.labels import Labels
 
 MEMORY_BYTES = 1 << 30
@@ -24,11 +24,15 @@ Targets = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class VectorFile:
-    """float32 [rows, dim] in a temporary file, for more vectors than memory should hold."""
+    """[rows, dim] in a temporary file, for more vectors than memory should hold. They are read as float32.
+
+    dtype: float16 or float32, that of the output: the file takes no more space than the vectors.
+    """
 
     file: Any
     rows: int
     dim: int
+    dtype: Any = np.float32
 
     def __len__(self) -> int:
         return self.rows
@@ -39,16 +43,17 @@ class VectorFile:
 
     def read(self, start: int, stop: int) -> Vectors:
         """The vectors from `start` up to `stop`, as a copy: pages of a mapped file would count as memory."""
-        self.file.seek(start * self.dim * 4)
-        data = np.empty((min(stop, self.rows) - start, self.dim), np.float32)
+        data = np.empty((min(stop, self.rows) - start, self.dim), self.dtype)
+        self.file.seek(start * self.dim * data.itemsize)
         self.file.readinto(data.reshape(-1).view(np.uint8).data)
-        return data
+        return data.astype(np.float32, copy=False)
 
     def take(self, rows: NDArray[np.int64]) -> Vectors:
         """The vectors of some rows, in memory."""
-        return np.concatenate(
-            [np.empty((0, self.dim), np.float32), *(self.read(row, row + 1) for row in rows.tolist())]
-        )
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        for place, row in enumerate(rows.tolist()):
+            vectors[place] = self.read(row, row + 1)[0]
+        return vectors
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,15 @@ class Samples:
     def take(self, rows: NDArray[np.int64]) -> Vectors:
         """float32 [len(rows), dim], in memory, scaled to length 1 if `normalize`."""
         vectors = self.vectors.take(rows) if isinstance(self.vectors, VectorFile) else self.vectors[rows]
-        return scaled(vectors) if self.normalize else vectors
+        return scale_in_place(vectors) if self.normalize else vectors  # a copy in either case
 
     def chunks(self) -> Iterator[tuple[Vectors, Targets]]:
         """All vectors, scaled if `normalize`, and their targets, at most CHUNK_BYTES at a time."""
         step = max(1, CHUNK_BYTES // (4 * self.vectors.shape[1]))
         for start in range(0, len(self), step):
             is_file = isinstance(self.vectors, VectorFile)
-            part = self.vectors.read(start, start + step) if is_file else self.vectors[start : start + step]  # type: ignore[union-attr, index]
-            yield scaled(part) if self.normalize else part, self.targets[start : start + step]
+            part = self.vectors.read(start, start + step) if is_file else self.vectors[start : start + step].copy()  # type: ignore[union-attr, index]
+            yield scale_in_place(part) if self.normalize else part, self.targets[start : start + step]
 
 
 def read_samples(
@@ -109,7 +114,7 @@ def read_samples(
     InputRefused if the column of vectors is none, or if the output changed meanwhile.
     """
     output.require([group_by] if group_by else [])
-    vectors, groups = _read(output, labels, group_by, dim_of(output), memory_bytes)
+    vectors, groups = _read(output, labels, group_by, vector_type(output), memory_bytes)
     index = {name: number for number, name in enumerate(labels.names)}
     targets = np.zeros((len(labels.rows), len(index)), np.float32)
     for row, classes in enumerate(labels.classes):
@@ -119,22 +124,26 @@ def read_samples(
 
 
 def _read(
-    output: Output, labels: Labels, group_by: str | None, dim: int, memory_bytes: int
+    output: Output, labels: Labels, group_by: str | None, type_: Any, memory_bytes: int
 ) -> tuple[Vectors | VectorFile, list[Any]]:
-    size = len(labels.rows) * dim * 4
+    dim, size = type_.list_size, len(labels.rows) * type_.list_size * 4
+    dtype = np.float16 if pa.types.is_float16(type_.value_type) else np.float32
     file = None if size <= memory_bytes else tempfile.TemporaryFile(prefix="nightshift-")  # noqa: SIM115
     parts: list[Vectors] = []
     groups: list[Any] = []
     for batch in _labelled(output, labels, [group_by] if group_by else []):
         vectors = as_vectors(batch.column(1), dim)
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+            raise InputRefused(f"{output.uri}: the vector of {batch.column(0)[row]} has numbers that are not finite")
         if file:
-            file.write(vectors.data)
+            file.write(vectors.astype(dtype, copy=False).data)
         else:
             parts.append(vectors)
         groups += batch.column(2).to_pylist() if group_by else []
     if file:
         file.flush()
-        return VectorFile(file, len(labels.rows), dim), groups
+        return VectorFile(file, len(labels.rows), dim, dtype), groups
     return np.concatenate([np.empty((0, dim), np.float32), *parts]), groups
 
 

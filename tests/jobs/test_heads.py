@@ -6,10 +6,16 @@ from pathlib import Path
 import images
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import rasterio.warp
+from satellite import OLD_PRODUCT, SENTINEL2, draw_dn, geotiff
+from servers import S3Server
 from whole import TINY, Jobs, count_commits, wait_for
 
+from pipeline.explore.table import open_output
 from pipeline.output.verify import verify
+from pipeline.storage import access
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +104,10 @@ def test_heads_of_other_vectors_are_refused_by_name(jobs: Jobs, archive: Path, t
     for flags, message in [
         (("--from", other), "--from needs --head"),
         (("--from", other, "--head", head, "--input", archive), "leave one of them out"),
-        (("--from", other, "--head", head, "--resize", 64), "--resize is for images, but --from reads no images"),
+        (
+            ("--from", other, "--head", head, "--resize", 64),
+            "--resize is for images and networks, but --from reads vectors",
+        ),
         (("--from", archive, "--head", head), "is not an output of Nightshift"),
     ]:
         assert message in jobs.run("classify", *flags, *out, code=2).stderr
@@ -113,22 +122,104 @@ def test_a_killed_run_on_vectors_continues(jobs: Jobs, tmp_path: Path) -> None:
     ids = [f"/photos/{'ab'[number % 2]}/{number:05d}.jpg" for number in range(3000)]
     vectors = rng.normal(size=(3000, 16)).astype(np.float32) + np.where(np.arange(3000) % 2, 0.5, -0.5)[:, None]
     embeddings = write_output(
-        tmp_path / "embeddings", ids, vectors.astype(np.float32), rows_per_part=200, settings=SETTINGS
+        tmp_path / "embeddings", ids, vectors.astype(np.float32), rows_per_part=20, settings=SETTINGS
     )
     head = tmp_path / "ab.safetensors"
     chosen = "\n".join(f"{image_id},{image_id.split('/')[2]}" for image_id in ids[:100])
     (tmp_path / "labels.csv").write_text(f"image,label\n{chosen}\n")
     fit(str(embeddings), FitConfig(labels=str(tmp_path / "labels.csv"), to=str(head), pictures=False))
     out = tmp_path / "labels"
-    command = ("--from", embeddings, "--head", head, "--output", out, "--batch-size", 50, "--rows-per-part", 50)
+    command = ("--from", embeddings, "--head", head, "--output", out, "--rows-per-part", 20)
     process = jobs.start("classify", *command)
     wait_for(lambda: count_commits(out) >= 3)
     process.kill()
     process.wait()
     before = count_commits(out)
-    assert before < 60
+    assert before < 150
     jobs.run("classify", *command)
     assert verify(str(out)).is_whole
     table = pd.read_parquet(out)
     assert sorted(table["image_id"]) == sorted(ids)
     assert np.mean([label == image_id.split("/")[2] for image_id, label in labels_of(out).items()]) > 0.9
+
+
+def two_classes(count: int, seed: int, name: str) -> tuple[list[str], np.ndarray]:
+    """Names in folders a and b, and vectors of which the first half is above and below zero."""
+    is_b = np.arange(count) % 2
+    vectors = np.random.default_rng(seed).normal(size=(count, 8)) / 3 + np.where(is_b, 0.5, -0.5)[:, None]
+    return [f"/photos/{'ab'[kind]}/{name}-{i:03d}.jpg" for i, kind in enumerate(is_b)], vectors.astype(np.float32)
+
+
+def test_several_heads_on_vectors_in_a_bucket_that_grow(jobs: Jobs, s3: S3Server, tmp_path: Path) -> None:
+    """The embeddings, the labels, both heads and the result are in S3. Afterwards the embeddings are updated."""
+    from outputs import write_output
+
+    from pipeline.training.job import FitConfig, fit
+
+    embeddings, out = s3.uri("embeddings"), s3.uri("labels")
+    ids, vectors = two_classes(40, 0, "old")
+    write_output(embeddings, ids, vectors, errors=["/photos/bad.jpg"], rows_per_part=20)  # type: ignore[arg-type]
+    for name, classes in (("sides", ("left", "right")), ("Top", ("low", "high"))):
+        lines = "".join(f"{image_id},{classes[number % 2]}\n" for number, image_id in enumerate(ids))
+        access.write(s3.uri(f"{name}.csv"), f"image,label\n{lines}".encode())
+        to = s3.uri(f"{name}.safetensors")
+        fit(embeddings, FitConfig(labels=s3.uri(f"{name}.csv"), to=to, pictures=False))
+    heads = [word for name in ("sides", "Top") for word in ("--head", s3.uri(f"{name}.safetensors"))]
+    command = ("--from", embeddings, *heads, "--output", out, "--top-k", 1, "--max-error-rate", 0.5)
+    jobs.run("classify", *command)
+    assert verify(out).is_whole
+    table = read_all(out)
+    own = ["label", "label_id", "score", "top_labels", "top_label_ids", "top_scores"]
+    assert table.schema.names[7:] == [f"{head}_{name}" for head in ("sides", "Top") for name in own]
+    rows = {row["image_id"]: (row["sides_label"], row["Top_label"]) for row in table.to_pylist()}
+    expected = {image_id: ("right", "high") if "/b/" in image_id else ("left", "low") for image_id in ids}
+    assert sum(rows[image_id] == each for image_id, each in expected.items()) >= 38
+    assert rows.keys() == expected.keys()
+
+    new_ids, new_vectors = two_classes(30, 1, "new")
+    write_output(embeddings, new_ids, new_vectors, rows_per_part=20, shard=1)  # type: ignore[arg-type]
+    assert "already done" in jobs.run("classify", *command).stderr
+    jobs.run("classify", *command, "--update")
+    assert verify(out).is_whole
+    after = {row["image_id"]: row["sides_label"] for row in read_all(out).to_pylist()}
+    assert after.keys() == {*ids, *new_ids}
+    assert {image_id: after[image_id] for image_id in ids} == {image_id: each[0] for image_id, each in rows.items()}
+    assert sum((after[image_id] == "right") == ("/b/" in image_id) for image_id in new_ids) >= 28
+
+
+def read_all(output: str) -> pa.Table:
+    opened = open_output(output)
+    return pa.Table.from_batches(list(opened.batches()))
+
+
+def test_a_head_gives_the_flags_of_satellite_scenes(jobs: Jobs, tmp_path: Path) -> None:
+    """Labels on a map, an input specification, and windows that overlap: the head alone gives them all again."""
+    numbers = draw_dn(13, 192)
+    numbers[:, :, 96:] = numbers[:, :, 96:] // 3
+    scene = tmp_path / f"{OLD_PRODUCT}.tif"
+    scene.write_bytes(geotiff(numbers, SENTINEL2))
+    network = ("--model", "timm:resnet18", "--weights", "random", "--precision", "float32", "--crop", 64)
+    windows = ("--input-spec", "sentinel2-all", "--tile-size", 32, "--tile-stride", 16)
+    embeddings, head = tmp_path / "embeddings", tmp_path / "halves.safetensors"
+    jobs.run("embed", "--input", scene, "--output", embeddings, *network, *windows)
+    halves = {"bright": (5e5, 5e5 + 960), "dark": (5e5 + 960, 5e5 + 1920)}
+    features = []
+    for name, (left, right) in halves.items():
+        corners = [(left, 5e6), (left, 5e6 - 1920), (right, 5e6 - 1920), (right, 5e6), (left, 5e6)]
+        ring = list(zip(*rasterio.warp.transform("EPSG:32633", "OGC:CRS84", *zip(*corners, strict=True)), strict=True))
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        features.append({"type": "Feature", "geometry": geometry, "properties": {"label": name}})
+    labels = tmp_path / "halves.geojson"
+    labels.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    jobs.run("fit", embeddings, "--labels", labels, "--to", head, "--no-pictures")
+    command = ("classify", "--input", scene, "--head", head, "--output")
+    done = jobs.run(*command, tmp_path / "pixels")
+    assert "taken from --head halves: --tile-size 32 --tile-stride 16 --model timm:resnet18 --input-spec" in done.stderr
+    jobs.run("classify", "--from", embeddings, "--head", head, "--output", tmp_path / "vectors")
+    of_pixels, of_vectors = labels_of(tmp_path / "pixels"), labels_of(tmp_path / "vectors")
+    assert of_pixels == of_vectors
+    assert len(of_pixels) == 121
+    runs = [json.loads((tmp_path / name / "_run.json").read_text()) for name in ("embeddings", "pixels")]
+    assert runs[0]["embedding_space"] == runs[1]["embedding_space"]
+    refused = jobs.run(*command, tmp_path / "other", "--tile-size", 64, code=2)
+    assert "halves was fitted on other vectors than those of this command: tiling.size is 64, not 32" in refused.stderr

@@ -1,5 +1,6 @@
 """Head files: what is written is read again, and what is no head is refused."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -75,13 +76,81 @@ def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
         load_head(str(tmp_path / "none.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"classes": ("a", "b")}, r"bias has the shape|weight has the shape \[3, 2\], not \[2, 2\]"),
+        ({"classes": ("a", "b", "b")}, "must be different names"),
+        ({"classes": ()}, "must be different names"),
+        ({"classes": ("a", "b", "")}, "must be different names"),
+        ({"method": "forest"}, "its method is 'forest', not one of linear"),
+        ({"method": "mlp"}, "hidden.weight"),
+        ({"temperature": 0.0}, "its temperature is 0.0"),
+        ({"temperature": float("nan")}, "its temperature is nan"),
+        ({"tensors": {"weight": torch.zeros(3, 2), "bias": torch.tensor([0, torch.inf, 0])}}, "bias has numbers that"),
+        (
+            {"tensors": {"weight": torch.zeros(3), "bias": torch.zeros(3)}},
+            r"weight has the shape \[3\], not \[classes, dim\]",
+        ),
+        ({"tensors": {"weight": torch.zeros(3, 2)}}, "bias"),
+        (
+            {
+                "method": "knn",
+                "tensors": {"vectors": torch.zeros(4, 2), "targets": torch.zeros(4, 3), "k": torch.tensor(5)},
+            },
+            "k is 5, of 4 vectors",
+        ),
+    ],
+)
+def test_a_head_that_contradicts_itself_is_refused(tmp_path: Path, more: dict[str, object], message: str) -> None:
+    head(**more).save(str(tmp_path / "mine.safetensors"))
+    with pytest.raises(WeightsRefused, match=rf"mine.safetensors cannot be read: .*({message})"):
+        load_head(str(tmp_path / "mine.safetensors"))
+
+
+class Evil:
+    """A pickle that would write a file when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.pt"])
+def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "owned"
+    (tmp_path / name).write_bytes(pickle.dumps(Evil(target)))
+    with pytest.raises(WeightsRefused, match=rf"--head .*{name} cannot be read"):
+        load_head(str(tmp_path / name))
+    torch.save({"weight": Evil(target)}, tmp_path / name)
+    with pytest.raises(WeightsRefused, match=rf"--head .*{name} cannot be read"):
+        load_head(str(tmp_path / name))
+    assert not target.exists()
+
+
+def test_heads_of_other_widths_are_refused(tmp_path: Path) -> None:
+    head().save(str(tmp_path / "two.safetensors"))
+    wide = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
+    head(tensors=wide).save(str(tmp_path / "four.safetensors"))
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("two", "four")]
+    with pytest.raises(WeightsRefused, match="two takes 2 numbers and four takes 4 numbers"):
+        load_heads(files)
+    columns = HeadColumns(load_heads(files[:1]), 5)
+    columns.check_width(2, "this run")
+    with pytest.raises(WeightsRefused, match="--head two takes vectors of 2 numbers, and those of this run have 512"):
+        columns.check_width(512, "this run")
+
+
 def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
-    files = [str(tmp_path / folder / "same.safetensors") for folder in "ab"]
+    files = [str(tmp_path / name) for name in ("a/same.safetensors", "b/same.safetensors", "c/SAME.safetensors")]
     for file in files:
         Path(file).parent.mkdir()
         head().save(file)
-    with pytest.raises(SettingRefused, match=r"two files are named same.safetensors.*rename one"):
-        load_heads(files)
+    for other in files[1:]:  # in SQL, the columns of the third would be those of the first
+        with pytest.raises(SettingRefused, match=r"two files are named same.safetensors.*rename one"):
+            load_heads([files[0], other])
 
 
 def test_columns_of_one_head_and_of_several(tmp_path: Path) -> None:

@@ -48,8 +48,12 @@ def write_output(
     settings: Mapping[str, Any] = SETTINGS,
     rows_per_part: int = 7,
     dtype: pa.DataType | None = None,
+    shard: int = 0,
 ) -> Path:
-    """Write a finished output: one row per image_id with its vector and kept texts, then the errors."""
+    """Write a finished output: one row per image_id with its vector and kept texts, then the errors.
+
+    Called again with another shard, it adds the rows in an attempt of their own, as `--update` does.
+    """
     columns = pa.schema([("embedding", schema.vector(dtype or pa.float32(), vectors.shape[1]))])
     keep = dict.fromkeys(kept or {}, pa.string())
     space = EmbeddingSpace.of(settings)
@@ -58,12 +62,19 @@ def write_output(
     access.write(f"{folder}/_run.json", json.dumps(record).encode())
     sink = Sink(str(folder), ledgers.begin(str(folder)).attempt, schema.result(columns, keep), "{}")
     rows = [
-        {"image_id": image_id, "source": image_id.partition("#")[0], "shard": 0, "row": row, "width": 64, "height": 48}
+        {
+            "image_id": image_id,
+            "source": image_id.partition("#")[0],
+            "shard": shard,
+            "row": row,
+            "width": 64,
+            "height": 48,
+        }
         | {"embedding": vectors[row].tolist(), **{name: values[row] for name, values in (kept or {}).items()}}
         for row, image_id in enumerate(image_ids)
     ]
     rows += [
-        {"image_id": image_id, "source": image_id, "shard": 0, "row": len(image_ids) + number}
+        {"image_id": image_id, "source": image_id, "shard": shard, "row": len(image_ids) + number}
         | {"stage": "decode", "error_type": "truncated", "message": f"{image_id} ends early"}
         for number, image_id in enumerate(errors)
     ]

@@ -98,6 +98,7 @@ def test_a_streamed_linear_probe_is_that_in_memory(
     monkeypatch.setattr("pipeline.training.samples.CHUNK_BYTES", 50 * DIM * 4)
     streamed = in_file(data, f"{tmp_path}/vectors")
     assert len(list(streamed.chunks())) == 5
+    np.testing.assert_array_equal(streamed.take(np.array([7, 3])), data.take(np.array([7, 3])))
     choice = replace(choose(data, np.arange(240), settings), parameter=10.0)
     heads = [fit_all(each, settings, choice) for each in (data, streamed)]
     of_classes = torch.from_numpy(class_weights(data.targets, weights))
@@ -157,6 +158,25 @@ def test_labels_that_cannot_be_divided_are_refused() -> None:
         folds_of(data, np.arange(5), 5, seed=0)
     with pytest.raises(InputRefused, match="all labelled images are in one group"):
         folds_of(samples(groups=np.zeros(240, np.int64)), np.arange(240), 5, seed=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_labels_of_a_class_are_enough_for_every_step(method: str) -> None:
+    data, settings = samples(12, classes=4), FitSettings(method)
+    choice = choose(data, np.arange(12), settings)
+    result = evaluate(data, settings, None, choice)
+    assert (result.images, result.how) == (12, "3-fold cross-validation")
+    assert fit_all(data, settings, choice).classes == data.names
+
+
+def test_few_groups_are_enough_or_refused() -> None:
+    two = samples(24, classes=2, groups=np.arange(24) // 12)
+    assert evaluate(two, FitSettings(), None, choose(two, np.arange(24), FitSettings())).images == 24
+    uneven = samples(24, classes=2, groups=(np.arange(24) > 22).astype(np.int64))
+    with pytest.raises(InputRefused, match="without one group only 1 are left; label images of more groups"):
+        evaluate(uneven, FitSettings(), None, choose(uneven, np.arange(24), FitSettings()))
+    apart = samples(12, classes=4, groups=np.repeat([0, 1, 1], 4))
+    assert evaluate(apart, FitSettings(), None, choose(apart, np.arange(12), FitSettings())).images == 12
 
 
 def test_an_evaluation_is_of_images_that_were_left_out() -> None:

@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from outputs import write_output
+from servers import S3Server
 
-from pipeline.errors import InputRefused, SettingRefused
+from pipeline.errors import InputRefused, OutputRefused, SettingRefused
 from pipeline.models.heads import load_head
-from pipeline.training.job import FitConfig, fit
+from pipeline.storage import access
+from pipeline.training.job import FitConfig, fit, unknown_text
 
 IDS = [f"/photos/{'ab'[number % 2]}/{number:04d}.jpg" for number in range(400)]
 
@@ -100,3 +102,77 @@ def test_what_contradicts_is_refused(output: str, tmp_path: Path) -> None:
     ]:
         with pytest.raises(SettingRefused, match=message):
             FitConfig(**{**names, **more})  # type: ignore[arg-type]
+
+
+def labels_of(folder: Path, classes: list[str]) -> str:
+    lines = "".join(f'{image_id},"{name}"\n' for image_id, name in zip(IDS, classes, strict=False))
+    (folder / "labels.csv").write_text(f"image,label\n{lines}")
+    return str(folder / "labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("classes", "more", "message"),
+    [
+        (["a"] * 9, {}, "has one class, a: label images of two classes or more"),
+        (["a", "b"] * 5 + ["c"], {}, "has fewer than 3 labels of c, too few to fit and to test a class: label more"),
+        (["a", "b"] * 5 + ["c", "d"] * 2, {}, "has fewer than 3 labels of c, d, too few"),
+        ([""] * 4, {"multi_label": True}, "has no class"),
+        (["", " "], {}, "labels no image of"),
+    ],
+)
+def test_labels_that_cannot_be_tested_are_refused(
+    output: str, tmp_path: Path, classes: list[str], more: dict[str, bool], message: str
+) -> None:
+    config = FitConfig(labels=labels_of(tmp_path, classes), to=str(tmp_path / "h.safetensors"), pictures=False, **more)  # type: ignore[arg-type]
+    with pytest.raises(InputRefused, match=message):
+        fit(output, config)
+    assert not (tmp_path / "h.safetensors").exists()
+
+
+def test_names_of_classes_are_shown_as_text(output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Markup, another script, a line break, and 3,000 letters, from the labels to the page, the table and the head."""
+    from pipeline.training import page
+
+    names = ["<script>alert('x')</script>", "\u9e7f\u2028\x1b[31m" + "long" * 750]
+    to = str(tmp_path / "h.safetensors")
+    result = fit(output, FitConfig(labels=labels_of(tmp_path, names * 6), to=to, pictures=False))
+    assert load_head(to).head.classes == tuple(sorted(name.strip() for name in names))
+    text = (tmp_path / "h.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(" in text
+    page.show(result.evaluation, 1.0)
+    assert "\x1b[31m" not in capsys.readouterr().out
+
+
+def test_outputs_that_have_no_good_vectors_are_refused(tmp_path: Path) -> None:
+    config = FitConfig(labels=labels_of(tmp_path, ["a", "b"] * 6), to=str(tmp_path / "h.safetensors"), pictures=False)
+    vectors = np.ones((12, 3), np.float32)
+    empty = write_output(tmp_path / "empty", [], vectors, errors=IDS[:2])
+    with pytest.raises((InputRefused, OutputRefused), match=r"has no rows yet|labels no image"):
+        fit(str(empty), config)
+    vectors[5, 1] = np.nan
+    with_nan = write_output(tmp_path / "nan", IDS[:12], vectors)
+    with pytest.raises(InputRefused, match=rf"the vector of {IDS[5]} has numbers that are not finite"):
+        fit(str(with_nan), config)
+
+
+def test_an_output_in_mid_run_is_fitted_to_the_rows_that_it_has(output: str, tmp_path: Path) -> None:
+    Path(output, "_SUCCESS").unlink()
+    labels = labels_of(tmp_path, ["a", "b"] * 10)
+    with open(labels, "a") as file:
+        file.write("not-yet.jpg,a\n")
+    result = fit(output, FitConfig(labels=labels, to=str(tmp_path / "h.safetensors"), pictures=False))
+    assert unknown_text(result.labels) == "1 names of the labels are no rows of the output: not-yet.jpg."
+
+
+def test_the_head_and_its_evaluation_are_written_to_a_bucket(s3: S3Server, own_caches: None, tmp_path: Path) -> None:
+    """EMBEDDINGS, the labels and the head are in S3."""
+    embeddings, labels, to = (s3.uri(name) for name in ("emb", "labels.csv", "heads/ab.safetensors"))
+    vectors = np.where(np.arange(40)[:, None] % 2, 0.5, -0.5) + np.random.default_rng(0).normal(size=(40, 6)) / 3
+    write_output(embeddings, IDS[:40], vectors.astype(np.float32))  # type: ignore[arg-type]
+    lines = "".join(f"{image_id},{image_id.split('/')[2]}\n" for image_id in IDS[:30])
+    access.write(labels, f"image,label\n{lines}".encode())
+    result = fit(embeddings, FitConfig(labels=labels, to=to, suggest=3, pictures=False))
+    assert result.files == (to, *(to.replace(".safetensors", end) for end in (".json", ".html", ".suggest.csv")))
+    assert json.loads(access.read(result.files[1]))["labels"] == 30
+    assert load_head(to).head.classes == ("a", "b")

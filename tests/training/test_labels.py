@@ -95,6 +95,28 @@ def test_parquet_with_other_columns_and_numbers(output: Output, tmp_path: Path) 
     assert (found.classes, found.unlabelled) == ((("1",),), 1)
 
 
+def test_labels_that_are_not_plain_text(output: Output, tmp_path: Path) -> None:
+    """A BOM, line ends of old Macs, names in other scripts and very long ones, NaN for no class, and bytes."""
+    long = "🦌" * 5000
+    old_mac = tmp_path / "mac.csv"
+    old_mac.write_bytes(f"\ufeffimage,label\rb.jpg,{long}\rh.jpg,<b>\u732b</b>\r".encode())
+    assert find(output, str(old_mac)).classes == ((long,), ("<b>\u732b</b>",))
+    numbers = pa.table({"image": ["b.jpg", "h.jpg", "f.jpg"], "label": [float("nan"), 2.0, 1.5]})
+    pq.write_table(numbers, tmp_path / "nan.parquet")
+    found = find(output, str(tmp_path / "nan.parquet"))
+    assert (found.classes, found.unlabelled) == ((("1.5",), ("2",)), 1)
+    pq.write_table(pa.table({"image": [b"b.jpg"], "label": [b"cat"]}), tmp_path / "bytes.parquet")
+    assert find(output, str(tmp_path / "bytes.parquet")).classes == (("cat",),)
+    (tmp_path / "utf16.csv").write_bytes("image,label\nb.jpg,cat\n".encode("utf-16"))
+    with pytest.raises(InputRefused, match=r"utf16.csv cannot be read: 'utf-8' codec can't decode"):
+        find(output, str(tmp_path / "utf16.csv"))
+
+
+def test_a_name_twice_with_one_class_is_one_label(output: Output, tmp_path: Path) -> None:
+    found = find(output, csv(tmp_path, "image,label\nb.jpg,cat\n./b.jpg,cat\ncats/b.jpg,cat\nh.jpg,dog\n"))
+    assert found.classes == (("cat",), ("dog",))
+
+
 def test_a_missing_column_is_named(output: Output, tmp_path: Path) -> None:
     with pytest.raises(
         InputRefused, match="entry 1 has no 'label', only image, class; name the column with --label-co"
@@ -110,6 +132,11 @@ def test_a_missing_column_is_named(output: Output, tmp_path: Path) -> None:
         ("l.csv", "image,label\n", "has no entry"),
         ("l.csv", "image,label\n,cat\n", "entry 1 has no name of an image"),
         ("l.parquet", "text", "cannot be read"),
+        ("l.csv", "image,label,label\nb.jpg,cat,dog\n", "cannot be read: it has two columns 'label'"),
+        ("l.csv", f"image,label\nb.jpg,{'x' * 200_000}\n", "cannot be read: field larger than field limit"),
+        ("l.json", r'{"b.jpg": "\ud83d"}', "entry 1 is no valid text: .*surrogates not allowed"),
+        ("l.json", "[" * 100_000, "cannot be read"),
+        ("l.json", '[{"image": NaN, "label": "cat"}]', "entry 1 has no name of an image"),
     ],
 )
 def test_a_file_that_is_no_list_of_labels_is_refused(

@@ -1,4 +1,7 @@
-"""A finished output of any number of drawn vectors, written by the sink of a run. Some of its rows are copies."""
+"""A finished output of any number of drawn vectors, written by the sink of a run, and a head for it.
+
+Some of its rows are copies.
+"""
 
 import json
 from collections.abc import Iterator
@@ -7,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline import schema
 from pipeline.embedding_space import EmbeddingSpace
+from pipeline.models.heads import Head
 from pipeline.output import directory
 from pipeline.output import ledger as ledgers
 from pipeline.stages.write import Sink
@@ -30,13 +35,14 @@ SETTINGS: dict[str, Any] = {
 PROVENANCE = {"model": "resnet18", "weights": "drawn", "weights_uri": None, "seed": 0}
 
 
-def write(folder: Path, rows: int, dim: int) -> list[tuple[int, int]]:
-    """Write an output of clustered vectors, float32 [rows, dim]. Returns the rows of each copy and its original."""
-    space = EmbeddingSpace.of(SETTINGS)
-    assert space is not None
+def write(folder: Path, rows: int, dim: int, dtype: pa.DataType | None = None) -> list[tuple[int, int]]:
+    """Write an output of clustered vectors, [rows, dim] of float32 or `dtype`.
+
+    Returns the rows of each copy and its original.
+    """
     record = {"layout": 2, "settings": SETTINGS, "provenance": PROVENANCE, "config": {}}
-    access.write(f"{folder}/_run.json", json.dumps({**record, "embedding_space": space.to_json()}).encode())
-    columns = pa.schema([("embedding", schema.vector(pa.float32(), dim))])
+    access.write(f"{folder}/_run.json", json.dumps({**record, "embedding_space": _space().to_json()}).encode())
+    columns = pa.schema([("embedding", schema.vector(dtype or pa.float32(), dim))])
     sink = Sink(str(folder), ledgers.begin(str(folder)).attempt, schema.result(columns, {}), "{}")
     copies: list[tuple[int, int]] = []
     for first, vectors, of_part in _parts(rows, dim):
@@ -44,6 +50,19 @@ def write(folder: Path, rows: int, dim: int) -> list[tuple[int, int]]:
         copies += of_part
     directory.finish(str(folder))
     return copies
+
+
+def write_head(file: Path, dim: int, classes: int) -> None:
+    """Write a linear head of random weights that fits these outputs."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {"weight": torch.randn(classes, dim, generator=random), "bias": torch.zeros(classes)}
+    Head("linear", tensors, tuple(f"class {number}" for number in range(classes)), _space()).save(str(file))
+
+
+def _space() -> EmbeddingSpace:
+    space = EmbeddingSpace.of(SETTINGS)
+    assert space is not None
+    return space
 
 
 def _parts(rows: int, dim: int) -> Iterator[tuple[int, np.ndarray, list[tuple[int, int]]]]:
@@ -67,6 +86,7 @@ def _parts(rows: int, dim: int) -> Iterator[tuple[int, np.ndarray, list[tuple[in
 
 def _table(first: int, vectors: np.ndarray, columns: pa.Schema) -> pa.Table:
     count, types = len(vectors), schema.predicted(columns, {})
+    numbers = pa.array(vectors.reshape(-1).astype(columns.field(0).type.value_type.to_pandas_dtype(), copy=False))
     names = pa.array([f"/photos/{row:09d}.jpg" for row in range(first, first + count)])
     given = {
         "image_id": names,
@@ -75,6 +95,6 @@ def _table(first: int, vectors: np.ndarray, columns: pa.Schema) -> pa.Table:
         "row": pa.array(np.arange(first, first + count)),
         "width": pa.array(np.full(count, 500, np.int32)),
         "height": pa.array(np.full(count, 375, np.int32)),
-        "embedding": pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), type=columns.field(0).type),
+        "embedding": pa.FixedSizeListArray.from_arrays(numbers, type=columns.field(0).type),
     }
     return pa.table({each.name: given.get(each.name, pa.nulls(count, each.type)) for each in types}, schema=types)
