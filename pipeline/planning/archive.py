@@ -17,6 +17,7 @@ from pipeline.geo.tiles import MAX_LATITUDE, rectangles
 from pipeline.planning import left_out, lists, stac, templates
 from pipeline.planning import plan as plans
 from pipeline.planning.listing import (
+    Misfit,
     by_first_bytes,
     existing,
     exists,
@@ -201,7 +202,7 @@ class Archive:
             if is_ours(info):
                 yield info
             elif self.config.tile_size is None or not info.uri.lower().endswith(scene.SIBLING_SUFFIXES):
-                self.left_out.add(info.uri)
+                self.left_out.add(info.uri, "beside the template" if isinstance(info, Misfit) else "")
 
     def _checked_objects(self, name: str) -> Iterator[ObjectInfo]:
         """The objects of one input, outside of the output. Raises InputRefused if none is an image or a shard."""

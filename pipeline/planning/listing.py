@@ -87,7 +87,7 @@ def merge(streams: Iterable[Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
     a store lists as `a`, but after `a-b/c.jpg`.
     """
     last = last_image = ""
-    for info in heapq.merge(*streams, key=lambda info: info.uri):
+    for info in heapq.merge(*streams, key=lambda info: (info.uri, not is_ours(info))):
         if info.uri == last:
             continue
         last = info.uri
@@ -121,7 +121,15 @@ def existing(name: str) -> ObjectInfo:
 
 def is_ours(info: ObjectInfo) -> bool:
     """True for images and shards."""
+    if isinstance(info, Misfit):
+        return False
     return isinstance(info, UnnamedImage | Compound) or source_of(info.uri) is not None
+
+
+class Misfit(ObjectInfo):
+    """A file in the folders of a template whose name does not fit the template."""
+
+    __slots__ = ()
 
 
 class UnnamedImage(ObjectInfo):

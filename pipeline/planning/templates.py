@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from pipeline.errors import InputRefused
 from pipeline.geo.tiles import Selection, flip, is_tile
+from pipeline.planning.listing import Misfit
 from pipeline.sources import is_image
 from pipeline.storage import access, uris
 from pipeline.storage.base import ObjectInfo
 
+MAX_DIGITS_OF_ZOOM = 4
 WEB = ("http://", "https://")
 _FIELD = re.compile(r"(\{-?[zxy]\})")
 _GROUPS = {
-    "{z}": r"(?P<z>[0-9]{1,2})",
+    "{z}": rf"(?P<z>[0-9]{{1,{MAX_DIGITS_OF_ZOOM}}})",
     "{x}": r"(?P<x>[0-9]{1,20})",
     "{y}": r"(?P<y>[0-9]{1,20})",
     "{-y}": r"(?P<tms>[0-9]{1,20})",
@@ -50,8 +52,8 @@ def is_template(name: str) -> bool:
     return True
 
 
-def list_tiles(template: str, selection: Selection) -> Iterator[TileImage]:
-    """The selected tiles of a template, sorted by URI.
+def list_tiles(template: str, selection: Selection) -> Iterator[TileImage | Misfit]:
+    """The selected tiles of a template, and files that do not fit it, sorted by URI.
 
     Raises FileNotFoundError, and InputRefused for no valid tile, and for numbers that are written in two ways, so that
     two files could be one tile.
@@ -66,6 +68,8 @@ def list_tiles(template: str, selection: Selection) -> Iterator[TileImage]:
                 digits.add(tile[0], match)
                 if selection.contains(*tile):
                     yield TileImage(info.uri, info.size_bytes, info.etag, tile)
+            else:
+                yield Misfit(info.uri, info.size_bytes, info.etag)
 
 
 def _folders(parts: list[str], selection: Selection) -> Iterator[str]:
@@ -74,7 +78,11 @@ def _folders(parts: list[str], selection: Selection) -> Iterator[str]:
     if rest or parts[1] != "{z}" or not parts[2].startswith("/") or selection.selects_all_zooms:
         yield folder
         return
-    zooms = {form for z in range(selection.min_zoom, selection.max_zoom + 1) for form in (f"{z}", f"{z:02}")}
+    zooms = {
+        form
+        for z in range(selection.min_zoom, selection.max_zoom + 1)
+        for form in (str(z).zfill(digits) for digits in range(1, MAX_DIGITS_OF_ZOOM + 1))
+    }
     for z in sorted(zooms, key=lambda z: f"{z}/"):
         if not uris.is_local(folder) or os.path.isdir(f"{folder}/{z}"):
             yield f"{folder}/{z}"

@@ -60,14 +60,28 @@ def test_a_selection_lists_only_its_zooms(tmp_path: Path, monkeypatch: pytest.Mo
     }
 
 
-def test_numbers_with_zeros_in_front(tmp_path: Path) -> None:
-    """`03/001/7.png`: a folder of each zoom is found, whichever way it is written."""
+@pytest.mark.parametrize("digits", [2, 3])
+def test_numbers_with_zeros_in_front(tmp_path: Path, digits: int) -> None:
+    """`003/001/7.png`: a folder of each zoom is found, whichever way it is written."""
     for (z, x, y), data in TILES.items():
-        access.write(f"{tmp_path}/in/{z:02}/{x:03}/{y:012}.png", data)
+        access.write(f"{tmp_path}/in/{z:0{digits}}/{x:03}/{y:012}.png", data)
     template = f"{tmp_path}/in/{{z}}/{{x}}/{{y}}.png"
     assert found(template) == TILES
     assert found(template, zoom="3") == square(3, 20)
     assert found(template, zoom="2:11") == TILES
+
+
+def test_files_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+    template = fill(str(tmp_path / "in"))
+    for name in ("3/0/0.jpg", "3/0/legend.png", "00003/0/0.png", "readme.txt"):
+        access.write(f"{tmp_path}/in/{name}", b"1")
+    archive = Archive(RunConfig(input=(template,), output="/none"))
+    assert sum(shard.rows or 0 for shard in archive.shards()) == len(TILES)
+    counts = {".jpg": 1, ".png": 2, ".txt": 1}
+    assert archive.left_out.counts == {f"{suffix} beside the template": count for suffix, count in counts.items()}
+        f"{suffix} beside the template": count for suffix, count in ((".jpg", 1), (".png", 2), (".txt", 1))
+    }
+    assert len(found(template, str(tmp_path / "in"))) == len(TILES) + 1  # the folder's other images have no tile
 
 
 @pytest.mark.parametrize(
