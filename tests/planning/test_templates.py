@@ -79,8 +79,6 @@ def test_files_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     assert sum(shard.rows or 0 for shard in archive.shards()) == len(TILES)
     counts = {".jpg": 1, ".png": 2, ".txt": 1}
     assert archive.left_out.counts == {f"{suffix} beside the template": count for suffix, count in counts.items()}
-        f"{suffix} beside the template": count for suffix, count in ((".jpg", 1), (".png", 2), (".txt", 1))
-    }
     assert len(found(template, str(tmp_path / "in"))) == len(TILES) + 1  # the folder's other images have no tile
 
 
