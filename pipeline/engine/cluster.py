@@ -11,7 +11,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from pipeline.config import RunConfig
 from pipeline.engine import interrupts
 from pipeline.engine.allocation import Allocation
-from pipeline.errors import SettingRefused
+from pipeline.errors import NightshiftError, SettingRefused, message_line
 from pipeline.stages.load import MIN_DECODE_BYTES
 
 LOCAL = "local"
@@ -36,7 +36,7 @@ def connect() -> None:
 def _init(address: str) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if address == LOCAL:
-        ray.init(address=address, include_dashboard=False, **quiet)
+        _start(quiet)
         return
     try:
         host, _, port = address.rpartition(":")
@@ -51,6 +51,16 @@ def _init(address: str) -> None:
         ) from error
     except RuntimeError as error:  # another version of Ray or of Python, in several lines
         raise SettingRefused(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from error
+
+
+def _start(quiet: dict[str, Any]) -> None:
+    try:
+        ray.init(address=LOCAL, include_dashboard=False, **quiet)
+    except Exception as error:  # of many classes, Exception itself among them
+        raise NightshiftError(
+            f"Ray did not start on this machine: {message_line(error)}; if the machine is overloaded or short of "
+            "memory or disk space, run the same command again later"
+        ) from error
 
 
 def allocate(config: RunConfig) -> Allocation:
