@@ -43,8 +43,11 @@ class CheckpointRecord:
 
     @staticmethod
     def from_json(text: str) -> "CheckpointRecord | None":
-        """The record of such a text, None if it does not name a network and its classes. Raises ValueError."""
-        content = json.loads(text)
+        """The record of such a text, None if it does not name a network and its classes."""
+        try:
+            content = json.loads(text)
+        except ValueError:
+            return None
         if not isinstance(content, dict) or not {"model", "classes", "transform"} <= content.keys():
             return None
         given = {**content["transform"]}

@@ -10,9 +10,12 @@ from satellite import OLD_PRODUCT, PRODUCT, SENTINEL2, checkpoint, draw_dn, feat
 from torchvision.transforms.v2.functional import center_crop, resize
 from whole import Jobs
 
+from pipeline import models
+
 pytestmark = pytest.mark.slow
 
 SIDE = 64
+SPECS = Path(models.__file__).parent / "input_specs"
 
 
 def command(tmp_path: Path, folder: Path, output: str, *more: object) -> list[object]:
@@ -87,3 +90,9 @@ def test_unnamed_bands_are_said_and_bands_choose(jobs: Jobs, tmp_path: Path) -> 
     checkpoint(tmp_path / "w.pth", 13)
     done = jobs.run(*command(tmp_path, tmp_path / "in", "out", "--tile-size", 64))
     assert "does not name its bands, so they are taken in this order: 1 is B1, 2 is B2" in done.stderr
+    own = tmp_path / "own.yaml"
+    own.write_text((SPECS / "sentinel2-all.yaml").read_text().replace("10000", "5000"))
+    refused = jobs.run(*command(tmp_path, tmp_path / "in", "out", "--tile-size", 64, "--input-spec", own), code=2)
+    assert "belongs to a run with other settings: transform was" in refused.stderr
+    refused = jobs.run(*command(tmp_path, tmp_path / "in", "out", "--tile-size", 64, "--tile-stride", 32), code=2)
+    assert "belongs to a run with other settings: tiling was" in refused.stderr

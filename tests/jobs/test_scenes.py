@@ -204,7 +204,7 @@ def test_windows_of_another_network_size_and_format(jobs: Jobs, tmp_path: Path) 
         (("--max-nodata", 0.5), "--max-nodata needs --tile-size"),
         (("--tile-size", 0), "--tile-size is 0: it must be at least 1"),
         (("--tile-size", 100_000), "it can be at most 4096"),
-        (("--tile-size", 32, "--resolution", 0), "--resolution is 0: it must be a number of metres above 0"),
+        (("--tile-size", 32, "--resolution", 0), "--resolution is 0: it must be a number of metres from 0.001"),
         (("--tile-size", 32, "--max-nodata", 2), "--max-nodata is 2: it must be between 0 and 1"),
         (("--tile-size", 32, "--bands", "9"), "has 3 bands and no band '9'"),
     ],
