@@ -299,7 +299,8 @@ def test_a_run_on_gpus_does_not_keep_the_limit_of_a_run_on_cpus(monkeypatch: pyt
     limits = []
     for gpus in (0, 1):
         nothing: Any = None
-        sized = flow.Flow(nothing, [], {}, loader, nothing, nothing, allocate(2, gpus), Allotment(), 1000, {})
+        predictor: Any = SimpleNamespace(runs_in_readers=False)
+        sized = flow.Flow(nothing, [], {}, loader, predictor, nothing, allocate(2, gpus), Allotment(), 1000, {})
         sized._set_context()
         limits.append(context.execution_options.resource_limits.object_store_memory)
     assert limits == [flow.MIN_QUEUE_BYTES, float("inf")]
