@@ -282,7 +282,7 @@ print(report.rows, report.errors)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_decoder_does_not_get_far_ahead_of_a_network_on_a_cpu(tmp_path: Path) -> None:
     """The object store has room for all 45 MB of pixels, but the last image is not read yet."""
     (archive := tmp_path / "archive").mkdir()

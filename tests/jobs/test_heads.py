@@ -113,6 +113,7 @@ def test_heads_of_other_vectors_are_refused_by_name(jobs: Jobs, archive: Path, t
         assert message in jobs.run("classify", *flags, *out, code=2).stderr
 
 
+@pytest.mark.long
 def test_a_killed_run_on_vectors_continues(jobs: Jobs, tmp_path: Path) -> None:
     from outputs import SETTINGS, write_output
 

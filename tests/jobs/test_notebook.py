@@ -104,7 +104,7 @@ def check_land_cover(outputs: list[nbformat.NotebookNode]) -> None:
     assert "land-cover.fgb: 1,395 rows" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_land_cover_is_mapped_again_after_a_demo(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_windows_become_rows_with_footprints(jobs: Jobs, tmp_path: Path) -> None
             assert row.geometry.is_valid
 
 
+@pytest.mark.long
 def test_real_scenes(jobs: Jobs, tmp_path: Path) -> None:
     names = ("landsat_rgb_utm18n.tif", "scene_int16_utm21n.tif")
     if missing := [name for name in names if not (SATELLITE / name).exists()]:
@@ -102,6 +103,7 @@ def test_real_scenes(jobs: Jobs, tmp_path: Path) -> None:
     assert table["valid_fraction"].between(0.1, 1).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [(2, 5)])
 def test_a_killed_job_resumes_in_the_middle_of_a_scene(jobs: Jobs, tmp_path: Path, kills: tuple[int, ...]) -> None:
     path = scene_with_holes(tmp_path / "in" / "a.tif", 512)
@@ -188,6 +190,7 @@ def test_scenes_in_a_bucket(jobs: Jobs, s3: S3Server, tmp_path: Path) -> None:
     assert verify(s3.uri("scene-output")).is_whole
 
 
+@pytest.mark.long
 def test_windows_of_another_network_size_and_format(jobs: Jobs, tmp_path: Path) -> None:
     path = scenes.write(tmp_path / "a.tif", scenes.numbers(6, 200, 300, "uint16"), interleave="band")
     settings = ("--input", path, "--output", tmp_path / "out", *TINY, "--tile-size", 100, "--scale", "0:10000")
@@ -228,6 +231,7 @@ def test_inputs_that_cannot_work(jobs: Jobs, tmp_path: Path) -> None:
     assert "a.vrt is a raster scene: give --tile-size" in done.stderr
 
 
+@pytest.mark.long
 def test_a_large_raster_that_is_read_as_an_image_is_noted_once(jobs: Jobs, tmp_path: Path) -> None:
     for name in ("a", "b"):
         scenes.write(tmp_path / "in" / f"{name}.tif", scenes.numbers(1, 100, 3000))

@@ -57,6 +57,7 @@ def test_rows_have_the_places_of_their_tiles(jobs: Jobs, tmp_path: Path) -> None
     assert len({vector.tobytes() for vector in rows["embedding"]}) > SIDE * (SIDE - 1) // 2
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_rows(jobs: Jobs, tmp_path: Path) -> None:
     archive = write_mbtiles(tmp_path / "a.mbtiles", 12)
     jobs.run("embed", "--input", archive, "--output", tmp_path / "whole", *TINY)
