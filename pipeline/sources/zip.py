@@ -57,7 +57,7 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
             for info in members:
                 if _is_row(archive, file, info, options):
                     images.append(info)
-                elif not info.is_dir():
+                elif not _is_folder(info):
                     left_out.add(info.filename)
             groups = _groups(members) if options.keep else {}
             sidecars = _sidecars(members, groups, options.keep)
@@ -96,7 +96,7 @@ def _is_row(archive: zipfile.ZipFile, file: WatchedFile, info: zipfile.ZipInfo, 
     if is_image_member(info.filename):
         return True
     is_link = stat.S_ISLNK(info.external_attr >> 16)
-    if not options.any_suffix or info.is_dir() or is_link or is_resource_fork(info.filename):
+    if not options.any_suffix or _is_folder(info) or is_link or is_resource_fork(info.filename):
         return False
     try:
         with archive.open(info) as member:
@@ -109,6 +109,11 @@ def _is_row(archive: zipfile.ZipFile, file: WatchedFile, info: zipfile.ZipInfo, 
         if info.compress_type == zipfile.ZIP_BZIP2:  # bz2 raises OSError for bad data
             return False
         raise
+
+
+def _is_folder(info: zipfile.ZipInfo) -> bool:
+    """Like `info.is_dir()`, which raises IndexError for a member without a name in Python 3.11."""
+    return info.filename.endswith("/")
 
 
 def _groups(members: list[zipfile.ZipInfo]) -> dict[int, int]:

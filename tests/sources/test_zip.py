@@ -53,6 +53,15 @@ class TestZip(MemberContract):
             archive.writestr(link, "/etc/passwd")
         assert error_types(read_all(Shard(0, "zip", str(path)))[0]) == ["unsupported"]
 
+    def test_a_member_without_a_name_is_left_out(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("1.png", image(1))
+            archive.writestr("x.txt", "text")
+        path.write_bytes(path.read_bytes().replace(b"x.txt", b"\0.txt"))  # a name ends at the first NUL
+        items, total = read_all(Shard(0, "zip", str(path)))
+        assert (error_types(items), total) == ([None], 1)
+
     def test_a_bomb_with_a_false_size_is_stopped(self, tmp_path: Path) -> None:
         path = tmp_path / "a.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
