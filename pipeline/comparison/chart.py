@@ -11,12 +11,16 @@ from pipeline.errors import SettingRefused, printable
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
     from matplotlib.ticker import LogFormatter
+    from matplotlib.transforms import Bbox
 except ImportError as error:
     raise SettingRefused("`nightshift compare` needs matplotlib: pip install 'nightshift[fit]'") from error
 
 WIDTH = 110
 RANDOM_WEIGHTS = "random weights"
+NAME_HEIGHT = 9.0
+"""Points that a name moves up from another one."""
 INK, GREY = "#222222", "#666666"
 TRAINED, RANDOM = "#1F77B4", "#999999"
 
@@ -66,17 +70,29 @@ def _cells(each: NetworkResult) -> tuple[str, ...]:
     )
 
 
+def _separate(figure: Figure, names: list[Annotation]) -> None:
+    """Move up each name that would cover another one."""
+    figure.draw_without_rendering()  # places the axes
+    placed: list[Bbox] = []
+    for name in names:
+        while any(name.get_window_extent().overlaps(other) for other in placed):
+            right, up = name.xyann
+            name.xyann = right, up + NAME_HEIGHT
+        placed.append(name.get_window_extent())
+
+
 def png(comparison: Comparison) -> bytes:
     """The picture: accuracy with its spread against images/s on a logarithmic axis; grey for random weights."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    names = []
     for each in (each for each in comparison.networks if not each.fault):
         color = RANDOM if each.is_random else TRAINED
         x, y = each.images_per_second, 100 * each.accuracy
         axes.errorbar(x, y, 100 * each.spread, fmt="o", color=color, capsize=3, linewidth=1)
-        axes.annotate(
-            printable(_name(each)), (x, y), (6, 5), textcoords="offset points", fontsize=8, color=INK, parse_math=False
-        )
+        name = axes.annotate(printable(_name(each)), (x, y), (6, 5), textcoords="offset points", fontsize=8, color=INK)
+        name.set_parse_math(False)
+        names.append(name)
     axes.axhline(100 * comparison.baseline, color=GREY, linewidth=0.8, linestyle="--")
     axes.annotate("most frequent class", (0.995, 100 * comparison.baseline), (0, 3), fontsize=7, color=GREY, ha="right",
                   xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
@@ -90,6 +106,7 @@ def png(comparison: Comparison) -> bytes:
     axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    _separate(figure, names)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
