@@ -455,10 +455,7 @@ def _transpose(image: Image.Image, tiff_orientation: int | None, exif_rotate: bo
     """The transpose that the loaded pixels need: to upright, or for a TIFF, which Pillow rotates, to as stored."""
     if tiff_orientation is not None:
         return None if exif_rotate else TO_STORED.get(tiff_orientation)
-    try:
-        return TO_UPRIGHT.get(image.getexif().get(header.ORIENTATION, 1)) if exif_rotate else None
-    except Exception:  # the pixels may be intact although the EXIF is broken
-        return None
+    return TO_UPRIGHT.get(header.orientation(image)) if exif_rotate else None
 
 
 def _load_rgb(

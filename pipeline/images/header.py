@@ -172,8 +172,6 @@ def _fix_metadata(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFil
         depth = data[PNG_DEPTH_OFFSET]
         if image.mode == "L" and isinstance(transparent, int):
             image.info["transparency"] = transparent * 255 // (2**depth - 1)
-        elif image.mode == "RGB" and isinstance(transparent, tuple) and depth == 16:
-            image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image
 
 
@@ -268,6 +266,15 @@ def _tiff_buffer_bytes(image: TiffImagePlugin.TiffImageFile) -> int:
     strip = image.width * min(image.height, tags.get(ROWS_PER_STRIP, image.height))
     area = tags[TILE_WIDTH] * tags[TILE_LENGTH] if TILE_WIDTH in tags else strip
     return int(area * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 if there is none. The pixels may be intact although the EXIF is broken: then 1 too."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow does not document the errors of broken EXIF
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def tiff_orientation(image: Image.Image) -> int | None:

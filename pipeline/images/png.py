@@ -1,4 +1,7 @@
-"""PNGs with more text or a larger ICC profile than Pillow unpacks: leave those chunks out, the pixels are intact."""
+"""Copies of a PNG without some of its chunks.
+
+Chunks with more text or a larger ICC profile than Pillow unpacks can be left out, since the pixels are intact.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ TEXT_CHUNKS = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")
 MAX_KEPT_TEXT = 1 << 16
 """Bytes of a chunk that is kept, packed and unpacked: enough for EXIF in text."""
 MAX_KEPT_CHUNKS = 64
+EMPTY_IDAT = b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
 
 
 def is_text_too_large(error: Exception) -> bool:
@@ -26,6 +30,12 @@ def without_large_text(data: bytes) -> bytes:
             kept += 1
         pieces.append(chunk)
     return b"".join(pieces)
+
+
+def without_pixels(data: bytes) -> bytes:
+    """Copy the metadata of a PNG, also those after the pixels, for a header that Pillow opens and cannot load."""
+    chunks = [chunk for kind, chunk in _chunks(data) if kind not in (b"IDAT", b"IEND")]
+    return b"".join([data[:SIGNATURE_BYTES], *chunks, EMPTY_IDAT])
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -110,6 +110,8 @@ def needs_tifffile(image: TiffImagePlugin.TiffImageFile, as_rgb: bool) -> bool:
         return True
     if not as_rgb and photometric in (0, 1, 2):
         return True
+    if photometric == 3 and not has_16_bits(tags.get(COLOUR_MAP, ())):
+        return True
     if not extra and bits in PROVEN_BITS.get(photometric, ()):
         return False
     return is_georeferenced(tags) or (photometric, bits, extra) not in PROVEN_WITH_EXTRA
@@ -340,7 +342,12 @@ def _palette(page: "tifffile.TiffPage") -> np.ndarray:
     values = np.asarray(page.tags.valueof(COLOUR_MAP)).reshape(3, -1)
     if values.shape[1] != 1 << page.bitspersample:
         raise DecodeError("corrupt", f"the TIFF's colour map has {values.shape[1]} colours")
-    return (values.T >> 8).astype(np.uint8)
+    return (values.T >> (8 if has_16_bits(values) else 0)).astype(np.uint8)
+
+
+def has_16_bits(colour_map: Any) -> bool:
+    """Whether a colour map has values of 16 bits, as it should. Old writers write 8 bits, so that all are below 256."""
+    return int(np.max(colour_map, initial=0)) > 255
 
 
 class _Reader:
@@ -392,10 +399,12 @@ class _Reader:
             return None
         if any(a + size != b for a, size, b in zip(offsets, counts, offsets[1:], strict=False)):
             return None
+        if any(size != self._strip_bytes(number) for number, size in enumerate(counts)):
+            return None
         shape = page.imagelength, page.imagewidth, page.samplesperpixel
         dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
         size = math.prod(shape) * dtype.itemsize
-        if offsets[0] <= 0 or sum(counts) < size:
+        if offsets[0] <= 0:
             return None
         if offsets[0] + size > len(self.data):
             raise self._truncated()
@@ -403,6 +412,14 @@ class _Reader:
         if not is_planar:
             return flat.reshape(shape)
         return flat.reshape(shape[2], *shape[:2]).transpose(1, 2, 0)
+
+    def _strip_bytes(self, number: int) -> int:
+        """Bytes of an uncompressed strip."""
+        page = self.page
+        is_planar = page.planarconfig == 2 and page.samplesperpixel > 1
+        row_bits = page.imagewidth * page.bitspersample * (1 if is_planar else page.samplesperpixel)
+        first = number % _grid(page)[0] * page.rowsperstrip
+        return min(page.rowsperstrip, page.imagelength - first) * -(-row_bits // 8)
 
     def _check_count(self, needed: int) -> None:
         for name, values in (("places", self.page.dataoffsets), ("sizes", self.page.databytecounts)):
@@ -418,6 +435,10 @@ class _Reader:
         """A strip or tile [rows, columns, samples], and its first row and column."""
         page = self.page
         offset, size = int(page.dataoffsets[number]), int(page.databytecounts[number])
+        if offset and not size:  # with neither, the segment is left out
+            if page.compression != 1 or page.is_tiled:
+                raise DecodeError("corrupt", f"{self.description} says that strip or tile {number} has no bytes")
+            size = self._strip_bytes(number)  # old writers leave it to the reader
         if offset + size > len(self.data):
             raise self._truncated()
         encoded = self.data[offset : offset + size] if size and offset else None

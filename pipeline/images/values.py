@@ -249,11 +249,12 @@ def _image(raster: Raster, strip: np.ndarray, alpha: np.ndarray | None) -> Image
     """A Pillow image of uint8 [height, width, bands]."""
     if raster.colour == "palette":
         assert raster.palette is not None
-        return Image.fromarray(raster.palette[strip[..., 0]])
-    if raster.colour == "CMYK":
-        return Image.fromarray(np.ascontiguousarray(strip), "CMYK")
-    if raster.colour == "YCbCr":
-        return Image.fromarray(np.ascontiguousarray(strip), "YCbCr")
+        strip = raster.palette[strip[..., 0]]
+    elif raster.colour in ("CMYK", "YCbCr"):
+        image = Image.fromarray(np.ascontiguousarray(strip), raster.colour)
+        if alpha is None:
+            return image
+        strip = np.asarray(image.convert("RGB"))
     strip = strip if alpha is None else np.concatenate([strip, alpha], axis=2)
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[strip.shape[2]]
     if alpha is not None and raster.premultiplied:

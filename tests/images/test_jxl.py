@@ -2,6 +2,7 @@
 
 import io
 
+import imagecodecs
 import numpy as np
 import pillow_heif
 import pytest
@@ -88,3 +89,11 @@ def test_damaged_files_are_corrupt(data: bytes) -> None:
     with pytest.raises(DecodeError) as caught:
         decode(data, TRANSFORM)
     assert caught.value.error_type in ("corrupt", "truncated")
+
+
+def test_an_animated_jxl_is_refused() -> None:
+    """The plugin would decode its last frame."""
+    frames = np.stack([DRAWN, 255 - DRAWN])
+    data = bytes(imagecodecs.jpegxl_encode(frames, lossless=True, photometric="rgb"))
+    with pytest.raises(DecodeError, match="several frames"):
+        decode(data, TRANSFORM)

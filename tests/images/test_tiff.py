@@ -630,3 +630,81 @@ def test_every_tiff_of_the_trial_is_read_as_tifffile_reads_it() -> None:
             expected = np.moveaxis(expected, 0, 2)
         opened = raster(path.read_bytes())
         np.testing.assert_array_equal(opened.read(range(opened.samples)).reshape(expected.shape), expected, path.name)
+
+
+def raw_tiff(strips: list[bytes], counts: list[int] | None = None, **more: Any) -> bytes:
+    """A TIFF of 48 × 48 pixels, whose tags are written as they are given. counts: of bytes; those of the strips."""
+    kinds = {"B": 1, "H": 3, "I": 4}
+    tags: dict[int, tuple[str, list[int]]] = {
+        256: ("H", [48]), 257: ("H", [48]), 259: ("H", [1]), 273: ("I", [0] * len(strips)),
+        279: ("I", counts or [len(strip) for strip in strips]),
+    }  # fmt: skip
+    tags |= {int(name[1:]): ("H", values) for name, values in more.items()}
+    place = 8 + 2 + 12 * len(tags) + 4
+    for number, strip in enumerate(strips):
+        tags[273][1][number] = place
+        place += len(strip)
+    entries, extra = b"", b""
+    for tag, (form, values) in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}{form}", *values)
+        if len(packed) > 4:
+            packed, extra = struct.pack("<I", place + len(extra)), extra + packed
+        entries += struct.pack("<HHI", tag, kinds[form], len(values)) + packed.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + b"".join(strips) + extra
+
+
+DRAWN = np.asarray(images.tile("urban", size=(48, 48)))
+
+
+@pytest.mark.parametrize("number", ["uint8", "uint16"])
+@pytest.mark.parametrize("is_planar", [True, False])
+def test_strips_with_bytes_after_their_pixels(number: str, is_planar: bool) -> None:
+    stored = DRAWN.astype(number) * (257 if number == "uint16" else 1)
+    rows = 20
+    planes = [stored[..., [band]] for band in range(3)] if is_planar else [stored]
+    strips = [plane[top : top + rows].tobytes() + bytes(6) for plane in planes for top in range(0, 48, rows)]
+    bits = [8 * stored.dtype.itemsize] * 3
+    data = raw_tiff(strips, t258=bits, t262=[2], t277=[3], t278=[rows], t284=[2 if is_planar else 1])
+    np.testing.assert_array_equal(pixels(data), DRAWN)
+
+
+def test_strips_whose_sizes_are_missing() -> None:
+    stored = DRAWN.astype("uint16") * 257
+    shape = {"t258": [16] * 3, "t262": [2], "t277": [3], "t278": [24]}
+    strips = [stored[:24].tobytes(), stored[24:].tobytes()]
+    np.testing.assert_array_equal(pixels(raw_tiff(strips, [0, 0], **shape)), DRAWN)
+    packed = error(raw_tiff(strips, [0, 0], **shape | {"t259": [8]}))
+    assert packed.error_type == "corrupt"
+    assert "says that strip or tile 0 has no bytes" in packed.message
+
+
+@pytest.mark.parametrize("kind", ["palette", "CMYK", "YCbCr"])
+def test_an_alpha_beside_other_colours_than_rgb(kind: str) -> None:
+    opacity = np.repeat(np.arange(48, dtype=np.uint8)[:, None, None] * 5, 48, axis=1)
+    random = np.random.default_rng(0)
+    more: dict[str, list[int]] = {}
+    if kind == "palette":
+        palette = random.integers(0, 256, (256, 3), np.uint8)
+        stored = random.integers(0, 256, (48, 48, 1), np.uint8)
+        more, rgb = {"t320": (palette.T.ravel().astype(int) * 257).tolist()}, palette[stored[..., 0]]
+    else:
+        stored = random.integers(0, 256, (48, 48, 4 if kind == "CMYK" else 3), np.uint8)
+        more = {"t530": [1, 1]} if kind == "YCbCr" else {}
+        rgb = np.asarray(Image.fromarray(stored, kind).convert("RGB"))
+    data = raw_tiff(
+        [np.concatenate([stored, opacity], axis=2).tobytes()],
+        **{"t258": [8] * (stored.shape[2] + 1), "t277": [stored.shape[2] + 1], "t278": [48], "t338": [2]},
+        t262=[{"palette": 3, "CMYK": 5, "YCbCr": 6}[kind]], **more,
+    )  # fmt: skip
+    white = Image.new("RGBA", (48, 48), "white")
+    rgba = Image.fromarray(np.concatenate([rgb, opacity], axis=2))
+    np.testing.assert_allclose(pixels(data), np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), atol=1)
+
+
+@pytest.mark.parametrize("factor", [1, 256, 257])
+def test_a_colour_map_of_8_bits(factor: int) -> None:
+    random = np.random.default_rng(0)
+    palette, stored = random.integers(0, 256, (256, 3)), random.integers(0, 256, (48, 48), np.uint8)
+    colours = (palette.T.ravel() * factor).tolist()
+    data = raw_tiff([stored.tobytes()], t258=[8], t262=[3], t277=[1], t278=[48], t320=colours)
+    np.testing.assert_array_equal(pixels(data), palette[stored])
