@@ -127,7 +127,7 @@ def _is_embedder(output: Output) -> bool:
 
 
 def _is_called(image_id: str, name: str) -> bool:
-    return image_id == name or image_id.endswith((f"/{name}", f"#{name}"))
+    return image_id == name or image_id.endswith(name if name.startswith(("/", "#")) else (f"/{name}", f"#{name}"))
 
 
 def _only(output: Output, name: str, rows: list[_Row]) -> _Row:
@@ -140,7 +140,7 @@ def _only(output: Output, name: str, rows: list[_Row]) -> _Row:
         for error in batch.to_pylist():
             if _is_called(error["image_id"], name):
                 raise InputRefused(f"--id {name} has no class: it is an error row, {error['error_type']}")
-    raise InputRefused(f"--id {name} is no image of {output.uri}: write its image_id, or the end of it from a / on")
+    raise InputRefused(f"--id {name} is no image of {output.uri}: write its image_id, or the part after a / or #")
 
 
 def _check_classes(output: Output, rows: Sequence[_Row], label: str | None, head: str | None) -> None:

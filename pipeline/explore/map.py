@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import OutputRefused, SettingRefused
+from pipeline.errors import InputRefused, OutputRefused, SettingRefused
 from pipeline.explore import votes
 from pipeline.explore.colors import Color, chosen_colors, class_colors
 from pipeline.explore.scenes import WINDOW_COLUMNS, Grid, choose
@@ -89,6 +89,11 @@ def write_map(
         if path:
             check_target(path, flag, suffixes, overwrite)
     opened = open_output(output)
+    if "tile_z" in opened.columns and "window_col" not in opened.columns:
+        raise InputRefused(
+            f"{opened.uri} has tiles, and a map is drawn on the grid of a scene: write their footprints with "
+            "`nightshift export`"
+        )
     opened.require([*WINDOW_COLUMNS, *COLUMNS_SHOWN[show]])
     grid = Grid.of(choose(opened, scene))
     if to and to.exists() and uris.is_local(grid.scene.uri) and to.samefile(grid.scene.uri):

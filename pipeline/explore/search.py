@@ -162,7 +162,8 @@ def find_ids(output: Output, ids: Sequence[str]) -> NDArray[np.int64]:
             if (same := pc.index(column, name).as_py()) >= 0:
                 exact[name] = int(block.positions[same])
             if len(ends[name]) <= MAX_SHOWN:
-                ending = pc.or_(pc.ends_with(column, f"/{name}"), pc.ends_with(column, f"#{name}"))
+                part = name.removeprefix("/") if name.startswith("/") else name.removeprefix("#")
+                ending = pc.or_(pc.ends_with(column, f"/{part}"), pc.ends_with(column, f"#{part}"))
                 rows = np.flatnonzero(ending.to_numpy(zero_copy_only=False))
                 ends[name] += [(int(block.positions[row]), column[int(row)].as_py()) for row in rows[: MAX_SHOWN + 1]]
     positions = [exact[name] if name in exact else _only(output, name, ends[name]) for name in ids]
@@ -171,7 +172,7 @@ def find_ids(output: Output, ids: Sequence[str]) -> NDArray[np.int64]:
 
 def _only(output: Output, name: str, candidates: list[tuple[int, str]]) -> int:
     if not candidates:
-        raise InputRefused(f"--id {name} is no image_id of {output.uri}, nor the end of one from a / or # on")
+        raise InputRefused(f"--id {name} is no image_id of {output.uri}, nor the part of one after a / or #")
     if len(candidates) > 1:
         shown = ", ".join(image_id for _, image_id in candidates[:MAX_SHOWN])
         raise InputRefused(f"--id {name} is the end of several image_ids: {shown}; write more of it")

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import printable
@@ -16,14 +16,24 @@ from pipeline.explore.search import Hits
 from pipeline.explore.table import Output
 
 MAX_PICTURES = 500
+WIDTH = 200
+"""Columns of a table that goes to a file."""
 
 
 def show(hits: Hits, console: Console | None = None) -> None:
     """Print a table per query: rank, similarity, image_id, and label and score if the output has them."""
     console = console or Console()
+    console = console if console.is_terminal or console.record else Console(width=WIDTH)
     own = [name for name in ("label", "score") if name in hits.table.column_names]
     for query, rows in _by_query(hits):
-        table = Table("", "similarity", "image_id", *own, title=Text(printable(query)), title_justify="left")
+        table = Table(
+            "",
+            "similarity",
+            Column("image_id", overflow="fold"),
+            *own,
+            title=Text(printable(query)),
+            title_justify="left",
+        )
         for row in rows:
             values = [_text(row[name]) for name in own]
             table.add_row(str(row["rank"]), f"{row['similarity']:.4f}", Text(printable(row["image_id"])), *values)

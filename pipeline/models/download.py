@@ -271,5 +271,5 @@ def _failure(uri: str, error: Exception, official: bool) -> str:
     mirror = ", or set NIGHTSHIFT_WEIGHTS_MIRROR to a folder that contains it" if official else ""
     return (
         f"weights {uris.redact(uri)} cannot be downloaded ({reason}): copy {name} to every node and pass "
-        f"--weights /path/to/{name}{mirror}"
+        f"--weights /path/to/{name}{mirror}; --weights random tries a job without them"
     )

@@ -216,7 +216,7 @@ def check_error_rate(ledger: Ledger, plan: Plan, max_error_rate: float) -> None:
     """Raise TooManyErrors if a larger share of the planned images is bad. Does nothing while shards are uncounted."""
     planned = plan.images(ledger.coverage.totals)
     if planned is not None and ledger.errors > max_error_rate * planned:
-        kinds = (ledger.earlier.errors_by_type + ledger.current.errors_by_type).most_common(3)
+        kinds = (ledger.earlier.errors_by_type + ledger.current.errors_by_type).most_common()
         raise TooManyErrors(
             f"{ledger.errors} of {planned} images are bad ({', '.join(f'{count} × {kind}' for kind, count in kinds)}), "
             f"more than --max-error-rate {max_error_rate:g} allows; see {ledger.output}/_errors"

@@ -102,8 +102,12 @@ class RunRecord:
         """Describe the settings that differ from those of an earlier run."""
         names = [name for name in sorted({*earlier, *self.settings}) if earlier.get(name) != self.settings.get(name)]
         return "; ".join(
-            f"{name} was {json.dumps(earlier.get(name))} and is {json.dumps(self.settings.get(name))}" for name in names
+            f"{name} was {_shown(earlier.get(name))} and is {_shown(self.settings.get(name))}" for name in names
         )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value)
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

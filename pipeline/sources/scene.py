@@ -355,7 +355,7 @@ def _check_bands(scene: Scene, bands: Sequence[int], options: ReadOptions) -> No
         raise ReadError(
             "unsupported",
             f"{scene.uri} holds numbers of type {dtypes[0]}, and nothing says which of them are black and white; set "
-            "one range for the whole run with --scale MIN:MAX, as in --scale 0:3000",
+            "one range for the whole run with --scale MIN:MAX, or measure it with --scale percentile:2:98",
         )
     if options.harmonize and dtypes[0] in ("uint8", "int8"):
         raise ReadError(

@@ -179,7 +179,7 @@ def test_a_finished_output_is_kept_or_refused_or_overwritten(jobs: Jobs, tmp_pat
     jobs.run("embed", *settings, *TINY)
     assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
     err = jobs.run("embed", *settings, *TINY, "--seed", 7, "--limit", 5, code=2).stderr
-    assert "limit was null and is 5" in err
+    assert "limit was not set and is 5" in err
     assert "random, seed 7" in err
     jobs.run("embed", *settings, *TINY, "--limit", 5, "--overwrite")
     assert len(pd.read_parquet(out)) == 5

@@ -174,7 +174,7 @@ def test_run_json_holds_no_credentials_of_inputs() -> None:
 def test_a_difference_names_each_setting_and_both_values() -> None:
     made = record(embedder())
     earlier = {**made.settings, "limit": None, "model": "resnet50"}
-    assert made.difference(earlier) == 'limit was null and is 500; model was "resnet50" and is "resnet18"'
+    assert made.difference(earlier) == 'limit was not set and is 500; model was "resnet50" and is "resnet18"'
 
 
 @pytest.mark.parametrize(
