@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 from pipeline import cli
 from pipeline.errors import printable
+from pipeline.report.steps import steps
 
 
 def parser() -> cli.Parser:
     index_parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     index_parser.add_argument("output", metavar="OUTPUT", help="output directory of a job, local or in a bucket")
+    index_parser.add_argument("--quiet", action="store_true", help="show no progress")
     index_parser.add_argument("--overwrite", action="store_true", help="build the index anew")
     return index_parser
 
@@ -27,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pipeline.explore.index import build
         from pipeline.explore.table import open_output
 
-        print(printable(build(open_output(flags.output), overwrite=flags.overwrite).describe()))
+        with steps(quiet=flags.quiet) as on_step:
+            record = build(open_output(flags.output), overwrite=flags.overwrite, on_step=on_step)
+        print(printable(record.describe()))
         return 0
 
     return cli.guarded(work)

@@ -19,6 +19,7 @@ from pipeline.errors import printable
 from pipeline.explore.search import COUNT, Hits, read_vectors, search
 from pipeline.explore.table import Output, open_output
 from pipeline.explore.target import check_target
+from pipeline.report.steps import steps
 
 PAGE, PARQUET = ".html", ".parquet"
 
@@ -44,6 +45,7 @@ def parser() -> cli.Parser:
     search_parser.add_argument("--index", action="store_true", help="use the index of `nightshift index`")
     search_parser.add_argument("--json", action="store_true", help="print a list of hits as JSON")
     search_parser.add_argument("--to", type=Path, metavar="FILE", help="write the hits, as .parquet or .html")
+    search_parser.add_argument("--quiet", action="store_true", help="show no progress")
     search_parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     return search_parser
 
@@ -55,17 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.to:
             check_target(flags.to, "--to", (PARQUET, PAGE), flags.overwrite)
         output = open_output(flags.output)
-        hits = search(
-            output,
-            images=flags.image,
-            ids=flags.id,
-            vectors=read_vectors(flags.vector),
-            count=flags.count,
-            where=flags.where,
-            bbox=flags.bbox,
-            exclude=flags.exclude,
-            index=flags.index,
-        )
+        with steps(quiet=flags.quiet or flags.json) as on_step:
+            hits = search(
+                output,
+                images=flags.image,
+                ids=flags.id,
+                vectors=read_vectors(flags.vector),
+                count=flags.count,
+                where=flags.where,
+                bbox=flags.bbox,
+                exclude=flags.exclude,
+                index=flags.index,
+                on_step=on_step,
+            )
         if flags.to:
             _write(output, hits, flags.to)
         if flags.json:

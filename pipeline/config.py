@@ -122,6 +122,7 @@ class RunConfig:
         "1.1",
         choices=("1.1", "2.0"),
     )
+    phash: bool = flag("add a column phash, a perceptual hash of 64 bits, that nightshift duplicates compares", False)
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
         "rows per Parquet part, of 512 MiB at most (default: depends on the archive's size)", None, metavar="N"
@@ -362,6 +363,7 @@ class RunConfig:
             **self.tile_settings(),
             **({"vectors": True} if self.vectors else {}),
             **({"geoparquet": self.geoparquet} if self.geoparquet != "1.1" else {}),
+            **({"phash": True} if self.phash else {}),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
 

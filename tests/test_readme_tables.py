@@ -16,6 +16,7 @@ from pages import PAGES, ROOT, blocks, code_spans, prose, tables, text_of
 import pipeline
 from jobs import classify, estimate, nightshift
 from pipeline import Allotment, Classifier, Embedder, NightshiftError, Predictor, RunConfig, cli, errors, schema
+from pipeline.images.phash import PHash
 from pipeline.report.messages import MessageFlags
 from pipeline.training.finetune import FinetuneConfig
 from pipeline.training.job import FitConfig
@@ -134,7 +135,7 @@ def test_the_error_rate_named_is_the_default() -> None:
 def test_columns_are_those_of_the_schemas() -> None:
     classifier = Classifier(model="resnet18", weights="random", embeddings=True)
     classifier.prepare()
-    types = {field.name: str(field.type) for field in [*schema.IDENTITY, *classifier.columns]}
+    types = {field.name: str(field.type) for field in [*schema.IDENTITY, *classifier.columns, *PHash.columns]}
     rows = {name.strip("`"): kind for name, kind, _ in tables("README.md", "| column | type | meaning |")}
     assert set(rows) == set(types)
     order = [name for name in rows if name != "embedding"]

@@ -100,7 +100,7 @@ def embed(run: RunConfig, embedder: Embedder) -> Embedded:
 def _tables(run: RunConfig, embedder: Embedder, archive: Archive, plan: plans.Plan) -> Iterator[pa.Table]:
     """The rows of images and of errors, with their vectors."""
     loader = Loader.of(run, embedder, archive.options(), rows_per_table=BATCH_SIZE, threads=THREADS, keep=plan.keep)
-    predict = Predict(embedder, dict(loader.keep.values()), Allotment(batch_size=BATCH_SIZE))
+    predict = Predict(embedder, loader.kept, Allotment(batch_size=BATCH_SIZE))
     for shard in plans.read_shards(plan):
         for table in loader.load(shard, ((0, END if shard.rows is None else shard.rows),)):
             rows = predict(table)

@@ -83,7 +83,7 @@ class Flow:
             keep=plan.keep,
             decode_bytes=cluster.decode_bytes(allocation.read_cpus),
         )
-        result = schema.result(predictor.columns, dict(loader.keep.values()))
+        result = schema.result(predictor.columns, loader.kept)
         embeddings = embedding_metadata.describe(record.settings, record.provenance, result)
         sink = Sink(config.output, attempt, result, record.footer, config.geoparquet, embeddings)
         rows_per_part = config.rows_per_part or _rows_per_part(plan, result, allotment.batch_size)
@@ -93,7 +93,7 @@ class Flow:
     def commits(self) -> Iterator[Commit]:
         """Run the flow; yield each commit as it is made."""
         self._set_context()
-        tasks, keep = self._tasks(), dict(self.loader.keep.values())
+        tasks, keep = self._tasks(), self.loader.kept
         stage = None
         if self.predictor.runs_in_readers:
             stage = partial(_stage_of_reader, ray.put((self.predictor, keep, replace(self.allotment, cores=1))))

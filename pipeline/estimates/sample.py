@@ -76,7 +76,7 @@ def measure(
 
     total = _count(plan, reads, loader.options)
     say(f"running the network for about {PREDICT_SECONDS:g} seconds")
-    keep = dict(loader.keep.values())
+    keep = loader.kept
     stage = Predict(predictor, keep, replace(allotment, images=total // actors))
     predict, results = stage_costs.predict(stage, load.images, PREDICT_SECONDS)
     sink = Sink("", 1, schema.result(predictor.columns, keep), "{}")

@@ -19,7 +19,7 @@ from pipeline.errors import InputRefused, OutputRefused, SettingRefused
 from pipeline.explore.choices import as_mask, need_search
 from pipeline.explore.pairs import sample_vectors
 from pipeline.explore.search import Best, nearest
-from pipeline.explore.table import Choice, Output, Part
+from pipeline.explore.table import Choice, OnStep, Output, Part, no_step
 from pipeline.explore.vectors import COLUMN, Vectors, dim_of, scaled, space_of, view_vectors
 from pipeline.storage import access, uris
 
@@ -64,10 +64,11 @@ class IndexRecord:
         )
 
 
-def build(output: Output, *, overwrite: bool = False) -> IndexRecord:
+def build(output: Output, *, overwrite: bool = False, on_step: OnStep = no_step) -> IndexRecord:
     """Build the index of an output, or add the parts that it lacks. Returns its record, with its recall.
 
-    overwrite: build it anew. Raises InputRefused for an output without rows, SettingRefused without FAISS.
+    overwrite: build it anew. on_step: called with the progress. Raises InputRefused for an output without rows,
+    SettingRefused without FAISS.
     """
     need_search("nightshift index", "faiss")
     dim_of(output)
@@ -78,12 +79,12 @@ def build(output: Output, *, overwrite: bool = False) -> IndexRecord:
         earlier = None
     if earlier and not _lacking(output, earlier):
         return earlier
-    index = _read(output, earlier) if earlier else _trained(output)
+    index = _read(output, earlier) if earlier else _trained(output, on_step)
     indexed = earlier.parts if earlier else ()
     parts = [*indexed, *(part.path for part in output.parts if part.path not in set(indexed))]
-    _add(output, index, parts, indexed)
+    _add(output, index, parts, indexed, on_step)
     rows = {part.path: part.rows for part in output.parts}
-    probes, recall = _tuned(output, index, parts)
+    probes, recall = _tuned(output, index, parts, on_step)
     record = IndexRecord(
         file=f"{uuid.uuid4().hex[:12]}.faiss",
         space=space_of(output).id,
@@ -168,9 +169,10 @@ def _probes_for(index: Any, chosen: int) -> int:
     return int(min(index.nlist, math.ceil(index.nprobe * index.ntotal / max(chosen, 1))))
 
 
-def _trained(output: Output) -> Any:
+def _trained(output: Output, on_step: OnStep) -> Any:
     import faiss
 
+    on_step("finding cells", 0, 0)
     dim, cells = dim_of(output), max(1, min(round(4 * math.sqrt(output.rows)), output.rows // 39))
     sample = sample_vectors(output, min(MAX_SAMPLE, SAMPLE_PER_CELL * cells))
     if not len(sample):
@@ -181,7 +183,7 @@ def _trained(output: Output) -> Any:
     return index
 
 
-def _add(output: Output, index: Any, parts: Sequence[str], indexed: Sequence[str]) -> None:
+def _add(output: Output, index: Any, parts: Sequence[str], indexed: Sequence[str], on_step: OnStep) -> None:
     """Add the parts that are not indexed yet. Their numbers are their places in `parts`."""
     numbers, firsts, dim = {path: number for number, path in enumerate(parts)}, _firsts(output), dim_of(output)
     for part in output.parts:
@@ -190,12 +192,15 @@ def _add(output: Output, index: Any, parts: Sequence[str], indexed: Sequence[str
         for block in output.blocks([COLUMN], parts=[part]):
             ids = (block.positions - firsts[part.path]) + (numbers[part.path] << PART_BITS)
             index.add_with_ids(scaled(view_vectors(block.table[COLUMN], dim)), ids)
+            on_step("adding vectors", int(block.positions[-1]) + 1, output.rows)
 
 
-def _tuned(output: Output, index: Any, parts: Sequence[str]) -> tuple[int, float]:
+def _tuned(output: Output, index: Any, parts: Sequence[str], on_step: OnStep) -> tuple[int, float]:
     """The least number of cells per query with a recall of TARGET_RECALL, and the recall."""
     queries = sample_vectors(output, RECALL_QUERIES)[:RECALL_QUERIES]
-    _, truth = nearest(output, queries, RECALL_COUNT)
+    _, truth = nearest(
+        output, queries, RECALL_COUNT, on_step=lambda _, done, total: on_step("measuring recall", done, total)
+    )
     probes = 1
     while True:
         index.nprobe = probes

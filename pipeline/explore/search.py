@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline import schema
 from pipeline.errors import InputRefused, SettingRefused, message_line
 from pipeline.explore.choices import choices_of
-from pipeline.explore.table import Choice, Output, Part
+from pipeline.explore.table import Choice, OnStep, Output, Part, no_step
 from pipeline.explore.vectors import COLUMN, MIN_LENGTH, Vectors, dim_of, lengths, network_of, space_of, view_vectors
 from pipeline.storage import access, uris
 
@@ -66,13 +66,14 @@ def search(
     bbox: str | None = None,
     exclude: str | None = None,
     index: bool = False,
+    on_step: OnStep = no_step,
 ) -> Hits:
     """Find the `count` most similar images of each query: those of `images`, then of `ids`, then of `vectors`.
 
     images: paths or URIs, embedded by the output's own network. ids: image_ids of the output, or the end of one from a
     `/` or `#` on. vectors: [N, dim], of the output's embedding space, which cannot be checked. where, bbox, exclude: as
     the flags; only such rows are hits. index: use the index of `nightshift index`, which finds nearly all of them.
-    Raises SettingRefused, InputRefused, OutputRefused and WeightsRefused.
+    on_step: called with the progress. Raises SettingRefused, InputRefused, OutputRefused and WeightsRefused.
     """
     if not 1 <= count <= MAX_COUNT:
         raise SettingRefused(f"-k is {count}: it must be a number from 1 to {MAX_COUNT:,}")
@@ -83,7 +84,7 @@ def search(
 
         similarities, positions = search_index(output, queries.vectors, count, choices)
     else:
-        similarities, positions = nearest(output, queries.vectors, count, choices)
+        similarities, positions = nearest(output, queries.vectors, count, choices, on_step=on_step)
     return _hits(output, queries.names, similarities, positions)
 
 
@@ -185,6 +186,7 @@ def nearest(
     count: int,
     choices: Sequence[Choice] = (),
     parts: Sequence[Part] | None = None,
+    on_step: OnStep = no_step,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Similarities and positions of the most similar rows of each query, both [N, count], the best first.
 
@@ -195,6 +197,7 @@ def nearest(
     best = Best(len(queries), count)
     for block in output.blocks([COLUMN], choices, parts):
         best.add(queries, view_vectors(block.table[COLUMN], dim), block.positions)
+        on_step("searching", int(block.positions[-1]) + 1, output.rows)
     return best.similarities, best.positions
 
 

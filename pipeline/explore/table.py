@@ -37,6 +37,16 @@ Positions = NDArray[np.int64]
 """Positions among all rows of an output."""
 
 
+class OnStep(Protocol):
+    """Called with what a command does, and how many of all units are done. total: 0 if it is unknown."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+def no_step(what: str, done: int, total: int) -> None:
+    """The OnStep that shows nothing."""
+
+
 class Choice(Protocol):
     """Chooses rows by some columns. Called on several threads."""
 

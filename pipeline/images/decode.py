@@ -7,7 +7,7 @@ by averaging blocks of pixels. Imports neither Ray nor torch, so that decode wor
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 from pipeline.errors import DecodeError
 from pipeline.geo.bands import FILLED
 from pipeline.images import deep, header, jxl, tiff
+from pipeline.images.measure import Measure, measured
 from pipeline.images.pixels import RGB8, Decoded, Encoded
 from pipeline.images.png import is_text_too_large, without_large_text
 from pipeline.images.raster import Raster
@@ -110,6 +111,7 @@ def decode(
     reserve: Callable[[int], AbstractContextManager[object]] = nullcontext,
     values: Values = DEFAULT,
     offset_of: OffsetOf | None = None,
+    measures: Sequence[Measure] = (),
 ) -> Decoded:
     """Decode the first frame or page of an image, rotate it upright, and resize and crop it.
 
@@ -122,6 +124,7 @@ def decode(
     values: the bands that the network gets, and the range of values that becomes 0 to 255.
     offset_of: the metadata of a picture → the constant in its numbers that is subtracted, or DecodeError. Pictures of 8
     bits are then refused, because they hold no digital numbers of a sensor.
+    measures: computed from the whole upright image; only of RGB.
 
     Transparent pixels are composited over white; an alpha that is 0 everywhere is ignored. Of 16-bit colours the high
     byte is taken, as Pillow does. The ICC profile is not applied, as in torchvision.
@@ -137,7 +140,7 @@ def decode(
     """
     if not data:
         raise DecodeError("empty", "the image has no bytes")
-    settings = _Settings(transform, max_pixels, exif_rotate, exact, keep_tiles, reserve, values, offset_of)
+    settings = _Settings(transform, max_pixels, exif_rotate, exact, keep_tiles, reserve, values, offset_of, measures)
     try:
         return _decode(data, settings)
     except ValueError:  # of a PNG with more text than Pillow accepts; `_as_decode_errors` turns all others into ours
@@ -156,6 +159,7 @@ class _Settings:
     reserve: Callable[[int], AbstractContextManager[object]]
     values: Values
     offset_of: OffsetOf | None = None
+    measures: Sequence[Measure] = ()
 
     def resized_bytes(self, size: tuple[int, int]) -> int:
         """Memory of a resized image that is larger than most."""
@@ -272,13 +276,14 @@ def _finished(
 ) -> Decoded:
     """Resize, crop and choose the bands of upright RGB."""
     transform, format = settings.transform, settings.values.pixel_format
+    values = measured(settings.measures, upright)
     if settings.keep_tiles and _is_tile(upright, transform):
         pixels = np.asarray(upright)
     else:
         pixels = _crop(upright, extent, full_size, transpose, transform, settings.exact)
     if bands is not None and bands != [0, 1, 2]:
         pixels = np.ascontiguousarray(pixels[..., bands])
-    return Decoded(pixels if format == RGB8 else pixels.astype(format.dtype), *stored_size)
+    return Decoded(pixels if format == RGB8 else pixels.astype(format.dtype), *stored_size, measured=values)
 
 
 def _decode_raster(raster: Raster, data: bytes, settings: _Settings) -> Decoded:

@@ -5,8 +5,8 @@ Adjacent images of the same dtype and shape are read as one array, without a cop
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,14 @@ class Decoded:
     pixels: [H, W, bands], of one of DTYPES.
     width, height: as stored, before the rotation and the resize.
     is_constant: `--scale` was applied, and all pixels are equal.
+    measured: values of the run's measures, by column.
     """
 
     pixels: np.ndarray
     width: int
     height: int
     is_constant: bool = False
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 def to_columns(images: Sequence[Decoded | Encoded | None]) -> dict[str, pa.Array]:

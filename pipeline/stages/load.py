@@ -19,6 +19,8 @@ from pipeline.geo import sentinel2
 from pipeline.geo.sentinel2 import Claim
 from pipeline.images import pixels
 from pipeline.images.decode import OffsetOf, decode, leave_encoded
+from pipeline.images.measure import Measure, measured
+from pipeline.images.phash import PHash, need_imagehash
 from pipeline.images.pixels import RGB8, Decoded, Encoded, PixelFormat
 from pipeline.images.transform import Transform
 from pipeline.images.values import DEFAULT, Values
@@ -47,7 +49,7 @@ class Loader:
     decode_bytes: memory for the images that are decoded at once; a larger image is decoded alone.
     values: the bands, the range of values, and the format of the network's pixels.
     harmonize: --harmonize, if the network takes digital numbers of Sentinel-2.
-    leave_jpegs: leave JPEGs encoded that a GPU can decode.
+    leave_jpegs: leave JPEGs encoded that a GPU can decode. measures: of each image, which become columns.
     """
 
     transform: Transform
@@ -63,6 +65,13 @@ class Loader:
     leave_jpegs: bool = False
     values: Values = DEFAULT
     harmonize: str = ""
+    measures: tuple[Measure, ...] = ()
+
+    @property
+    def kept(self) -> dict[str, pa.DataType]:
+        """The columns of the results beside the predictor's: those of the shards, and those of the measures."""
+        own = {column.name: column.type for measure in self.measures for column in measure.columns}
+        return {**dict(self.keep.values()), **own}
 
     @property
     def pixel_format(self) -> PixelFormat:
@@ -98,6 +107,7 @@ class Loader:
             leave_jpegs=config.decoder == "gpu" and predictor.takes_encoded,
             values=values,
             harmonize=harmonize,
+            measures=measures_of(config),
         )
 
     def load(self, shard: Shard, todo: Ranges, wanted: Callable[[Record], bool] | None = None) -> Iterator[pa.Table]:
@@ -161,7 +171,7 @@ class Loader:
         columns["core_seconds"] = np.full(count, usage.take_core_seconds() / count, np.float32)
         zeros = np.zeros(count, np.float32)
         columns |= {name: zeros for name in ("decode_seconds", "predict_seconds", "gpu_seconds")}
-        types = schema.loaded(dict(self.keep.values()))
+        types = schema.loaded(self.kept)
         arrays = {each.name: columns.get(each.name, pa.nulls(count, each.type)) for each in types}
         return pa.table(arrays, schema=types)
 
@@ -191,7 +201,8 @@ class Loader:
             pixels = data
             if isinstance(data, np.ma.MaskedArray):
                 pixels = to_pixels(data, self.transform, self.values)
-            return Decoded(self.pixel_format.check(pixels), width=data.shape[1], height=data.shape[0])
+            checked = self.pixel_format.check(pixels)
+            return Decoded(checked, data.shape[1], data.shape[0], measured=measured(self.measures, checked))
         if encoded := self._leave(data):
             return encoded
         decoded = decode(
@@ -204,6 +215,7 @@ class Loader:
             reserve=budget.reserve,
             values=self.values,
             offset_of=self.offset_of(image_id),
+            measures=self.measures,
         )
         self.pixel_format.check(decoded.pixels)
         return decoded
@@ -226,20 +238,33 @@ class Loader:
             columns[name] = [row[name] for row in rows]
         for name, (alias, type_) in self.keep.items():
             columns[alias] = pa.array([_kept(row.item, name) for row in batch], type_)
-        columns[schema.REPEATS] = [self._repeats(row.item) for row in batch]
+        for column in (column for measure in self.measures for column in measure.columns):
+            columns[column.name] = pa.array([row.measured.get(column.name) for row in batch], column.type)
+        columns[schema.REPEATS] = [self._repeats(row) for row in batch]
         columns["core_seconds"] = np.full(len(batch), usage.take_core_seconds() / len(batch), np.float32)
-        types = schema.loaded(dict(self.keep.values()))
+        types = schema.loaded(self.kept)
         return pa.table({name: columns[name] for name in types.names}, schema=types)
 
-    def _repeats(self, item: Record | ShardEnd) -> list[dict[str, Any]] | None:
+    def _repeats(self, row: "_Row") -> list[dict[str, Any]] | None:
         """The further rows of a record, with their kept columns."""
+        item = row.item
         if isinstance(item, ShardEnd) or not item.repeats:
             return None
         kept = [(name, alias) for name, (alias, _) in self.keep.items()]
         return [
-            {"image_id": each.image_id, "member": each.member, **{alias: each.kept.get(name) for name, alias in kept}}
+            {
+                "image_id": each.image_id,
+                "member": each.member,
+                **{alias: each.kept.get(name) for name, alias in kept},
+                **row.measured,
+            }
             for each in item.repeats
         ]
+
+
+def measures_of(config: RunConfig) -> tuple[Measure, ...]:
+    """The measures that the settings ask for, in the order of their columns."""
+    return (PHash(),) if config.phash else ()
 
 
 def harmonize_of(config: RunConfig, predictor: Predictor) -> str:
@@ -263,6 +288,10 @@ class _Row:
     error: ImageError | None
     decode_seconds: float
     size_bytes: int
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        return self.image.measured if isinstance(self.image, Decoded) else {}
 
     def columns(self) -> dict[str, Any]:
         item, error = self.item, self.error
@@ -302,6 +331,7 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
     """Raise SettingRefused for kept columns with taken names, batches too large for an Arrow column, an old load()."""
     of_sources = {name for source in sources.SOURCES.values() for name in source.columns.names}
     taken = {*schema.predicted(predictor.columns, {}).names, *schema.loaded({}).names, *of_sources}
+    taken |= {name for measure in measures_of(config) for name in measure.columns.names}
     for name, alias in config.keep_names().items():
         if alias in taken:
             raise SettingRefused(
@@ -315,6 +345,7 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
             'as in PixelFormat("uint8", 3)'
         )
     _check_values(config, predictor)
+    _check_measures(config, predictor)
     max_batch = predictor.pixel_format.max_batch_size(predictor.transform)
     if config.batch_size is not None and config.batch_size > max_batch:
         raise SettingRefused(
@@ -327,6 +358,22 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
             f"{type(predictor).__qualname__}.load() must take one argument, the Allotment of its actor (cores, "
             "batch_size, gpu_share, images): write def load(self, allotment)"
         ) from error
+
+
+def _check_measures(config: RunConfig, predictor: Predictor) -> None:
+    """Raise SettingRefused for measures of pixels that are no 8-bit RGB, or that are not on the CPU."""
+    if not config.phash:
+        return
+    if config.vectors:
+        raise SettingRefused("--phash is computed from images, and --from reads vectors: set it on `nightshift embed`")
+    if predictor.pixel_format != RGB8:
+        raise SettingRefused(
+            f"--phash is a hash of 8-bit pictures of 1 or 3 bands, and the network takes {predictor.pixel_format}: "
+            "leave it out"
+        )
+    if config.decoder == "gpu":
+        raise SettingRefused("--phash needs pixels on the CPU, and --decoder gpu leaves JPEGs to the GPU: use fast")
+    need_imagehash("--phash")
 
 
 def _check_values(config: RunConfig, predictor: Predictor) -> None:

@@ -254,9 +254,8 @@ class _Writer:
     def __init__(self, path: Path, loader: Loader, shape: tuple[int, int, int]) -> None:
         self.file = open(path, "wb")  # noqa: SIM115
         self.shape, self.images, self.empty = shape, 0, 0
-        kept = [name for name, _ in loader.keep.values()]
-        types = schema.loaded(dict(loader.keep.values()))
-        self.columns = list(dict.fromkeys([*schema.IDENTITY.names, *kept]))
+        types = schema.loaded(loader.kept)
+        self.columns = list(dict.fromkeys([*schema.IDENTITY.names, *loader.kept]))
         self.rows: list[pa.Table] = [types.empty_table().select(self.columns)]
         self.errors: list[pa.Table] = [types.empty_table().select(schema.ERRORS.names)]
 

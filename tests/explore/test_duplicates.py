@@ -13,8 +13,11 @@ from jobs import duplicates as job
 from pipeline import open_output
 from pipeline.errors import InputRefused, OutputRefused, SettingRefused
 from pipeline.explore import pairs as pair_module
-from pipeline.explore.duplicates import Duplicates, duplicates
-from pipeline.explore.pairs import Pairs, compute_cell, here, pairs_by_partitions, pairs_within, read_all
+from pipeline.explore import partitions as partition_module
+from pipeline.explore.duplicates import duplicates
+from pipeline.explore.groups import Duplicates
+from pipeline.explore.pairs import Pairs, pairs_within, read_all
+from pipeline.explore.partitions import pairs_by_partitions
 from pipeline.explore.table import Output
 
 TRAINED = {**SETTINGS, "weights": "sha256:0123456789abcdef"}
@@ -55,37 +58,37 @@ def test_planted_copies_are_found_without_a_threshold(planted: tuple[Output, set
     found = found_pairs(result)
     right = len(found & expected)
     assert 2 * right / (len(found) + len(expected)) >= 0.97
-    assert 0.9 < result.threshold.value < 1
+    assert 0.9 < result.limit.value < 1
     assert "images per image are that similar by chance" in result.describe()
     record = json.loads(result.table.schema.metadata[b"nightshift"])
-    assert record["threshold"] == result.threshold.value
+    assert record["threshold"] == result.limit.value
 
 
 def test_a_smaller_rate_gives_a_larger_threshold(planted: tuple[Output, set]) -> None:
     output, _ = planted
-    values = [duplicates(output, false_rate=rate).threshold.value for rate in (0.1, 0.01, 0.001)]
+    values = [duplicates(output, false_rate=rate).limit.value for rate in (0.1, 0.01, 0.001)]
     assert values == sorted(values)
     assert len(set(values)) == 3
 
 
 def test_partitions_find_what_all_pairs_find(planted: tuple[Output, set], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(pair_module, "CELL_ROWS", 40)
-    monkeypatch.setattr(pair_module, "MAX_OTHER_CELLS", 20)
+    monkeypatch.setattr(partition_module, "CELL_ROWS", 40)
+    monkeypatch.setattr(partition_module, "MAX_OTHER_CELLS", 20)
     output, _ = planted
     for threshold in (0.99, 0.9):
-        everywhere = duplicates(output, threshold=threshold)
-        by_cell = duplicates(output, threshold=threshold, max_all_pairs=100)
+        everywhere = duplicates(output, threshold=threshold, anew=True)
+        by_cell = duplicates(output, threshold=threshold, max_all_pairs=100, anew=True)
         assert "17 overlapping partitions" in by_cell.how
         assert by_cell.table.equals(everywhere.table)
-    assert not (Path(output.uri) / "_duplicates").exists() or not list(Path(output.uri, "_duplicates").iterdir())
+    assert not list(Path(output.uri).glob("_duplicates/work/*"))
 
 
 def test_a_stopped_search_continues(
     planted: tuple[Output, set], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(pair_module, "CELL_ROWS", 100)
+    monkeypatch.setattr(partition_module, "CELL_ROWS", 100)
     output, _ = planted
     work = str(tmp_path / "work")
 
@@ -95,7 +98,7 @@ def test_a_stopped_search_continues(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pairs_by_partitions(output, 0.95, work, "key", stops)
+        pairs_by_partitions(output, 0.95, frozenset(), work, "key", run_all=stops)
     computed: list[int] = []
 
     def counts(function, numbers):
@@ -103,13 +106,12 @@ def test_a_stopped_search_continues(
             computed.append(number)
             yield function(number)
 
-    pairs, partitions = pairs_by_partitions(output, 0.95, work, "key", counts)
-    assert computed == list(range(3, partitions.cells))
+    pairs, _ = pairs_by_partitions(output, 0.95, frozenset(), work, "key", run_all=counts)
+    assert computed == list(range(3, 7))
     everywhere = Pairs.joined(pairs_within(*read_all(output), 0.95))
     assert pairs.first.tolist() == everywhere.first.tolist()
-    again, _ = pairs_by_partitions(output, 0.9997, work, "another key", here)
+    again, _ = pairs_by_partitions(output, 0.9997, frozenset(), work, "another key")
     assert len(again) < len(pairs)
-    assert compute_cell(partitions, 0) >= 0
 
 
 def test_what_is_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from outputs import SETTINGS, run_here, write_output
+from servers import S3Server
 
 from jobs import index as job
 from pipeline import Embedder, RunConfig, open_output
@@ -13,6 +14,7 @@ from pipeline.errors import OutputRefused
 from pipeline.explore import index as index_module
 from pipeline.explore.index import build
 from pipeline.explore.table import Output
+from pipeline.storage import access
 
 pytest.importorskip("faiss")
 
@@ -104,3 +106,25 @@ def test_a_stale_or_damaged_index_is_refused(output: Output) -> None:
 def test_too_few_rows_make_one_cell(tmp_path: Path) -> None:
     folder = write_output(tmp_path / "out", ["/a", "/b"], np.eye(2, 8, dtype=np.float32), settings=SETTINGS)
     assert build(open_output(str(folder))).cells == 1
+
+
+def test_an_index_in_a_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built, searched, searched with rows that it lacks, and extended."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    vectors = np.random.default_rng(2).normal(size=(130, DIM)).astype(np.float32)
+    ids = [f"/p/{number:05d}.jpg" for number in range(130)]
+    uri = s3.uri("index-out")
+    write_output(uri, ids[:100], vectors[:100], rows_per_part=40)  # type: ignore[arg-type]
+    first = build(open_output(uri))
+    assert open_output(uri).search(ids=["00007.jpg"], count=1, index=True).table["similarity"][0].as_py() > 0.999
+    write_output(uri, ids[100:], vectors[100:], shard=1)  # type: ignore[arg-type]
+    output = open_output(uri)
+    for _ in range(2):
+        best = output.search(ids=["00120.jpg"], count=1, index=True).table
+        assert best["image_id"].to_pylist() == ["/p/00120.jpg"]
+        second = build(output)
+    assert sum(first.rows) == 100
+    assert sum(second.rows) == 130
+    names = {info.uri.rpartition("/")[2] for info in access.list_objects(f"{uri}/_index")}
+    assert names == {second.file, "index.json"}

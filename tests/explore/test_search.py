@@ -1,19 +1,22 @@
 """Search: exact neighbours, filters, ties, and queries that are embedded as the output was."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import images
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from outputs import SETTINGS, run_here, write_output
+import torch
+from outputs import run_here, write_output
 
 from jobs import search as job
 from pipeline import Embedder, RunConfig, open_output
 from pipeline.errors import InputRefused, OutputRefused, SettingRefused, WeightsRefused
 from pipeline.explore.search import nearest, read_vectors
 from pipeline.explore.table import Output
+from pipeline.images.transform import Transform
 
 ROWS, DIM = 60, 12
 KINDS = ("forest", "water", "urban", "field")
@@ -209,10 +212,34 @@ def test_an_image_finds_itself(photos: Path, tmp_path: Path, settings: dict[str,
     assert all(row["similarity"] >= 0.9999 for row in best)
 
 
+@pytest.mark.parametrize(("place", "squash"), [("file", True), ("checkpoint", True), ("checkpoint", False)])
+def test_an_image_finds_itself_with_a_stated_transform(photos: Path, tmp_path: Path, squash: bool, place: str) -> None:
+    """--transform FILE, and the transform in a checkpoint of `finetune`; both also without the aspect ratio."""
+    from torchvision.models import shufflenet_v2_x0_5
+
+    from pipeline.models.record import CheckpointRecord, write_checkpoint
+
+    transform = Transform(40, 36, "bicubic", (0.3, 0.4, 0.5), (0.2, 0.3, 0.25), squash)
+    network, weights = shufflenet_v2_x0_5(num_classes=2), str(tmp_path / "w.safetensors")
+    record = CheckpointRecord("shufflenet_v2_x0_5", transform, ("a", "b"))
+    write_checkpoint(weights, network.state_dict(), record)
+    stated = {}
+    if place == "file":
+        torch.save(network.state_dict(), weights := str(tmp_path / "w.pt"))
+        (tmp_path / "t.json").write_text(json.dumps(asdict(transform)))
+        stated = {"transform_": str(tmp_path / "t.json")}
+    output = embedded(photos, tmp_path / "out", model="shufflenet_v2_x0_5", weights=weights, **stated)
+    assert output.settings["transform"]["squash"] is squash
+    assert output.settings["transform"]["resize"] == 40
+    queries = [str(photos / f"{number:02d}.jpg") for number in (0, 7)]
+    best = output.search(images=queries, count=1).table
+    assert best["image_id"].to_pylist() == queries
+    assert min(best["similarity"].to_pylist()) >= 0.9999
+
+
 def test_another_network_of_the_same_name_is_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
     import torchvision
 
     weights = tmp_path / "weights.pt"
@@ -248,13 +275,34 @@ def test_an_unreadable_image_is_refused_by_name(photos: Path, tmp_path: Path) ->
         output.search(images=[str(tmp_path / "none.jpg")])
 
 
-def test_windows_of_scenes_are_searched_by_id(tmp_path: Path) -> None:
-    tiling = {"size": 32, "stride": 32, "edge": "pad", "resolution": None, "max_nodata": 0.9}
-    folder = write_output(
-        tmp_path / "out", ["/s.tif#0"], np.ones((1, 8), np.float32), settings={**SETTINGS, "tiling": tiling}
+@pytest.mark.parametrize("more", [{}, {"edge": "shift", "tile_stride": 24}, {"resolution": 20.0}])
+def test_windows_of_scenes_find_themselves(tmp_path: Path, more: dict) -> None:
+    """By their names in the output, as a raster of their own, and in the order of the queries."""
+    scenes = pytest.importorskip("scenes")
+    array = scenes.numbers(3, 100, 130, "uint16")
+    scenes.write(tmp_path / "scenes/a.tif", array)
+    config = RunConfig(
+        input=str(tmp_path / "scenes"), output=str(tmp_path / "out"), tile_size=32, scale="0:10000", **more
     )
-    with pytest.raises(InputRefused, match="--image does not fit an output of raster scenes"):
-        open_output(str(folder)).search(images=["x.jpg"])
+    output = open_output(run_here(config, Embedder(model="tiny:network", weights="random", precision="float32")))
+    names = [name for batch in output.batches(["image_id"]) for name in batch["image_id"].to_pylist()]
+    queries = [names[-1], names[3], names[0]]
+    hits = output.search(images=queries, count=1).table
+    assert hits["image_id"].to_pylist() == queries
+    assert min(hits["similarity"].to_pylist()) >= 0.9999
+    if not more:
+        column, line = map(int, names[3].rpartition("#")[2].split(","))
+        chip = scenes.write(tmp_path / "chip.tif", array[:, line : line + 32, column : column + 32])
+        assert output.search(images=[str(chip)], count=1).table["image_id"].to_pylist() == [names[3]]
+    scene = str(tmp_path / "scenes/a.tif")
+    with pytest.raises(InputRefused, match=rf"--image {scene} is cut into {len(names)} windows: name one, as in"):
+        output.search(images=[scene])
+    with pytest.raises(InputRefused, match=rf"#7,7 is none of the {len(names)} windows"):
+        output.search(images=[f"{scene}#7,7"])
+    with pytest.raises(InputRefused, match="the output has vectors of windows of rasters; give a raster of one window"):
+        output.search(images=["x.jpg"])
+    with pytest.raises(InputRefused, match=r"--image: .*none\.tif"):
+        output.search(images=[str(tmp_path / "none.tif")])
 
 
 # The command

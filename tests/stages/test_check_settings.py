@@ -94,3 +94,16 @@ def test_an_attribute_that_moved_to_the_allotment_is_named(name: str) -> None:
 def test_a_fill_of_scenes_of_8_bits_is_one_of_their_numbers(value: float) -> None:
     with pytest.raises(SettingRefused, match="without --scale it must be a whole number from 0 to 255"):
         check_settings(config(tile_size=224, nodata_fill=value), Labels())
+
+
+def test_a_perceptual_hash_needs_8_bit_pixels_on_the_cpu() -> None:
+    check_settings(config(phash=True), Labels())
+    for settings, predictor, message in (
+        ({}, Radiances(), "--phash is a hash of 8-bit pictures of 1 or 3 bands, and the network takes 13 × uint16"),
+        ({"decoder": "gpu"}, Labels(), "--phash needs pixels on the CPU"),
+        ({"vectors": True}, Labels(), "--phash is computed from images, and --from reads vectors"),
+        ({"keep": "text:phash"}, Labels(), "--keep text: there is already a column 'phash'"),
+    ):
+        with pytest.raises(SettingRefused, match=message):
+            check_settings(config(phash=True, **settings), predictor)
+    check_settings(config(keep="phash"), Labels())

@@ -44,18 +44,18 @@ def write_output(
     vectors: np.ndarray,
     *,
     errors: Sequence[str] = (),
-    kept: Mapping[str, Sequence[str | None]] | None = None,
+    kept: Mapping[str, Sequence[Any]] | None = None,
     settings: Mapping[str, Any] = SETTINGS,
     rows_per_part: int = 7,
     dtype: pa.DataType | None = None,
     shard: int = 0,
 ) -> Path:
-    """Write a finished output: one row per image_id with its vector and kept texts, then the errors.
+    """Write a finished output: one row per image_id with its vector and kept texts or integers, then the errors.
 
     Called again with another shard, it adds the rows in an attempt of their own, as `--update` does.
     """
     columns = pa.schema([("embedding", schema.vector(dtype or pa.float32(), vectors.shape[1]))])
-    keep = dict.fromkeys(kept or {}, pa.string())
+    keep = {name: _type_of(values) for name, values in (kept or {}).items()}
     space = EmbeddingSpace.of(settings)
     record = {"layout": 2, "settings": dict(settings), "provenance": PROVENANCE, "config": {}}
     record |= {"embedding_space": space.to_json()} if space else {}
@@ -85,6 +85,10 @@ def write_output(
     return folder
 
 
+def _type_of(values: Sequence[Any]) -> pa.DataType:
+    return pa.int64() if any(isinstance(value, int) for value in values) else pa.string()
+
+
 def run_here(config: RunConfig, predictor: Predictor) -> str:
     """A whole run of the project's own stages in this process, without Ray. Returns the output."""
     predictor.prepare()
@@ -93,7 +97,7 @@ def run_here(config: RunConfig, predictor: Predictor) -> str:
     record = RunRecord.of(config, predictor)
     plan, _ = directory.prepare(config, record, archive)
     loader = Loader.of(config, predictor, archive.options(), rows_per_table=16, keep=plan.keep)
-    keep = dict(loader.keep.values())
+    keep = loader.kept
     ledger = ledgers.begin(config.output)
     sink = Sink(config.output, ledger.attempt, schema.result(predictor.columns, keep), record.footer)
     predict = Predict(predictor, keep, Allotment(batch_size=16, gpu_share=0))
