@@ -16,6 +16,7 @@ COMMANDS = {
     "explain": "where in a picture a network finds its evidence for a class",
     "finetune": "your own classes, from labelled images, in all layers",
     "search": "the images most similar to an image, an id or a vector",
+    "serve": "a local web page of an output: look, filter, search, mark",
     "index": "an approximate index, for faster searches",
     "duplicates": "groups of near-duplicates, and which image of each to keep",
     "estimate": "hours, dollars and bottleneck of a run, before it starts",

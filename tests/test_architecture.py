@@ -144,6 +144,8 @@ def test_ray_and_torch_stay_where_they_belong(path: Path) -> None:
         ("jobs.finetune", "torch"),
         ("jobs.finetune", "ray"),
         ("jobs.fit", "sklearn"),
+        ("jobs.serve", "torch"),
+        ("jobs.serve", "ray"),
         ("jobs.compare", "torch"),
         ("jobs.explain", "torch"),
     ],

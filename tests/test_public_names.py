@@ -95,7 +95,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_the_wheel_holds_the_whole_package(wheel: set[str]) -> None:
-    paths = [path for path in (ROOT / "pipeline").rglob("*") if path.suffix in (".py", ".yaml", ".html", ".typed")]
+    paths = [
+        path
+        for path in (ROOT / "pipeline").rglob("*")
+        if path.suffix in (".py", ".yaml", ".html", ".css", ".js", ".typed")
+    ]
     files = {path.relative_to(ROOT).as_posix() for path in [*paths, ROOT / "pipeline/py.typed"]}
     assert {"pipeline/py.typed", "pipeline/estimates/prices.yaml"} <= files
     assert {name for name in wheel if name.startswith("pipeline/")} == files

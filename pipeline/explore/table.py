@@ -74,6 +74,21 @@ class Part:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group of a part. metadata: the part's footer. size_bytes: of the wanted columns, decompressed.
+
+    first: position of its first row. rows: number of its rows.
+    """
+
+    path: str
+    metadata: Any
+    index: int
+    size_bytes: int
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Output:
     """The committed rows of an output, as they were when it was opened.
@@ -186,6 +201,14 @@ class Output:
         table = pa.concat_tables([wanted.empty_table(), *tables])
         return table.take(pa.array(np.searchsorted(unique, positions)))
 
+    def row_groups(self, part: int) -> Iterator[RowGroup]:
+        """Yield the row groups of one part, by its number. Reads only its footer."""
+        return _row_groups(self.uri, [list(self._firsts())[part]], set(self.columns), {})
+
+    def read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+        """Some columns of one row group."""
+        return _read(self.uri, pa.schema([self.schema.field(name) for name in columns]), {}, group)
+
     def search(self, **query: Any) -> "Hits":
         """The images most similar to some images, ids or vectors; see `explore.search.search` for the arguments."""
         from pipeline.explore.search import search
@@ -242,21 +265,6 @@ def open_output(uri: str) -> Output:
     return Output(output, record, tuple(parts), tuple(errors), finished)
 
 
-@dataclass(frozen=True, slots=True)
-class _RowGroup:
-    """A row group of a part. metadata: the part's footer. size_bytes: of the wanted columns, decompressed.
-
-    first: position of its first row. rows: number of its rows.
-    """
-
-    path: str
-    metadata: Any
-    index: int
-    size_bytes: int
-    first: int
-    rows: int
-
-
 def _batches(
     output: str, parts: Sequence[Part], wanted: pa.Schema, batch_rows: int, equal: Mapping[str, Any]
 ) -> Iterator[pa.RecordBatch]:
@@ -278,7 +286,7 @@ def _row_groups(
     names: set[str],
     equal: Mapping[str, Any],
     space: str | None = None,
-) -> Iterator[_RowGroup]:
+) -> Iterator[RowGroup]:
     """The row groups that may have rows with the values of `equal`. Footers are read ahead.
 
     parts: each with the position of its first row. space: id of the embedding space that no footer may contradict.
@@ -298,7 +306,7 @@ def _row_groups(
             if all(_may_have(columns, name, value) for name, value in equal.items()):
                 chosen = [column for column in columns if column.path_in_schema.partition(".")[0] in names]
                 size = sum(column.total_uncompressed_size for column in chosen)
-                yield _RowGroup(part.path, metadata, index, size, first, group.num_rows)
+                yield RowGroup(part.path, metadata, index, size, first, group.num_rows)
             first += group.num_rows
 
 
@@ -317,7 +325,7 @@ def _may_have(columns: Sequence[Any], name: str, value: Any) -> bool:
 
 
 def _read_block(
-    output: str, wanted: pa.Schema, looked_at: pa.Schema, choices: Sequence[Choice], group: _RowGroup
+    output: str, wanted: pa.Schema, looked_at: pa.Schema, choices: Sequence[Choice], group: RowGroup
 ) -> Block:
     """The rows of a row group that all choices choose. looked_at: the columns that the choices need."""
     positions = np.arange(group.first, group.first + group.rows)
@@ -330,7 +338,7 @@ def _read_block(
     return Block(positions[is_chosen], _read(output, wanted, {}, group).filter(pa.array(is_chosen)))
 
 
-def _read(output: str, wanted: pa.Schema, equal: Mapping[str, Any], group: _RowGroup) -> pa.Table:
+def _read(output: str, wanted: pa.Schema, equal: Mapping[str, Any], group: RowGroup) -> pa.Table:
     """The wanted columns of a row group, and of it the rows with the values of `equal`."""
     names = list(dict.fromkeys([*wanted.names, *equal]))
     try:

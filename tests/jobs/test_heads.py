@@ -13,6 +13,7 @@ from satellite import OLD_PRODUCT, SENTINEL2, draw_dn, geotiff
 from servers import S3Server
 from whole import TINY, Jobs, count_commits, wait_for
 
+from pipeline.explore.pictures import pictures
 from pipeline.explore.table import open_output
 from pipeline.output.verify import verify
 from pipeline.storage import access
@@ -67,6 +68,7 @@ def test_a_head_from_labels_to_the_whole_archive(jobs: Jobs, archive: Path, tmp_
     assert len(labels) == 45
     right = np.mean([label == Path(image_id).parent.name for image_id, label in labels.items()])
     assert right > 0.8
+    assert set(pictures(open_output(str(from_vectors)), list(labels)[::9])) == set(list(labels)[::9])
     table = pd.read_parquet(from_vectors)
     assert set(table["width"]) == {72}
     assert set(table["source"]) == set(table["image_id"])
