@@ -44,6 +44,10 @@ class Threshold:
     dimension: float | None = None
     rows: int = 0
 
+    @property
+    def is_estimate(self) -> bool:
+        return self.false_rate is not None
+
     def describe(self) -> str:
         """One line: the value, and where it comes from."""
         if self.false_rate is None:

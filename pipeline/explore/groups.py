@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import SettingRefused
@@ -16,13 +17,17 @@ from pipeline.explore.table import Output
 
 KEEPS = ("first", "largest")
 COLUMN_PREFIX = "column:"
+MAX_SHOWN = 3
 SCHEMA = pa.schema(
     [("group", pa.int64()), ("image_id", pa.string()), ("keep", pa.bool_()), ("similarity", pa.float32())]
 )
 
 
 class Limit(Protocol):
-    """What pairs must have to be duplicates."""
+    """What pairs must have to be duplicates. is_estimate: it was not given."""
+
+    @property
+    def is_estimate(self) -> bool: ...
 
     def describe(self) -> str:
         """In words, for the user."""
@@ -50,12 +55,21 @@ class Duplicates:
         return int(np.sum(self.table["keep"].to_numpy()))
 
     def describe(self) -> str:
-        """Two lines: the groups, and how they were found."""
+        """Two lines: the groups, and how they were found; a third one if their least similar pairs should be seen."""
         dropped = len(self.table) - self.groups
-        return (
-            f"{self.groups:,} groups with {len(self.table):,} of {self.rows:,} images; {dropped:,} need not be kept\n"
-            f"{self.limit.describe()}; {self.how}"
-        )
+        lines = [
+            f"{self.groups:,} groups with {len(self.table):,} of {self.rows:,} images; {dropped:,} need not be kept",
+            f"{self.limit.describe()}; {self.how}",
+        ]
+        if dropped and self.limit.is_estimate:
+            lines.append(f"the least similar: {self._least_similar()}; if they are no copies, raise --threshold")
+        return "\n".join(lines)
+
+    def _least_similar(self) -> str:
+        rows = self.table.filter(pc.invert(self.table["keep"])).sort_by("similarity").slice(0, MAX_SHOWN).to_pylist()
+        kept = self.table.filter(self.table["keep"])
+        names = dict(zip(kept["group"].to_pylist(), kept["image_id"].to_pylist(), strict=True))
+        return ", ".join(f"{row['image_id']} and {names[row['group']]} ({row['similarity']:.3f})" for row in rows)
 
 
 def check_keep(output: Output, keep: str) -> None:

@@ -30,6 +30,7 @@ class Distance:
 
     bits: int
     without: int
+    is_estimate = False
 
     def describe(self) -> str:
         none = f"; {self.without:,} images of one colour have no hash" if self.without else ""

@@ -59,7 +59,11 @@ def test_planted_copies_are_found_without_a_threshold(planted: tuple[Output, set
     right = len(found & expected)
     assert 2 * right / (len(found) + len(expected)) >= 0.97
     assert 0.9 < result.limit.value < 1
+    *_, least = result.describe().splitlines()
     assert "images per image are that similar by chance" in result.describe()
+    assert least.startswith("the least similar: ")
+    assert least.count(" and ") == 3
+    assert f"({min(result.table['similarity'].to_pylist()):.3f}), " in least
     record = json.loads(result.table.schema.metadata[b"nightshift"])
     assert record["threshold"] == result.limit.value
 
