@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "a local web page of an output: look, filter, search, mark",
     "index": "an approximate index, for faster searches",
     "duplicates": "groups of near-duplicates, and which image of each to keep",
+    "analyze": "clusters, outliers, doubtful labels, and what has changed",
     "estimate": "hours, dollars and bottleneck of a run, before it starts",
     "verify": "proof from the files that no image is missing",
     "map": "the results of a scene as a GeoTIFF and a picture",

@@ -123,6 +123,7 @@ class RunConfig:
         choices=("1.1", "2.0"),
     )
     phash: bool = flag("add a column phash, a perceptual hash of 64 bits, that nightshift duplicates compares", False)
+    quality: bool = flag("add columns of brightness, contrast and sharpness, for `analyze`", False)
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
         "rows per Parquet part, of 512 MiB at most (default: depends on the archive's size)", None, metavar="N"
@@ -364,6 +365,7 @@ class RunConfig:
             **({"vectors": True} if self.vectors else {}),
             **({"geoparquet": self.geoparquet} if self.geoparquet != "1.1" else {}),
             **({"phash": True} if self.phash else {}),
+            **({"quality": True} if self.quality else {}),
             **({"any_suffix": True} if self.any_suffix else {}),  # outputs from before this flag have no such setting
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 NOT_OF_VECTORS = {
     # which images are read, and what is written beside the vector
     "input", "keep", "image_column", "uri_column", "any_suffix", "limit", "max_pixels", "vectors",
-    "zoom", "bbox", "datetime", "any_values", "geoparquet",
+    "zoom", "bbox", "datetime", "any_values", "geoparquet", "phash", "quality",
     # how `scale` was measured, which counts itself
     "scale_percentiles",
     # which columns the same features become. A float16 column is a rounded copy of the same vector

@@ -25,7 +25,7 @@ from pipeline.version import __version__
 
 FLAGS = {
     "--input", "--output", "--keep", "--image-column", "--uri-column", "--any-suffix", "--zoom", "--bbox", "--datetime",
-    "--assets", "--limit", "--phash",
+    "--assets", "--limit", "--phash", "--quality",
     "--max-pixels", "--exif-rotate",
     "--decoder", "--batch-size", "--rows-per-part", "--actors", "--gpus-per-actor", "--max-error-rate", "--overwrite",
     "--update", "--cluster", "--prices", "--dry-run", "--bands", "--scale", "--nodata-fill", "--quiet", "--verbose",

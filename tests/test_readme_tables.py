@@ -56,7 +56,7 @@ def test_the_table_has_all_flags_of_submit() -> None:
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags("submit")
 
 
-@pytest.mark.parametrize("job", ["map", "export", "explain", "search", "serve", "duplicates"])
+@pytest.mark.parametrize("job", ["map", "export", "explain", "search", "serve", "duplicates", "analyze"])
 def test_the_table_of_an_exploring_job_has_all_flags(job: str) -> None:
     cells = [cell for cell, _ in tables("jobs/README.md", f"| `{job}` flag | meaning |")]
     assert {re.findall(r"--[a-z-]+", cell)[0] for cell in cells} == help_flags(job)

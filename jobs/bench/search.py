@@ -1,4 +1,4 @@
-"""Search and duplicates of drawn vectors, beside FAISS's flat index on the same files: seconds and memory.
+"""Search, duplicates and analysis of drawn vectors, beside FAISS on the same files: seconds and memory.
 
     python jobs/bench/search.py
     python jobs/bench/search.py --rows 10000 100000 1000000 --dim 512 --json figures.json
@@ -26,7 +26,7 @@ from pipeline.errors import SettingRefused
 from pipeline.explore.choices import need_search
 
 QUERIES = 5
-PLAIN = "FAISS flat"
+PLAIN, KMEANS = "FAISS flat", "FAISS k-means"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +73,7 @@ def measured(folder: Path, rows: int, dim: int, only: Sequence[str] | None) -> l
         np.save(queries, np.random.default_rng(1).standard_normal((QUERIES, dim), np.float32))
     copies = [tuple(pair) for pair in json.loads((folder / f"copies-{rows}-{dim}.json").read_text())]
     found = folder / f"duplicates-{rows}-{dim}.parquet"
+    analysis = folder / f"analysis-{rows}-{dim}"
     search = [str(JOBS / "search.py"), str(output), "--vector", str(queries), "--json"]
     duplicates = [str(JOBS / "duplicates.py"), str(output), "--to", str(found), "--overwrite"]
     commands = {
@@ -81,6 +82,8 @@ def measured(folder: Path, rows: int, dim: int, only: Sequence[str] | None) -> l
         "index": [str(JOBS / "index.py"), str(output), "--overwrite"],
         "search --index": [*search, "--index"],
         "duplicates": duplicates,
+        "analyze": [str(JOBS / "analyze.py"), str(output), "--to", str(analysis), "--overwrite"],
+        KMEANS: [str(BENCH / "peers/faiss_kmeans.py"), str(output)],
     }
     figures = []
     for name, line in commands.items():

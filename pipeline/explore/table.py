@@ -31,6 +31,7 @@ BLOCKS_AHEAD = 2
 ERRORS_FOLDER = "_errors"
 
 if TYPE_CHECKING:
+    from pipeline.explore.analysis import Analysis
     from pipeline.explore.search import Hits
 
 Positions = NDArray[np.int64]
@@ -214,6 +215,12 @@ class Output:
         from pipeline.explore.search import search
 
         return search(self, **query)
+
+    def analyze(self, **settings: Any) -> "Analysis":
+        """Clusters, outliers, classes and changes; see `explore.analysis.analyze` for the arguments."""
+        from pipeline.explore.analysis import analyze
+
+        return analyze(self, **settings)
 
     def _firsts(self) -> Iterator[tuple[Part, int]]:
         """Each part, and the position of its first row."""

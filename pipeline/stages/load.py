@@ -22,6 +22,7 @@ from pipeline.images.decode import OffsetOf, decode, leave_encoded
 from pipeline.images.measure import Measure, measured
 from pipeline.images.phash import PHash, need_imagehash
 from pipeline.images.pixels import RGB8, Decoded, Encoded, PixelFormat
+from pipeline.images.quality import Quality
 from pipeline.images.transform import Transform
 from pipeline.images.values import DEFAULT, Values
 from pipeline.images.windows import to_pixels
@@ -264,7 +265,7 @@ class Loader:
 
 def measures_of(config: RunConfig) -> tuple[Measure, ...]:
     """The measures that the settings ask for, in the order of their columns."""
-    return (PHash(),) if config.phash else ()
+    return (*([PHash()] if config.phash else []), *([Quality()] if config.quality else []))
 
 
 def harmonize_of(config: RunConfig, predictor: Predictor) -> str:
@@ -362,18 +363,21 @@ def check_settings(config: RunConfig, predictor: Predictor) -> None:
 
 def _check_measures(config: RunConfig, predictor: Predictor) -> None:
     """Raise SettingRefused for measures of pixels that are no 8-bit RGB, or that are not on the CPU."""
-    if not config.phash:
-        return
-    if config.vectors:
-        raise SettingRefused("--phash is computed from images, and --from reads vectors: set it on `nightshift embed`")
-    if predictor.pixel_format != RGB8:
-        raise SettingRefused(
-            f"--phash is a hash of 8-bit pictures of 1 or 3 bands, and the network takes {predictor.pixel_format}: "
-            "leave it out"
-        )
-    if config.decoder == "gpu":
-        raise SettingRefused("--phash needs pixels on the CPU, and --decoder gpu leaves JPEGs to the GPU: use fast")
-    need_imagehash("--phash")
+    flags = {"--phash": config.phash, "--quality": config.quality}
+    for flag in (name for name, is_set in flags.items() if is_set):
+        if config.vectors:
+            raise SettingRefused(
+                f"{flag} is computed from images, and --from reads vectors: set it on `nightshift embed`"
+            )
+        if predictor.pixel_format != RGB8:
+            raise SettingRefused(
+                f"{flag} is computed from 8-bit pictures of 1 or 3 bands, and the network takes "
+                f"{predictor.pixel_format}: leave it out"
+            )
+        if config.decoder == "gpu":
+            raise SettingRefused(f"{flag} needs pixels on the CPU, and --decoder gpu leaves JPEGs to the GPU: use fast")
+    if config.phash:
+        need_imagehash("--phash")
 
 
 def _check_values(config: RunConfig, predictor: Predictor) -> None:

@@ -99,7 +99,7 @@ def test_a_fill_of_scenes_of_8_bits_is_one_of_their_numbers(value: float) -> Non
 def test_a_perceptual_hash_needs_8_bit_pixels_on_the_cpu() -> None:
     check_settings(config(phash=True), Labels())
     for settings, predictor, message in (
-        ({}, Radiances(), "--phash is a hash of 8-bit pictures of 1 or 3 bands, and the network takes 13 × uint16"),
+        ({}, Radiances(), "--phash is computed from 8-bit pictures of 1 or 3 bands, and the network takes 13 × uint16"),
         ({"decoder": "gpu"}, Labels(), "--phash needs pixels on the CPU"),
         ({"vectors": True}, Labels(), "--phash is computed from images, and --from reads vectors"),
         ({"keep": "text:phash"}, Labels(), "--keep text: there is already a column 'phash'"),
@@ -107,3 +107,19 @@ def test_a_perceptual_hash_needs_8_bit_pixels_on_the_cpu() -> None:
         with pytest.raises(SettingRefused, match=message):
             check_settings(config(phash=True, **settings), predictor)
     check_settings(config(keep="phash"), Labels())
+
+
+def test_quality_needs_8_bit_pixels_on_the_cpu() -> None:
+    check_settings(config(quality=True), Labels())
+    for settings, predictor, message in (
+        (
+            {},
+            Radiances(),
+            "--quality is computed from 8-bit pictures .* network takes 13 × uint16",
+        ),
+        ({"decoder": "gpu"}, Labels(), "--quality needs pixels on the CPU"),
+        ({"vectors": True}, Labels(), "--quality is computed from images, and --from reads vectors"),
+        ({"keep": "text:quality_contrast"}, Labels(), "already a column 'quality_contrast'"),
+    ):
+        with pytest.raises(SettingRefused, match=message):
+            check_settings(config(quality=True, **settings), predictor)
