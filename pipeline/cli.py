@@ -24,7 +24,7 @@ from pipeline.errors import Interrupted, NightshiftError, SettingRefused
 from pipeline.predictors.base import Predictor
 from pipeline.report import messages
 from pipeline.report.messages import MessageFlags
-from pipeline.storage import retry, uris
+from pipeline.storage import retry, strict_yaml, uris
 from pipeline.version import __version__
 
 LIST_FLAGS = ("input", "models")
@@ -32,6 +32,7 @@ BOOLEANS = {"true": "", "yes": "", "on": "", "false": "no-", "no": "no-", "off":
 """Boolean in YAML, in any case → prefix of the flag's name."""
 NEGATIVE = re.compile(r"-\.?\d")
 """The start of a negative number or of a range from one."""
+LEADING_ZERO = re.compile(r"[+-]?0\d")
 NULLS = ("", "null", "~")
 MIN_WAIT_SECONDS = 1.0
 RETRY_MESSAGE_SECONDS = 10.0
@@ -234,16 +235,20 @@ def _config_words(path: str | None, flags: dict[str, "Field[Any]"]) -> list[str]
     if path is None:
         return []
     try:
-        values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # as text: YAML reads 1:8 as 68
+        values = strict_yaml.load_texts(Path(path).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingRefused(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingRefused(f"--config {path} must have one flag per line, such as `model: resnet50`")
     words: list[str] = []
+    seen: dict[str, str] = {}
     for name, value in values.items():
         field = flags.get(name.replace("-", "_")) or flags.get(f"{name}_")
         if field is None:
             raise SettingRefused(f"--config {path}: there is no flag {name}; --help lists the flags")
+        if field.name in seen:
+            raise SettingRefused(f"--config {path}: {name} is given twice, as {seen[field.name]} and as {name}")
+        seen[field.name] = name
         try:
             words += _words(field, value)
         except ValueError as error:
@@ -265,6 +270,8 @@ def _words(field: "Field[Any]", value: Any) -> list[str]:
         return [f"--{BOOLEANS[texts[0].lower()]}{flag}"]
     if field.name in LIST_FLAGS:
         return [f"--{flag}", *texts]
+    if _scalar(field) is int and any(LEADING_ZERO.match(text) for text in texts):
+        raise ValueError("a number without a leading zero, which YAML reads as octal")
     return [f"--{flag}={text}" for text in texts]
 
 

@@ -126,7 +126,9 @@ class RunConfig:
     quality: bool = flag("add columns of brightness, contrast and sharpness, for `analyze`", False)
     batch_size: int | None = flag("images per batch (default: depends on the hardware)", None, metavar="N")
     rows_per_part: int | None = flag(
-        "rows per Parquet part, of 512 MiB at most (default: depends on the archive's size)", None, metavar="N"
+        "least rows of a Parquet part, which holds whole batches, of 512 MiB at most (default: by the archive's size)",
+        None,
+        metavar="N",
     )
     actors: str = flag("model actors: auto, N or MIN:MAX", "auto", metavar="auto|N|MIN:MAX")
     gpus_per_actor: str = flag("GPUs per actor: auto or a number; a fraction shares one GPU", "auto", metavar="auto|F")
@@ -156,7 +158,10 @@ class RunConfig:
                 raise SettingRefused(f"{name} {uris.redact(uri)} {problem}")
         object.__setattr__(self, "output", uris.normalize(self.output))
         keep = [self.keep] if isinstance(self.keep, str) else list(self.keep)
-        object.__setattr__(self, "keep", tuple(name for names in keep for name in names.split(",") if name))
+        columns = tuple(name for names in keep if names for name in names.split(","))
+        if not all(name.partition(":")[0] for name in columns):
+            raise SettingRefused(f"--keep is {','.join(keep)!r}: it names an empty column; write COL or COL,COL")
+        object.__setattr__(self, "keep", columns)
         for name in ("limit", "max_pixels", "batch_size", "rows_per_part", "tile_size", "tile_stride"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -103,6 +103,13 @@ def test_bands_and_values_are_checked(settings: dict[str, object], message: str)
         RunConfig(input="a", output="o", **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("keep", [",", "a,", "a,,b", ":b", ["a", ","]])
+def test_an_empty_name_of_a_kept_column_is_refused(keep: str | list[str]) -> None:
+    with pytest.raises(SettingRefused, match=r"--keep is '.*': it names an empty column"):
+        RunConfig(input="a", output="o", keep=keep)
+    assert RunConfig(input="a", output="o", keep="").keep == ()
+
+
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("input: [a]\noutput: o\nlimit: 7\nbatch-size: 16\nmodel: vgg11\n")
@@ -122,6 +129,9 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path)
         ("limit: [1, 2]", "limit is .* one value"),
         ("overwrite: [true]", "overwrite is .* one value"),
         ("overwrite: maybe", "overwrite is 'maybe': it must be true or false"),
+        ("limit: 5\ninput: a\nlimit: 6", "cannot be read: line 3: the key limit is given twice"),
+        ("rows-per-part: 5\nrows_per_part: 6", "rows_per_part is given twice, as rows-per-part and as rows_per_part"),
+        ("limit: 010", "limit is '010': it must be a number without a leading zero"),
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import SettingRefused
+from pipeline.storage import strict_yaml
 
 LOCAL = "local"
 REFERENCE_MODEL = "resnet50"
@@ -147,7 +148,7 @@ class Prices:
         """Read a price file, by default PRICES. Raises SettingRefused, which names the machine or GPU that is wrong."""
         file = Path(path) if path else PRICES
         try:
-            content = yaml.safe_load(file.read_text())
+            content = strict_yaml.load(file.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise SettingRefused(f"--prices {file} cannot be read: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("machines"), dict):

@@ -1,5 +1,6 @@
 """Pairs of similar images → groups, and which image of each to keep."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,9 +106,20 @@ def order(output: Output, rows: NDArray[np.int64], keep: str) -> NDArray[np.int6
         values = sides["width"].to_numpy().astype(np.int64) * sides["height"].to_numpy()
         return np.asarray(rows[np.lexsort((rows, -values))], np.int64)
     name = keep.removeprefix(COLUMN_PREFIX)
-    column = output.take(rows, [name]).append_column("place", pa.array(np.arange(len(rows))))
-    places = column.sort_by([(name, "descending"), ("place", "ascending")])["place"].to_numpy()
+    column = pa.table({"value": _as_numbers(output.take(rows, [name])[name]), "place": pa.array(np.arange(len(rows)))})
+    places = column.sort_by([("value", "descending"), ("place", "ascending")])["place"].to_numpy()
     return np.asarray(rows[places], np.int64)
+
+
+def _as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts as numbers if all of them are, such as those of a CSV. Empty ones become null. Other values stay."""
+    if not pa.types.is_string(values.type):
+        return values
+    texts = pc.if_else(pc.equal(values, ""), None, values)
+    for type_ in (pa.int64(), pa.float64()):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return texts.cast(type_)
+    return values
 
 
 def groups(pairs: Pairs, order: NDArray[np.int64]) -> tuple[dict[int, int], dict[int, float]]:

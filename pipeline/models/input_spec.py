@@ -36,7 +36,7 @@ from pipeline.geo.bands import Band
 from pipeline.images.pixels import PixelFormat
 from pipeline.images.transform import Transform
 from pipeline.models.overrides import INTERPOLATIONS, MAX_SIDE
-from pipeline.storage import access, uris
+from pipeline.storage import access, strict_yaml, uris
 
 FOLDER = Path(__file__).with_name("input_specs")
 SUFFIXES = (".yaml", ".yml")
@@ -130,7 +130,7 @@ def load(name: str) -> InputSpec:
     shown = uris.redact(name) if is_file else name
     try:
         text = access.read(uris.normalize(name)) if is_file else (FOLDER / f"{name}.yaml").read_bytes()
-        content = yaml.safe_load(text)
+        content = strict_yaml.load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SettingRefused(f"--input-spec {shown} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -10,6 +10,9 @@ from pipeline.images.transform import Transform
 MAX_SIDE = 4096
 """Largest side in pixels of a resized image. The pixels of one batch must fit in memory."""
 
+MIN_STD = 1e-6
+"""Of pixels from 0 to 1. Smaller ones are mistakes, and make numbers that a network cannot use."""
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 NAMES = tuple(field.name for field in fields(Transform))
 STATED = tuple(name for name in NAMES if name != "squash")
@@ -51,10 +54,10 @@ class Overrides:
                 f"{_text(self.mean)}: it must be numbers from 0 to 1; divide a mean of pixels from 0 to 255 by 255"
                 + in_bytes,
             )
-        if not all(0 < value <= 1 for value in self.std):
+        if not all(MIN_STD <= value <= 1 for value in self.std):
             raise self._refused(
                 "std",
-                f"{_text(self.std)}: it must be numbers greater than 0 and at most 1; divide one of pixels from 0 to "
+                f"{_text(self.std)}: it must be numbers from {MIN_STD:g} to 1; divide one of pixels from 0 to "
                 f"255 by 255{in_bytes}",
             )
 

@@ -24,7 +24,7 @@ import yaml
 from pipeline.errors import SettingRefused, WeightsRefused, message_line
 from pipeline.images.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 from pipeline.models.overrides import NAMES, Overrides
-from pipeline.storage import access, uris
+from pipeline.storage import access, strict_yaml, uris
 
 SUFFIXES = (".yaml", ".yml", ".json")
 KEYS = (*NAMES, "range", "scale")
@@ -50,7 +50,7 @@ def load(name: str) -> Overrides:
     if not uris.redact(name).lower().endswith(SUFFIXES):
         raise SettingRefused(f"{source} must be a file that ends in {', '.join(SUFFIXES)}")
     try:
-        content = yaml.safe_load(access.read(uris.normalize(name)))
+        content = strict_yaml.load(access.read(uris.normalize(name)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingRefused(f"{source} cannot be read: {message_line(error)}") from error
     if not isinstance(content, dict):

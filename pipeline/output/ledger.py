@@ -19,6 +19,7 @@ from pipeline.errors import NightshiftError, OutputLocked, OutputRefused, TooMan
 from pipeline.output.commit import ERRORS, RESULTS, Commit, Tally
 from pipeline.output.lock import deleted, taken_over
 from pipeline.planning.plan import Plan
+from pipeline.sources.suffixes import NO_END_MARK
 from pipeline.storage import access, base, uris
 from pipeline.threads import ordered_map
 
@@ -33,7 +34,8 @@ class Ledger:
     """The accepted commits of an output directory: their names, the rows that they cover, and sums over them.
 
     earlier: sums over the commits of earlier attempts. current: sums over the commits of this attempt.
-    left_out: numbers of members that are not read, by suffix. Each shard counts once, however often its end was read.
+    left_out: numbers of members that are not read, by suffix. unended: number of tars without an end mark. Each shard
+    counts once, however often its end was read.
     """
 
     def __init__(self, output: str, attempt: int) -> None:
@@ -44,6 +46,7 @@ class Ledger:
         self.earlier = Tally()
         self.current = Tally()
         self.left_out: Counter[str] = Counter()
+        self.unended = 0
 
     def accept(self, commit: Commit, tally: Tally | None = None) -> bool:
         """Accept a commit and add it to the sums. Returns False if it or one of its rows was accepted before."""
@@ -55,7 +58,8 @@ class Ledger:
             self.coverage.add(shard, ranges)
         for shard, counts in commit.left_out.items():
             if shard not in self.coverage.totals:
-                self.left_out.update(counts)
+                self.left_out.update({name: count for name, count in counts.items() if name != NO_END_MARK})
+                self.unended += counts.get(NO_END_MARK, 0)
         self.coverage.totals.update(commit.totals)
         self.names.add(commit.name)
         (tally or (self.current if commit.attempt == self.attempt else self.earlier)).add(commit)

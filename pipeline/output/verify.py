@@ -42,7 +42,7 @@ class Verification:
     bad_commits: commits that are damaged, do not match their files, or cover rows that another commit covers. `repair`
     removes them.
     left_out: numbers of files of the archive that are not read, by suffix. empty_shards: number of tars and zips
-    without an image.
+    without an image. unended_tars: number of tars without an end mark.
     """
 
     output: str
@@ -57,6 +57,7 @@ class Verification:
     left_out: Mapping[str, int] = field(default_factory=dict)
     empty_shards: int = 0
     empty: int = 0
+    unended_tars: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -77,6 +78,8 @@ class Verification:
             yield f"  left out: {left_out.describe(self.left_out)}"
         if self.empty_shards:
             yield f"  empty: {left_out.describe_empty(self.empty_shards)}"
+        if self.unended_tars:
+            yield f"  tars: {left_out.describe_unended(self.unended_tars)}"
         for problem in self.problems[:MAX_PROBLEMS_SHOWN]:
             yield f"  not whole: {problem}"
         if len(self.problems) > MAX_PROBLEMS_SHOWN:
@@ -106,6 +109,7 @@ def verify(output: str) -> Verification:
     _check_names(result, commits, part_uris)
     result.planned = plan.images(ledger.coverage.totals)
     result.empty_shards = plan.empty_shards(ledger.coverage.totals)
+    result.unended_tars = ledger.unended
     result.uncounted_shards = plan.uncounted(ledger.coverage.totals)
     if not result.problems and not is_finished(output):
         result.problems.append(f"{SUCCESS} is missing; run the same command again")

@@ -17,7 +17,6 @@ from pipeline.geo.tiles import MAX_LATITUDE, rectangles
 from pipeline.planning import left_out, lists, stac, templates
 from pipeline.planning import plan as plans
 from pipeline.planning.listing import (
-    Misfit,
     by_first_bytes,
     existing,
     exists,
@@ -26,6 +25,7 @@ from pipeline.planning.listing import (
     merge,
     not_utf_8,
     objects_of,
+    why_left_out,
     with_utf_8_name,
 )
 from pipeline.planning.notices import Notices
@@ -202,7 +202,7 @@ class Archive:
             if is_ours(info):
                 yield info
             elif self.config.tile_size is None or not info.uri.lower().endswith(scene.SIBLING_SUFFIXES):
-                self.left_out.add(info.uri, "beside the template" if isinstance(info, Misfit) else "")
+                self.left_out.add(info.uri, why_left_out(info))
 
     def _checked_objects(self, name: str) -> Iterator[ObjectInfo]:
         """The objects of one input, outside of the output. Raises InputRefused if none is an image or a shard."""
@@ -238,7 +238,7 @@ class Archive:
             if is_read:
                 is_empty = False
             elif is_empty:
-                others.add(info.uri)
+                others.add(info.uri, why_left_out(info))
                 is_file = info.uri == name
             yield with_utf_8_name(info) if is_read else replace(info, uri=uris.escaped(info.uri))
         if is_empty and is_template:

@@ -36,6 +36,12 @@ KINDS = {
 }
 """Kind of file → its suffixes, and how to make it readable."""
 
+NOTES = {
+    " hidden": "names that begin with a dot are not read; rename them",
+    " broken link": "the targets of links do not exist",
+}
+"""Note of a count → why it is left out."""
+
 _KIND_OF_SUFFIX = {suffix: kind for kind, (suffixes, _) in KINDS.items() for suffix in suffixes}
 
 
@@ -57,7 +63,14 @@ def remedy(counts: Mapping[str, int]) -> str:
         kind = _KIND_OF_SUFFIX.get(suffix) or _KIND_OF_SUFFIX.get("." + suffix.rpartition(".")[2])
         kinds[kind or ""] += count
     known = [kind for kind, _ in kinds.most_common() if kind][:3]
-    return "; ".join(f"{kind} are not read; {KINDS[kind][1]}" for kind in known)
+    clauses = [f"{kind} are not read; {KINDS[kind][1]}" for kind in known]
+    return "; ".join(clauses or [text for note, text in NOTES.items() if any(key.endswith(note) for key in counts)])
+
+
+def describe_unended(tars: int) -> str:
+    """A sentence about tars that end without an end mark."""
+    have = "tar has no end mark: it" if tars == 1 else "tars have no end mark: they"
+    return f"{tars:,} {have} may be cut, and images may be missing"
 
 
 def describe_empty(shards: int) -> str:

@@ -12,7 +12,7 @@ from pipeline.sources.base import MAGIC_BYTES, Compound, starts_as_image
 from pipeline.sources.objects import SOURCE as SOURCE_OF_UNNAMED
 from pipeline.sources.suffixes import NO_SUFFIX, suffix_of
 from pipeline.storage import access, uris
-from pipeline.storage.base import ObjectInfo
+from pipeline.storage.base import BrokenLink, Hidden, ObjectInfo, Unread
 
 WEB = ("http://", "https://")
 
@@ -20,16 +20,32 @@ WEB = ("http://", "https://")
 def objects_of(name: str) -> Iterator[ObjectInfo]:
     """The objects of one input: the matches of a glob, the object itself, or all objects below a folder."""
     if uris.is_glob(name):
-        yield from (info for info in access.list_glob(name) if not _is_marker(info))
+        yield from filter(_is_counted, access.list_glob(name, with_unread=True))
     elif info := file_of(name):
         yield info
     else:
-        yield from (info for info in _below(name) if not _is_marker(info))
+        yield from filter(_is_counted, _below(name))
+
+
+def _is_counted(info: ObjectInfo) -> bool:
+    """True for objects that are read or left out: no markers, and of hidden files only those of images and shards."""
+    if not isinstance(info, Hidden):
+        return not _is_marker(info)
+    name = info.uri.rpartition("/")[2]
+    return not name or (not name.startswith("._") and source_of(name.lstrip(".")) is not None)
+
+
+def why_left_out(info: ObjectInfo) -> str:
+    """Why an object is not read, if not because of its suffix; else an empty text."""
+    kinds = {Misfit: "beside the template", Hidden: "hidden", BrokenLink: "broken link"}
+    return kinds.get(type(info), "")
 
 
 def _is_marker(info: ObjectInfo) -> bool:
     """True for an empty object such as `a/` that marks a folder. A store lists it as `a`, which does not exist."""
-    if info.size_bytes or uris.is_local(info.uri) or info.uri.startswith(WEB):  # a web server may give no size
+    if (
+        info.size_bytes or isinstance(info, Unread) or uris.is_local(info.uri) or info.uri.startswith(WEB)
+    ):  # a web server may give no size
         return False
     if not is_ours(info):
         return suffix_of(info.uri) == NO_SUFFIX
@@ -67,7 +83,7 @@ def _has_objects_below(name: str) -> bool:
 def _below(folder: str) -> Iterator[ObjectInfo]:
     """The objects below a folder, or the object itself if it is no folder."""
     try:
-        objects = access.list_objects(folder)
+        objects = access.list_objects(folder, with_unread=True)
         first = next(objects, None)
     except NotADirectoryError:
         yield access.head(folder)
@@ -121,7 +137,7 @@ def existing(name: str) -> ObjectInfo:
 
 def is_ours(info: ObjectInfo) -> bool:
     """True for images and shards."""
-    if isinstance(info, Misfit):
+    if isinstance(info, Misfit | Unread):
         return False
     return isinstance(info, UnnamedImage | Compound) or source_of(info.uri) is not None
 
@@ -140,7 +156,7 @@ class UnnamedImage(ObjectInfo):
 
 def by_first_bytes(info: ObjectInfo) -> ObjectInfo:
     """The object as an UnnamedImage if only its first bytes are those of an image."""
-    if is_ours(info):
+    if is_ours(info) or isinstance(info, Unread):
         return info
     try:
         with access.open_read(info.uri) as file:

@@ -85,7 +85,7 @@ class HashSet64:
 
 def find_uri_column(schema: pa.Schema, uri_column: str | None, uri: str) -> str:
     """The column of image URIs: `uri_column`, or one with a usual name, or the only one of strings."""
-    names = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    names = [field.name for field in schema if _is_text(field.type)]
     if uri_column:
         if uri_column in names:
             return uri_column
@@ -171,6 +171,7 @@ def _shard(keys: list[str], kept: list[str], hides_credentials: bool) -> Shard:
 
 def _absolute(name: str, list_uri: str) -> str:
     """The full URI of a name, which may be relative to the folder of its list."""
+    name = uris.with_lower_scheme(name)
     if name.startswith(("s3a://", "file://")):
         return uris.normalize(name)
     if "://" in name or os.path.isabs(name):
@@ -199,7 +200,7 @@ def _table_rows(
     column = find_uri_column(schema, uri_column, uri)
     if delimiter and (is_image(column) or "://" in column):
         raise InputRefused(f"the first line of {uri} names an image, {column}: it must name the columns")
-    types = _kept_types(schema, keep, uri)
+    types = _kept_types(schema, keep, uri, is_csv=bool(delimiter))
     for name, type_ in types.items():
         add_keep_type(keep_types, name, type_, uri)
     check_unique(schema, column, uri)
@@ -209,20 +210,29 @@ def _table_rows(
         kept = rows_of(batch, keep)
         for values in kept if text_columns else ():
             values.update((name, _text(values[name])) for name in text_columns)
-        names = values_of(batch.column(column))
+        names = values_of(batch.column(column).cast(pa.large_string()))
         without_uri += sum(not name for name in names)
         yield from ((str(name).strip(), values) for name, values in zip(names, kept, strict=True) if name)
     if without_uri:
         log.warning("%s: skipped %d rows without a URI in the column %r", uri, without_uri, column)
 
 
-def _kept_types(schema: pa.Schema, keep: list[str], uri: str) -> dict[str, pa.DataType]:
-    """Types of the `--keep` columns in the output. Raises InputRefused if a column is missing or ambiguous."""
+def _is_text(type_: pa.DataType) -> bool:
+    """True for strings, also if a dictionary encodes them."""
+    kind = type_.value_type if pa.types.is_dictionary(type_) else type_
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _kept_types(schema: pa.Schema, keep: list[str], uri: str, *, is_csv: bool) -> dict[str, pa.DataType]:
+    """Types of the `--keep` columns in the output. Raises InputRefused if a column is missing or ambiguous.
+
+    A CSV has no types, so its columns are text: as numbers or times, `007` and long numbers would be others.
+    """
     for name in keep:
         if name not in schema.names:
             raise InputRefused(f"--keep {name}: {uri} has only the columns {', '.join(schema.names)}")
         check_unique(schema, name, uri)
-    return {name: _plain(schema.field(name).type) for name in keep}
+    return {name: pa.string() if is_csv else _plain(schema.field(name).type) for name in keep}
 
 
 def _schema(uri: str, file: Any) -> tuple[pa.Schema, str]:
@@ -249,13 +259,15 @@ def _delimiter(file: BinaryIO) -> str:
 
 
 def _open_csv(file: BinaryIO, delimiter: str, columns: Sequence[str] = ()) -> pa_csv.CSVStreamingReader:
-    """Open a CSV. columns: to be read, all by default. Other columns are not typed, so their values may be mixed."""
+    """Open a CSV. columns: to be read as text; by default all of them, with the types of their first values."""
     file.seek(0)
     return pa_csv.open_csv(
         file,
         read_options=pa_csv.ReadOptions(use_threads=False),
         parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(include_columns=list(columns)),
+        convert_options=pa_csv.ConvertOptions(
+            include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string())
+        ),
     )
 
 

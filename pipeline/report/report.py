@@ -41,7 +41,7 @@ class Report:
     bytes_read: of encoded images. bytes_written: of results and errors.
     left_out: numbers of files of the archive that are not read, by suffix. members_left_out: of members of tars and
     zips.
-    empty_shards: number of tars and zips without an image.
+    empty_shards: number of tars and zips without an image. unended_tars: of tars without an end mark, perhaps cut.
     empty: number of images without data, which are counted and not written.
     null_columns: kept columns without a value in any row.
     constant_images: images with a result whose pixels are all equal after --scale.
@@ -80,6 +80,7 @@ class Report:
     constant_images: int = 0
     members_left_out: dict[str, int] = field(default_factory=dict)
     empty: int = 0
+    unended_tars: int = 0
 
     @staticmethod
     def of(
@@ -125,6 +126,7 @@ class Report:
             constant_images=earlier.constant + current.constant,
             members_left_out=dict(ledger.left_out),
             empty=ledger.empty,
+            unended_tars=ledger.unended,
         )
 
     def save(self) -> None:
@@ -161,6 +163,8 @@ class Report:
             yield "" if self.left_out else "left out", f"in tars and zips: {left_out.describe(self.members_left_out)}"
         if self.empty_shards:
             yield "empty", left_out.describe_empty(self.empty_shards)
+        if self.unended_tars:
+            yield "tars", left_out.describe_unended(self.unended_tars)
         if self.null_columns:
             yield "keep", f"{', '.join(self.null_columns)}: no image has a value; check the names in --keep"
         if self.constant_images:

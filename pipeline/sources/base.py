@@ -125,7 +125,7 @@ class ShardEnd:
     """The last item of every read.
 
     rows: total number of rows of the shard. left_out: numbers of members that are not read, by suffix, of a shard that
-    was read to its end.
+    was read to its end; NO_END_MARK: 1 of a tar without its end mark.
     """
 
     rows: int

@@ -100,7 +100,10 @@ def _fetch(shard: Shard, row: int) -> Record:
     except ReadError as fault:
         error = fault
     except FileNotFoundError:
-        error = ReadError("not_found", f"{plain} does not exist")
+        if uris.is_escape(plain):
+            error = ReadError("unreadable", f"{plain}: the name is not UTF-8; rename the file")
+        else:
+            error = ReadError("not_found", f"{plain} does not exist")
     except base.TooLarge as fault:
         error = ReadError("too_large", str(fault))
     except base.Changed as fault:

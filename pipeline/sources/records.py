@@ -11,7 +11,7 @@ from pipeline.coverage import END, Ranges, intersect
 from pipeline.errors import InputRefused, ReadError
 from pipeline.sources.base import Record, ShardEnd, is_image
 from pipeline.sources.shard import Shard
-from pipeline.sources.suffixes import LeftOut
+from pipeline.sources.suffixes import NO_END_MARK, LeftOut
 from pipeline.storage import base
 
 MAX_MEMBER_BYTES = 1 << 30
@@ -247,6 +247,10 @@ class LeftOutMembers:
     @property
     def counts(self) -> Mapping[str, int]:
         return dict(self._members.counts)
+
+    def note_missing_end(self) -> None:
+        """Note that the archive has no end mark."""
+        self._members.counts[NO_END_MARK] = 1
 
     def add(self, member: str) -> None:
         """Count a file. Hidden files are not counted, as outside of archives."""

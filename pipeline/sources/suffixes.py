@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 
 MAX_SUFFIXES = 100
 MAX_SUFFIX_CHARACTERS = 16
+MAX_FOLDER_CHARACTERS = 32
+FOLDER = "folder"
 NO_SUFFIX = "without a suffix"
 OTHERS = "with other suffixes"
+NO_END_MARK = "no end mark"
+"""Beside the counts of a tar's members: 1 if the tar ends without its end mark, and so may be cut."""
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".br", ".z")
 
 
@@ -17,13 +21,19 @@ class LeftOut:
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, uri: str, note: str = "") -> None:
-        """Count a file that is not read. note: why, if its suffix is that of a file that is read."""
-        suffix = " ".join(filter(None, (suffix_of(uri), note)))
+        """Count a file or a folder that is not read. note: why, if not because of its suffix."""
+        suffix = " ".join(filter(None, (_folder_of(uri) or suffix_of(uri), note)))
         self.counts[suffix if suffix in self.counts or len(self.counts) < MAX_SUFFIXES else OTHERS] += 1
 
     def clear(self) -> None:
         """Forget all files, before the archive is listed again."""
         self.counts.clear()
+
+
+def _folder_of(uri: str) -> str:
+    """The name of a folder with its slash, "" for a file."""
+    name = uri[:-1].rpartition("/")[2] if uri.endswith("/") else ""
+    return f"{name}/" if 0 < len(name) <= MAX_FOLDER_CHARACTERS else FOLDER if name else ""
 
 
 def suffix_of(uri: str) -> str:

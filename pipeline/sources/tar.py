@@ -80,6 +80,8 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
                 else:
                     archive.skip(member)
                 rows.advance()
+            if not archive.has_end_mark:
+                left_out.note_missing_end()
     except ReadError as error:
         fault = _with_position(error, rows)
     except OSError as error:
@@ -118,7 +120,7 @@ class _Archive:
     size: in bytes of a seekable file, None for a stream. fault: the error of the compressed stream that was copied to
     `file`. any_suffix: members of any name are images if they begin as one. looked_at: the bytes of the current member
     if they were read for that. group: the number of the current member's sample. left_out: the members that `images`
-    passed over.
+    passed over. has_end_mark: False after the last member of a tar that ends without a block of zeros.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class _Archive:
         self.group = 0
         self.left_out = LeftOutMembers(())
         self.looked_at: bytes | None = None
+        self.has_end_mark = True
 
     def images(self) -> Iterator[tarfile.TarInfo]:
         """The members that are rows, links and devices included."""
@@ -243,6 +246,8 @@ class _Archive:
             raise self._broken(error) from error
         self.tar.members = []  # type: ignore[attr-defined]  # by default tarfile keeps every member in memory
         if member is None:
+            assert self.tar.fileobj is not None
+            self.has_end_mark = self.tar.fileobj.tell() > self.tar.offset
             self._check_end(self.tar)
         elif member.size < 0:
             raise self._broken(_GarbageError(f"{member.name} has {member.size} bytes"))

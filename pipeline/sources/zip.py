@@ -39,6 +39,10 @@ from pipeline.storage import access
 BAD_BYTES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, ValueError, IndexError)
 """Exceptions that zipfile raises for broken bytes."""
 
+FIRST_ENTRY, END_OF_DIRECTORY = b"PK\3\4", b"PK\5\6"
+MAX_END_BYTES = 22 + 0xFFFF
+"""Size of the end of a directory with the longest comment."""
+
 # A member that needs a newer zip version than Python supports is one error row. By default it is an error of the zip.
 zipfile.MAX_EXTRACT_VERSION = 255  # type: ignore[misc]
 
@@ -53,6 +57,7 @@ def read(shard: Shard, todo: Ranges, options: ReadOptions) -> Iterator[Record | 
             _directory(file := WatchedFile(opened), rows.uri) as archive,
         ):
             members = archive.infolist()
+            _check_start(archive, file, members, rows.uri)
             images = []
             for info in members:
                 if _is_row(archive, file, info, options):
@@ -89,6 +94,22 @@ def _directory(file: WatchedFile, uri: str) -> zipfile.ZipFile:
         raise ReadError("corrupt", f"{uri} is not a zip archive, or its directory is broken: {error}") from error
     except NotImplementedError as error:
         raise ReadError("unsupported", f"{uri}: {error}") from error
+
+
+def _check_start(archive: zipfile.ZipFile, file: WatchedFile, members: list[zipfile.ZipInfo], uri: str) -> None:
+    """Raise ReadError if another zip is before this one. Only the directory of the last one is read.
+
+    Other bytes before it are the program of a self-extracting archive.
+    """
+    start = min((info.header_offset for info in members), default=archive.start_dir)
+    if start <= 0:
+        return
+    file.seek(0)
+    if file.read(len(FIRST_ENTRY)) != FIRST_ENTRY:
+        return
+    file.seek(max(0, start - MAX_END_BYTES))
+    if END_OF_DIRECTORY in file.read(min(start, MAX_END_BYTES)):
+        raise ReadError("corrupt", f"{uri} is several zips joined end to end: another one ends at byte {start}")
 
 
 def _is_row(archive: zipfile.ZipFile, file: WatchedFile, info: zipfile.ZipInfo, options: ReadOptions) -> bool:

@@ -9,7 +9,8 @@ still fails after all retries; `Changed` and `TooLarge` are OSErrors. They conce
 must never be recorded as a bad image.
 
 Transient faults are retried with jittered exponential backoff for NIGHTSHIFT_RETRY_SECONDS (default 150); the last
-attempt may end up to a minute later. Single images over http and https are retried for 10 seconds. A request that
+attempt may end up to a minute later. Single images over http and https, and on an FTP, SFTP or SMB server that
+never answered, are retried for 10 seconds. A request that
 receives no data for STALL_SECONDS is cancelled and retried.
 """
 
@@ -29,7 +30,7 @@ from pipeline.storage.bucket import bucket_store
 from pipeline.storage.credentials import full_uri
 from pipeline.storage.fsspec_store import store_of
 from pipeline.storage.local import LocalStore
-from pipeline.storage.uris import BUCKET_SCHEMES, is_local
+from pipeline.storage.uris import BUCKET_SCHEMES, is_local, with_lower_scheme
 
 
 def head(uri: str) -> ObjectInfo:
@@ -92,24 +93,31 @@ def remove_broken_writes(uri: str) -> None:
         _LOCAL.remove_broken_writes(uri)
 
 
-def list_objects(uri: str) -> Iterator[ObjectInfo]:
-    """Yield every object below a folder or prefix, sorted by URI, without hidden names (`.x`)."""
+def list_objects(uri: str, *, with_unread: bool = False) -> Iterator[ObjectInfo]:
+    """Yield every object below a folder or prefix, sorted by URI, without hidden names (`.x`) and broken links.
+
+    with_unread: yield those too, as `Hidden` and `BrokenLink`. A hidden folder is one object.
+    """
     store, path = _locate(uri)
     full = full_uri(uri)
-    infos = store.list_objects(path)
+    infos = store.list_objects(path, with_unread=with_unread)
     return infos if full == uri else (replace(info, uri=uri + info.uri[len(full) :]) for info in infos)
 
 
-def list_glob(pattern: str) -> Iterator[ObjectInfo]:
-    """Yield the objects that match a glob, sorted by URI: `*`, `?` and `[…]` within a folder, `**` across folders."""
+def list_glob(pattern: str, *, with_unread: bool = False) -> Iterator[ObjectInfo]:
+    """Yield the objects that match a glob, sorted by URI: `*`, `?` and `[…]` within a folder, `**` across folders.
+
+    with_unread: see `list_objects`.
+    """
     regex = re.compile(fsspec.utils.glob_translate(pattern))
     fixed = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)]
-    return (info for info in list_objects(fixed.rpartition("/")[0]) if regex.match(info.uri))
+    objects = list_objects(fixed.rpartition("/")[0], with_unread=with_unread)
+    return (info for info in objects if regex.match(info.uri))
 
 
 def _locate(uri: str) -> tuple[Store, str]:
     """The store of a URI, and the path by which that store knows the object."""
-    uri = full_uri(uri)
+    uri = with_lower_scheme(full_uri(uri))
     scheme, _, rest = uri.partition("://")
     if not rest:
         return _LOCAL, uri

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
@@ -14,6 +15,9 @@ STALL_SECONDS = 10.0
 REQUEST_SECONDS = 600
 MAX_OBJECT_BYTES = 1 << 30
 """Limit of an object that is read into memory as a whole: a list of URIs may name objects of any size."""
+
+
+HIDDEN = re.compile(r"/\.(?!\.?(?:/|$))[^/]*/?")
 
 
 class Changed(OSError):
@@ -33,6 +37,24 @@ class ObjectInfo:
     etag: str
 
 
+class Unread(ObjectInfo):
+    """A name in a list that is not read: `Hidden` or `BrokenLink`."""
+
+    __slots__ = ()
+
+
+class Hidden(Unread):
+    """A name that begins with a dot. That of a folder ends in a slash, and stands for all that is below."""
+
+    __slots__ = ()
+
+
+class BrokenLink(Unread):
+    """A symbolic link whose target does not exist."""
+
+    __slots__ = ()
+
+
 class Store(Protocol):
     """One kind of storage. `path` is an absolute path, a key in a bucket, or a whole URI: see `access`.
 
@@ -45,7 +67,21 @@ class Store(Protocol):
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> None: ...
     def delete(self, path: str) -> None: ...
-    def list_objects(self, path: str) -> Iterator[ObjectInfo]: ...
+    def list_objects(self, path: str, *, with_unread: bool = False) -> Iterator[ObjectInfo]: ...
+
+
+def visible(objects: Iterable[ObjectInfo], start: int, *, with_unread: bool) -> Iterator[ObjectInfo]:
+    """The objects without hidden names behind the character `start` of their URIs. `.` and `..` are not hidden.
+
+    with_unread: yield each hidden file and each outermost hidden folder too, as Hidden.
+    """
+    last = ""
+    for info in objects:
+        name = HIDDEN.search(info.uri, start) if "/." in info.uri else None
+        if name is None:
+            yield info
+        elif with_unread and last != (last := info.uri[: name.end()]):
+            yield Hidden(last, 0, "")
 
 
 def check_etag(info: ObjectInfo, etag: str) -> ObjectInfo:

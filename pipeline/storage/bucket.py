@@ -28,6 +28,7 @@ from pipeline.storage.base import (
     check_etag,
     check_length,
     check_size,
+    visible,
 )
 from pipeline.storage.cloud_settings import HINTS, azure_config, azure_sdk_config, endpoint_of, gcs_config, kind_of
 from pipeline.storage.ranges import Ranges
@@ -105,7 +106,11 @@ class BucketStore:
     def delete(self, path: str) -> None:
         self.with_retries(lambda: obstore.delete(self.store, path))
 
-    def list_objects(self, path: str) -> Iterator[ObjectInfo]:
+    def list_objects(self, path: str, *, with_unread: bool = False) -> Iterator[ObjectInfo]:
+        yield from visible(self._listed(path), len(uris.join(self.root, path).rstrip("/")), with_unread=with_unread)
+
+    def _listed(self, path: str) -> Iterator[ObjectInfo]:
+        """All objects below a prefix, hidden ones too."""
         prefix = f"{path}/" if path else None
         chunks: Any = None
         last: str | None = None
@@ -123,10 +128,7 @@ class BucketStore:
             return chunk
 
         while chunk := self.with_retries(next_chunk):
-            for meta in chunk:
-                info = self._info(meta)
-                if "/." not in info.uri[len(self.root) + len(path) :]:
-                    yield info
+            yield from map(self._info, chunk)
             last = chunk[-1]["path"]
         if odd_key:
             yield from self._list_with_odd_keys(path, last or "", odd_key)
@@ -138,7 +140,7 @@ class BucketStore:
         prefix = f"{path}/" if path else ""
         try:
             head = self.head if kind == "gs" else None
-            yield from odd_keys.objects(self.root, prefix, self._entries(kind, prefix, last), head)
+            yield from odd_keys.objects(self.root, self._entries(kind, prefix, last), head)
         except Exception as error:  # of the SDKs, such as credentials that only obstore finds
             package = odd_keys.EXTRAS.get(kind, "botocore")
             remedy = "rename that object, or name folders without it"

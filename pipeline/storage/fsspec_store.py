@@ -27,11 +27,12 @@ from pipeline.storage.base import (
     check_etag,
     check_length,
     check_size,
+    visible,
 )
 from pipeline.storage.retry import with_retries
 from pipeline.storage.uris import check_scheme
 
-HTTP_RETRY_SECONDS = 10.0
+SHORT_RETRY_SECONDS = 10.0
 VERSION_FIELDS = ("ETag", "etag", "mtime", "created", "Content-MD5", "Digest", "modify", "sha")
 """Fields of fsspec's `info` that serve as the etag, the best one first."""
 
@@ -74,7 +75,7 @@ class FsspecStore:
 
     def __init__(self, scheme: str, given: dict[str, Any]) -> None:
         """given: arguments of the file system that its URIs contain, such as host, user and password."""
-        self.limit_seconds: float | None = None
+        self.has_host, self.has_answered = "host" in given, False
         options: dict[str, Any] = dict(given)
         self.is_http = scheme in ("http", "https")
         if self.is_http:
@@ -82,9 +83,6 @@ class FsspecStore:
 
             timeouts = {"total": REQUEST_SECONDS, "sock_connect": CONNECT_SECONDS, "sock_read": STALL_SECONDS}
             options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(**timeouts)}}
-            # One dead web server among a million image URLs must not delay the other images for minutes. A shard holds
-            # many images, so `open_read` retries as long as on every other store.
-            self.limit_seconds = HTTP_RETRY_SECONDS
         kind = fsspec.get_filesystem_class(scheme)
         self._connections: Connections | None = None
         if not kind.async_impl and (given or not kind.cachable):
@@ -93,6 +91,15 @@ class FsspecStore:
         else:
             self._shared = fsspec.filesystem(scheme, **options)
 
+    @property
+    def image_seconds(self) -> float | None:
+        """Seconds to retry the read of a loose image, None for the usual ones.
+
+        One dead server among those of a million URLs must not delay the other images for minutes. A shard holds many
+        images, so `open_read` retries as long as on every other store. So does a server that has answered before.
+        """
+        return SHORT_RETRY_SECONDS if self.is_http or (self.has_host and not self.has_answered) else None
+
     def _call(self, action: Callable[[Any], T]) -> T:
         """Call `action` with a file system that no other thread uses at the moment, or that all threads may share.
 
@@ -100,7 +107,9 @@ class FsspecStore:
         """
         with self._connections.borrow() if self._connections else contextlib.nullcontext(self._shared) as filesystem:
             try:
-                return action(filesystem)
+                result = action(filesystem)
+                self.has_answered = True
+                return result
             except FileNotFoundError as error:
                 has_cause = (self.is_http or self._connections) and isinstance(error.__cause__, Exception)
                 raise (error.__cause__ if has_cause and error.__cause__ else error) from None
@@ -110,14 +119,17 @@ class FsspecStore:
         return str(self._shared._strip_protocol(uri)) if self._connections else uri
 
     def head(self, path: str) -> ObjectInfo:
-        return self._head(path, self.limit_seconds)
+        return self._head(path, self.image_seconds)
 
     def read(self, path: str, etag: str) -> bytes:
         if etag:
             check_etag(self.head(path), etag)
         if self.is_http:
-            return self._with_retries(lambda _: cast(bytes, fsspec.asyn.sync(self._shared.loop, self._body, path)))
-        return cast(bytes, self._with_retries(lambda filesystem: filesystem.cat_file(self._path(path))))
+            return self._read(lambda _: cast(bytes, fsspec.asyn.sync(self._shared.loop, self._body, path)))
+        return self._read(lambda filesystem: cast(bytes, filesystem.cat_file(self._path(path))))
+
+    def _read(self, action: Callable[[Any], bytes]) -> bytes:
+        return with_retries(lambda: self._call(action), self.image_seconds)
 
     async def _body(self, url: str) -> bytes:
         """Body of a response. Raises TooLarge on the way, since a web server may send any number of bytes."""
@@ -178,15 +190,14 @@ class FsspecStore:
     def delete(self, path: str) -> None:
         self._with_retries(lambda filesystem: filesystem.rm_file(self._path(path)))
 
-    def list_objects(self, path: str) -> Iterator[ObjectInfo]:
+    def list_objects(self, path: str, *, with_unread: bool = False) -> Iterator[ObjectInfo]:
         infos = self._with_retries(lambda filesystem: filesystem.find(self._path(path), detail=True))
         base = str(self._shared._strip_protocol(path)).rstrip("/")
-        for name in sorted(infos):
-            if "/." not in name[len(base) :]:
-                yield self._info(path + name[len(base) :], infos[name])
+        listed = (self._info(path + name[len(base) :], infos[name]) for name in sorted(infos))
+        yield from visible(listed, len(path), with_unread=with_unread)
 
     def _with_retries(self, action: Callable[[Any], T]) -> T:
-        return with_retries(lambda: self._call(action), self.limit_seconds)
+        return with_retries(lambda: self._call(action), SHORT_RETRY_SECONDS if self.is_http else None)
 
     def _head(self, path: str, limit_seconds: float | None) -> ObjectInfo:
         info = with_retries(lambda: self._call(lambda filesystem: filesystem.info(self._path(path))), limit_seconds)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.storage.base import ObjectInfo, check_etag
+from pipeline.storage.base import BrokenLink, Hidden, ObjectInfo, Unread, check_etag
 from pipeline.storage.uris import escaped
 
 TEMPORARY = ".nightshift.tmp"
@@ -68,8 +68,9 @@ class LocalStore:
     def delete(self, path: str) -> None:
         os.unlink(path)
 
-    def list_objects(self, path: str) -> Iterator[ObjectInfo]:
-        yield from self._walk(path, frozenset())
+    def list_objects(self, path: str, *, with_unread: bool = False) -> Iterator[ObjectInfo]:
+        objects = self._walk(path, frozenset())
+        yield from objects if with_unread else (info for info in objects if not isinstance(info, Unread))
 
     def remove_broken_writes(self, path: str) -> None:
         """Remove the temporary files of killed writers below a folder. No writer may be active there."""
@@ -79,17 +80,19 @@ class LocalStore:
                     Path(folder, name).unlink(missing_ok=True)
 
     def _walk(self, folder: str, parents: frozenset[str]) -> Iterator[ObjectInfo]:
+        """The files below a folder, and what `Unread` stands for. Hidden folders are not entered."""
         real = os.path.realpath(folder)
         if real in parents:  # a symbolic link to a parent folder
             return
         with os.scandir(folder) as entries:
             # Folders sort as their name with a slash, so that whole paths are in the order of object stores. Names that
             # are not UTF-8 sort by their escaped form.
-            visible = (e.name + "/" * _is_folder(e) for e in entries if not e.name.startswith("."))
-            names = sorted(visible, key=escaped)
+            names = sorted((e.name + "/" * _is_folder(e) for e in entries), key=escaped)
         for name in names:
             path = f"{folder.rstrip('/')}/{name}"
-            if name.endswith("/"):
+            if name.startswith("."):
+                yield Hidden(path, 0, "")
+            elif name.endswith("/"):
                 yield from self._walk(path[:-1], parents | {real})
             else:
                 try:
@@ -97,7 +100,9 @@ class LocalStore:
                 except OSError as error:
                     if error.errno not in (errno.ENOENT, errno.ELOOP):
                         raise
-                else:  # the file was not removed meanwhile, and is no broken or circular link
+                    if os.path.islink(path):  # broken or circular; else the file was removed meanwhile
+                        yield BrokenLink(path, 0, "")
+                else:
                     yield info
 
     @staticmethod

@@ -59,10 +59,8 @@ def az_entries(container: str, prefix: str, last: str, config: dict[str, Any]) -
             yield Entry(blob.name, blob.size, blob.etag)
 
 
-def objects(
-    root: str, prefix: str, entries: Iterable[Entry], head: Callable[[str], ObjectInfo] | None
-) -> Iterator[ObjectInfo]:
-    """The objects of a list, without markers of folders (`a/`) and hidden names (`.x`).
+def objects(root: str, entries: Iterable[Entry], head: Callable[[str], ObjectInfo] | None) -> Iterator[ObjectInfo]:
+    """The objects of a list, without markers of folders (`a/`).
 
     head: asks the store for an object by its key, 16 at a time; None if the list has the etags.
     """
@@ -76,16 +74,12 @@ def objects(
         except Exception:  # the key that obstore rejects; reading the object tells why
             return listed(entry)
 
-    visible = (entry for entry in entries if not _is_marker(entry) and not _is_hidden(entry.key[len(prefix) :]))
-    yield from ordered_map(asked, visible, HEAD_THREADS, HEADS_AHEAD) if head else map(listed, visible)
+    files = (entry for entry in entries if not _is_marker(entry))
+    yield from ordered_map(asked, files, HEAD_THREADS, HEADS_AHEAD) if head else map(listed, files)
 
 
 def _is_marker(entry: Entry) -> bool:
     return entry.key.endswith("/") and not entry.size_bytes
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _s3_client(session: Any, endpoint: str, region: str) -> Any:

@@ -61,6 +61,15 @@ _CREDENTIALS_REFUSED = {
 _TRANSIENT_CODES = {"BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout"}
 
 
+_EXPLAINED = {
+    "TooManyRedirects": "the server redirects too many times, perhaps in a circle",
+    "InvalidUrlRedirectClientError": "the server redirects to a URL that is not valid",
+    "NonHttpUrlRedirectClientError": "the server redirects to a URL that is not http",
+    "InvalidUrlClientError": "the URL is not valid",
+}
+"""Exceptions of aiohttp without a sentence → what happened."""
+
+
 class Exhausted(OSError):
     """A transient fault lasted longer than the retries."""
 
@@ -124,6 +133,8 @@ def permanent_error(error: Exception) -> Exception | None:
         return _BUILTIN_ERRORS[type(error)](_one_line(error))
     if re.search(r"source: (NotPartial|NoContentRange|ParseContentRange|UnexpectedRange)", str(error)):
         return OSError(f"the server does not support ranges: {_one_line(error)}")
+    if type(error).__name__ in _EXPLAINED:
+        return OSError(_EXPLAINED[type(error).__name__])
     if isinstance(error, ftplib.error_perm):
         kinds = {"530": PermissionError, "550": FileNotFoundError}
         return kinds.get(str(error)[:3], OSError)(_one_line(error))
@@ -164,7 +175,7 @@ def code_of(error: Exception) -> tuple[str, str]:
 def _one_line(error: Exception) -> str:
     """The error in one line, without XML and without secrets in URLs."""
     text = str(error).partition("\n")[0].partition("<?xml")[0].rstrip(": ") or type(error).__name__
-    text = re.sub(r"https?://\S+", lambda url: redact(url[0]), text)
+    text = re.sub(r"https?://\S+", lambda url: redact(url[0]), text, flags=re.IGNORECASE)
     code, message = code_of(error)
     kind = re.search(r"HttpError \{\s*kind: (\w+)", str(error))  # only this names an interruption or a timeout
     return f"{text}{f': {code}: {message}' if code else ''}{f' ({kind[1]})' if kind else ''}"

@@ -1,4 +1,4 @@
-"""Functions on the text of URIs: normalize, join, remove secrets. Only `is_glob` does I/O.
+"""Functions on the text of URIs: normalize, join, remove secrets. Only `is_glob` and `is_escape` do I/O.
 
 A URI is an absolute local path ("/data/a.jpg"), or `scheme://…`.
 """
@@ -21,6 +21,7 @@ REMEDIES = {"webdav": _MOUNT, "webdavs": _MOUNT, "dav": _MOUNT, "davs": _MOUNT, 
 PACKAGES = {"sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "github": "requests"}
 """The package that a scheme of fsspec needs."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET_QUERY = re.compile(
     r"\?(?:[^?]*&)?(?:x-amz-|x-goog-|sig=|signature=|token=|key=|secret=|password=)", re.IGNORECASE
 )
@@ -32,7 +33,7 @@ def redact(uri: str) -> str:
     In object keys "?" and "#" are ordinary characters, and `container@account` is an address. So from the URI of a
     bucket's object only the parts that look like credentials are removed.
     """
-    scheme, _, rest = uri.partition("://")
+    scheme, _, rest = with_lower_scheme(uri).partition("://")
     if not rest:
         return uri
     authority, slash, path = rest.partition("/")
@@ -55,9 +56,21 @@ def escaped(name: str) -> str:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def is_escape(path: str) -> bool:
+    """True if a local path is the escaped form of a name that exists and is not UTF-8."""
+    name = re.sub(rb"\\x([89a-f][0-9a-f])", lambda byte: bytes.fromhex(byte[1].decode()), path.encode())
+    return is_local(path) and name != path.encode() and os.path.lexists(name)
+
+
+def with_lower_scheme(uri: str) -> str:
+    """The URI with its scheme in lower case. Schemes are the same in any case (RFC 3986, section 3.1)."""
+    scheme = _SCHEME.match(uri)
+    return scheme[0].lower() + uri[scheme.end() :] if scheme else uri
+
+
 def normalize(uri: str) -> str:
     """Return the normal form of a URI: an absolute path for local files, no trailing slash, s3:// for s3a://."""
-    scheme, _, rest = uri.partition("://")
+    scheme, _, rest = with_lower_scheme(uri).partition("://")
     if not rest:
         return os.path.abspath(os.path.expanduser(uri))
     if scheme == "file":
@@ -67,6 +80,7 @@ def normalize(uri: str) -> str:
 
 def check_uri(uri: str) -> str | None:
     """What is wrong with a URI that a user wrote, or None. Does no I/O; the store may still not exist."""
+    uri = with_lower_scheme(uri)
     if typed := re.match(r"([a-z][a-z0-9+]+):/(?!/)", uri):
         return f"is neither a path nor a URI: write {typed[1]}://…, or ./{uri} for a local folder of that name"
     scheme, separator, rest = uri.partition("://")
@@ -100,7 +114,7 @@ def check_output(uri: str) -> str | None:
     """What is wrong with the URI of an output, or None."""
     if problem := check_uri(uri):
         return problem
-    scheme = uri.partition("://")[0] if "://" in uri else ""
+    scheme = with_lower_scheme(uri).partition("://")[0] if "://" in uri else ""
     if scheme == "memory":
         return "exists only in the memory of one process: use a directory or a bucket"
     if scheme in READ_ONLY_SCHEMES:

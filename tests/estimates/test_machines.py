@@ -117,6 +117,7 @@ def test_a_price_file_of_the_user(tmp_path: Path) -> None:
         (f"{ONE}gpus: [L4]", "`gpus:` must have GPUs by name"),
         ("- 1", "no `machines:`"),
         ("a: [", "cannot be read"),
+        ("machines: {a: {cores: 1, cores: 2}}", "line 1: the key cores is given twice"),
     ],
 )
 def test_a_bad_price_file_is_refused_with_the_fault(tmp_path: Path, text: str, message: str) -> None:

@@ -133,6 +133,19 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert duplicates(output, threshold=0.99, keep="largest").groups == 2
 
 
+def test_the_highest_value_of_a_column_of_texts(tmp_path: Path) -> None:
+    """The columns of a CSV are text. Numbers in them are compared as numbers."""
+    vectors = np.concatenate([np.eye(1, DIM, dtype=np.float32)] * 3)
+    for name, values, best in [
+        ("n", ["9", "10", ""], 1),
+        ("f", ["9.5", "10", "1e2"], 2),
+        ("word", ["9", "10", "x"], 2),
+    ]:
+        output = write(tmp_path / name, vectors, kept={name: values})
+        rows = duplicates(output, threshold=0.99, keep=f"column:{name}").table.to_pylist()
+        assert [int(row["image_id"][-9:-4]) for row in rows if row["keep"]] == [best]
+
+
 def test_no_chain_joins_images_that_differ(tmp_path: Path) -> None:
     """A row of vectors, each similar to the next: the ends are not, so they are in different groups."""
     angles = np.arange(6) * 0.2

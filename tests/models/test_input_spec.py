@@ -92,6 +92,7 @@ GOOD = "bands: [a, b]\ncrop: 32\n"
         (f"{GOOD}clip: {'[' * 2000}{']' * 2000}\n", "."),
         ("- a\n", "must have one key per line"),
         ("a: [", "cannot be read"),
+        (f"{GOOD}divisor: 1\ndivisor: 2\n", "the key divisor is given twice"),
     ],
 )
 def test_a_bad_file_is_refused_by_key_and_value(tmp_path: Path, text: str, message: str) -> None:

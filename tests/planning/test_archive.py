@@ -162,7 +162,12 @@ def test_a_name_that_is_not_utf_8_is_an_error_row(tmp_path: Path) -> None:
     plan = plans.make(str(tmp_path / "out"), shards(tmp_path / "in"), {})
     record, _ = read(plan.load(0), ((0, 1),), _options())
     assert isinstance(record, Record)
-    assert (record.image_id, record.error.error_type) == (f"{tmp_path}/in/caf\\xe9.jpg", "not_found")
+    name = f"{tmp_path}/in/caf\\xe9.jpg"
+    assert (record.image_id, record.error.error_type) == (name, "unreadable")
+    assert record.error.message == f"{name}: the name is not UTF-8; rename the file"
+    (tmp_path / "list.txt").write_bytes(b"in/caf\\xe8.jpg\n")
+    record, _ = read(*shards(tmp_path / "list.txt"), ((0, 1),), _options())
+    assert record.error.message == f"{tmp_path}/in/caf\\xe8.jpg does not exist"
 
 
 def write_odd(folder: Path, name: bytes) -> None:
@@ -245,13 +250,31 @@ def test_other_delimiters_in_the_names_of_columns(folder: Path) -> None:
     assert shard.payload.keys == (f"{folder}/loose/a/1.jpg",)
 
 
-def test_only_the_columns_that_are_used_have_types(folder: Path) -> None:
-    """The type of a column is that of its first block; a later value may not fit it."""
-    lines = [f"loose/{i}.jpg,{i if i < 200_000 else 'none'},{i}" for i in range(200_001)]
-    (folder / "list.csv").write_text("url,score,n\n" + "\n".join(lines) + "\n")
-    assert sum(shard.rows or 0 for shard in shards(folder / "list.csv", keep="n")) == 200_001
-    with pytest.raises(InputRefused, match="cannot be read as a list of images"):
-        shards(folder / "list.csv", keep="score")
+def test_a_column_of_a_csv_may_begin_with_numbers_and_end_with_words(folder: Path) -> None:
+    lines = [f"loose/{i}.jpg,{i if i < 200_000 else 'none'}" for i in range(200_001)]
+    (folder / "list.csv").write_text("url,score\n" + "\n".join(lines) + "\n")
+    planned = shards(folder / "list.csv", keep="score")
+    assert sum(shard.rows or 0 for shard in planned) == 200_001
+    assert json.loads(planned[-1].payload.kept[-1]) == {"score": "none"}
+
+
+def test_kept_values_of_a_csv_are_those_of_the_file(folder: Path) -> None:
+    names = ["id", "when", "big", "flag", "price", "none"]
+    values = ["000123", "2024-01-01T00:00:00Z", "12345678901234567890123", "true", "1.10", ""]
+    (folder / "list.csv").write_text(f"url,{','.join(names)}\nloose/a/1.jpg,{','.join(values)}\n")
+    archive = Archive(RunConfig(input=str(folder / "list.csv"), output="/o", keep=names))
+    (shard,) = archive.shards()
+    assert json.loads(shard.payload.kept[0]) == dict(zip(names, values, strict=True))
+    assert archive.keep_types == dict.fromkeys(names, pa.string())
+
+
+@pytest.mark.parametrize("type_", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
+def test_a_parquet_list_may_hold_its_uris_in_any_kind_of_text(folder: Path, type_: pa.DataType) -> None:
+    urls = pa.array(["loose/a/1.jpg", "loose/a/2.JPEG", None]).cast(type_)
+    pq.write_table(pa.table({"url": urls, "other": urls}), folder / "list.parquet")
+    (shard,) = shards(folder / "list.parquet", keep="other")
+    assert shard.payload.keys == (f"{folder}/loose/a/1.jpg", f"{folder}/loose/a/2.JPEG")
+    assert json.loads(shard.payload.kept[1]) == {"other": "loose/a/2.JPEG"}
 
 
 def test_kept_columns_of_a_list(folder: Path) -> None:
@@ -259,8 +282,8 @@ def test_kept_columns_of_a_list(folder: Path) -> None:
     path.write_text("where,n,place\nloose/a/1.jpg,7,north\nloose/a/2.JPEG,8,\n")
     archive = Archive(RunConfig(input=str(path), output="/o", keep="n,place", uri_column="where"))
     records = [item for shard in archive.shards() for item in read(shard, ((0, 9),), archive.options())][:2]
-    assert [dict(record.kept) for record in records] == [{"n": 7, "place": "north"}, {"n": 8, "place": ""}]
-    assert archive.keep_types == {"n": pa.int64(), "place": pa.string()}
+    assert [dict(record.kept) for record in records] == [{"n": "7", "place": "north"}, {"n": "8", "place": ""}]
+    assert archive.keep_types == {"n": pa.string(), "place": pa.string()}
 
 
 def test_kept_arrays_and_structs_become_text(folder: Path) -> None:
@@ -441,14 +464,16 @@ def test_the_check_and_the_plan_share_one_list(folder: Path, monkeypatch: pytest
     asked: list[str] = []
     for name in ("list_objects", "head"):
         original = getattr(access, name)
-        monkeypatch.setattr(access, name, lambda uri, original=original: (asked.append(uri), original(uri))[1])
+        monkeypatch.setattr(
+            access, name, lambda uri, original=original, **more: (asked.append(uri), original(uri, **more))[1]
+        )
     archive = Archive(RunConfig(input=names, output="/o"))
     archive.check()
     assert archive.left_out.counts == {}
     before = len(asked)
     assert before == 1 + 2
     assert list(archive.shards()) == expected
-    assert archive.left_out.counts == {".npy": 1, ".md": 1, ".json": 1}
+    assert archive.left_out.counts == {".npy": 1, ".md": 1, ".json": 1, ".jpg hidden": 1}
     assert len(asked) == before
     assert list(archive.shards()) == expected, "a second plan lists again"
     assert len(asked) == 2 * before

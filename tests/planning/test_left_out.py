@@ -11,7 +11,9 @@ from source_contract import image
 
 from pipeline.config import RunConfig
 from pipeline.coverage import END
+from pipeline.errors import InputRefused
 from pipeline.output import directory
+from pipeline.output.commit import Commit
 from pipeline.output.ledger import Ledger
 from pipeline.output.run_record import RunRecord
 from pipeline.output.verify import Verification
@@ -21,7 +23,7 @@ from pipeline.planning.archive import Archive
 from pipeline.report.progress import meter
 from pipeline.report.report import Report
 from pipeline.sources.objects import LooseImages
-from pipeline.sources.suffixes import MAX_SUFFIXES, LeftOut
+from pipeline.sources.suffixes import MAX_SUFFIXES, NO_END_MARK, LeftOut
 
 COUNTS = {".npy": 12, ".dcm": 3}
 EMPTY = "no member whose name is that of an image; --any-suffix looks at the first bytes"
@@ -70,6 +72,29 @@ def test_the_output_is_not_counted(folder: Path) -> None:
     assert planned.left_out.counts == EXPECTED
 
 
+def test_hidden_images_and_broken_links_are_counted(folder: Path) -> None:
+    """Of hidden files only images and shards. A hidden folder is one, and is not entered."""
+    for name in [".x.png", "a/.y.png", ".z.tar", "._fork.png", ".DS_Store", ".git/1.png", ".git/b/2.png", "a/.d/3.jpg"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"1")
+    (folder / "gone.png").symlink_to("/nowhere.png")
+    (folder / "a/round.npy").symlink_to("round.npy")
+    hidden = {".png hidden": 2, ".tar hidden": 1, ".git/ hidden": 1, ".d/ hidden": 1}
+    links = {".png broken link": 1, ".npy broken link": 1}
+    for names in (("",), ("", "a")):
+        for settings in ({}, {"any_suffix": True}):
+            planned = archive(folder, *names, **settings)
+            assert sum(shard.rows or 0 for shard in planned.shards()) == 1
+            assert planned.left_out.counts == {**EXPECTED, **hidden, **links}, names
+    assert left_out.describe(planned.left_out.counts).startswith(
+        "2 .npy, 2 .png hidden, 2 without a suffix, 1 .d/ hidden"
+    )
+    with pytest.raises(InputRefused, match=r"has only 1 .png hidden \(not read\): names that begin with a dot are"):
+        list(archive(folder, "*x.png").shards())
+    with pytest.raises(InputRefused, match=r"has only 1 .png broken link \(not read\): the targets of links do not"):
+        list(archive(folder, "g*.png").shards())
+
+
 def test_memory_is_flat() -> None:
     counts = LeftOut()
     for number in range(10_000):
@@ -116,8 +141,11 @@ def test_the_report_the_start_of_a_run_and_verify_name_the_counts(
     uncounted, dropped = np.full(3, -1, np.int64), {2: ((0, END),)}
     plan = plans.Plan(str(tmp_path), (), 3, 0, pa.schema([]), uncounted, dropped, left_out=COUNTS)
     ledger = Ledger(str(tmp_path), 1)
-    ledger.coverage.totals.update({0: 0, 1: 3, 2: 0})
-    ledger.left_out.update({".json": 2})
+    ledger.coverage.totals.update({0: 0})
+    ends = {2: {".json": 2, NO_END_MARK: 1}, 1: {NO_END_MARK: 1}}
+    for name in ("a", "b"):
+        ledger.accept(Commit(name, 1, None, None, {}, {2: 0, 1: 3}, 0, 0, left_out=ends))
+    assert (ledger.left_out, ledger.unended) == ({".json": 2}, 2)
     report = Report.of(plan, ledger, "resnet18", "done", 1.0)
     report.save()
     assert json.loads((tmp_path / "_report.json").read_text())["members_left_out"] == {".json": 2}
@@ -125,15 +153,17 @@ def test_the_report_the_start_of_a_run_and_verify_name_the_counts(
     assert json.loads((tmp_path / "_report.json").read_text())["left_out"] == COUNTS
     assert ("left out", TEXT) in Report.load(str(tmp_path))._lines()
     assert ("empty", f"1 tar or zip has {EMPTY}") in Report.load(str(tmp_path))._lines()
+    assert ("tars", "2 tars have no end mark: they may be cut, and images may be missing") in report._lines()
     with meter(plan, ledger):
         pass
     assert f"left out: {TEXT}" in capsys.readouterr().err.splitlines()
     with meter(replace(plan, left_out={}), ledger):
         pass
     assert "left out" not in capsys.readouterr().err
-    lines = list(Verification(str(tmp_path), 0, left_out=COUNTS, empty_shards=2).lines())
+    lines = list(Verification(str(tmp_path), 0, left_out=COUNTS, empty_shards=2, unended_tars=1).lines())
     assert f"  left out: {TEXT}" in lines
     assert f"  empty: 2 tars or zips have {EMPTY}" in lines
+    assert "  tars: 1 tar has no end mark: it may be cut, and images may be missing" in lines
 
 
 def test_any_suffix_finds_loose_images(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from source_contract import ALL, MemberContract, Members, error_types, image, re
 
 from pipeline import sources
 from pipeline.coverage import END
-from pipeline.sources import ReadOptions
+from pipeline.sources import ReadOptions, tar
 from pipeline.sources.shard import Shard
+from pipeline.sources.suffixes import NO_END_MARK
 
 
 def tar_bytes(members: Members, texts: Sequence[str] = (), format: int = tarfile.PAX_FORMAT) -> bytes:
@@ -75,6 +76,18 @@ class TestTar(MemberContract):
             assert [i.data for i in read_all(shard, ALL, keep=("txt",))[0]] == [i.data for i in items]
 
         check()
+
+    def test_a_tar_without_an_end_mark_is_read_and_noted(self, tmp_path: Path) -> None:
+        data = tar_bytes([("0.png", image(0)), ("1.png", image(1))], ["text"] * 2)
+        end = len(data.rstrip(b"\0")) // 512 * 512 + 512
+        for stop, expected in ((len(data), {}), (end + 512, {}), (end, {NO_END_MARK: 1})):
+            shard = tar_shard(tmp_path, self.compress(data[:stop]), self.suffix)
+            for keep in ((), ("txt",)):
+                *records, last = tar.read(shard, ALL, ReadOptions(keep))
+                assert [item.data for item in records] == [image(0), image(1)]
+                assert {**last.left_out, ".txt": 2} == {**expected, ".txt": 2}
+            *_, last = tar.read(replace(shard, rows=1), ALL, ReadOptions())
+            assert not last.left_out, "--limit"
 
 
 class TestTarGz(TestTar):

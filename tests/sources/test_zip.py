@@ -53,6 +53,28 @@ class TestZip(MemberContract):
             archive.writestr(link, "/etc/passwd")
         assert error_types(read_all(Shard(0, "zip", str(path)))[0]) == ["unsupported"]
 
+    def test_zips_joined_end_to_end_are_an_error(self, tmp_path: Path) -> None:
+        """Only the directory of the last one would be read."""
+        parts = []
+        for number in range(2):
+            self.write(tmp_path / f"{number}.zip", [(f"{number}.png", image(number))])
+            parts.append((tmp_path / f"{number}.zip").read_bytes())
+        path = tmp_path / "joined.zip"
+        path.write_bytes(b"".join(parts))
+        (item,), total = read_all(Shard(0, "zip", str(path)))
+        assert (item.error and item.error.error_type, total) == ("corrupt", 1)
+        assert f"several zips joined end to end: another one ends at byte {len(parts[0])}" in str(item.error)
+        for program in (b"MZ" + bytes(1000), b"#!/bin/sh\nexit\n"):
+            path.write_bytes(program + parts[1])
+            (item,), _ = read_all(Shard(0, "zip", str(path)))
+            assert item.data == image(1)
+        with zipfile.ZipFile(path := tmp_path / "deleted.zip", "w") as archive:
+            archive.writestr("gone.png", image(0))
+            archive.writestr("1.png", image(1))
+            del archive.filelist[0]  # a deleted entry, whose bytes are still there
+        (item,), _ = read_all(Shard(0, "zip", str(path)))
+        assert item.data == image(1)
+
     def test_a_member_without_a_name_is_left_out(self, tmp_path: Path) -> None:
         path = tmp_path / "a.zip"
         with zipfile.ZipFile(path, "w") as archive:

@@ -1,8 +1,10 @@
 """A real FTP server, whose connections cannot be shared by threads."""
 
 import logging
+import socket
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +69,25 @@ def test_archives(ftp: str, tmp_path: Path, kind: str) -> None:
                 archive.write(tmp_path / name, name)
     items, _ = read_all(Shard(0, kind, f"{ftp}/a.{kind}"))
     assert [item.data for item in items] == [image(number) for number in range(20)]
+
+
+@pytest.mark.timeout(60)
+def test_a_dead_server_is_given_up_soon_and_one_that_has_answered_is_not(
+    ftp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_RETRY_SECONDS", "50")
+    monkeypatch.setattr(fsspec_store, "SHORT_RETRY_SECONDS", 0.3)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        started = time.monotonic()
+        with pytest.raises(OSError, match="Connection refused"):
+            access.read(f"ftp://127.0.0.1:{unused.getsockname()[1]}/a.jpg")
+        assert time.monotonic() - started < 10
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    store = fsspec_store.store_of(ftp)
+    assert store.image_seconds == 0.3
+    assert access.read(f"{ftp}/a.jpg") == b"1"
+    assert store.image_seconds is None
 
 
 @pytest.mark.timeout(60)

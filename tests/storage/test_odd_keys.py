@@ -49,7 +49,7 @@ def test_an_odd_key_is_an_error_row_beside_the_others(put: Any, s3: S3Server) ->
         assert error is not None
         assert error.error_type == "unreadable"
         assert "rename the object" in error.message
-    assert archive.left_out.counts == {".npy": 1}
+    assert archive.left_out.counts == {".npy": 1, ".png hidden": 1, ".hidden/ hidden": 1}
 
 
 def test_an_odd_key_after_the_first_page(put: Any, s3: S3Server) -> None:

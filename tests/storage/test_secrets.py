@@ -31,6 +31,8 @@ S3_SECRET = "planted-s3-secret"
         ("https://user:secret@host/a.jpg?X-Amz-Signature=secret#part", "https://host/a.jpg"),
         ("https://token@host:8080/a%20b.jpg", "https://host:8080/a%20b.jpg"),
         ("https://host?sig=secret", "https://host"),
+        ("HTTPS://user:secret@host/a.jpg?sig=secret", "https://host/a.jpg"),
+        ("S3://key:secret@bucket/A.jpg?X-Amz-Signature=secret", "s3://bucket/A.jpg"),
         ("https://[::1/a.png?sig=secret", "https://[::1/a.png"),
         ("s3://key:secret@bucket/a.jpg", "s3://bucket/a.jpg"),
         ("az://container/a.jpg?sv=2024&sig=secret", "az://container/a.jpg"),

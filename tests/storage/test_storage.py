@@ -27,7 +27,7 @@ from pipeline.sources import ReadOptions, Record, objects
 from pipeline.sources.objects import LooseImages
 from pipeline.sources.shard import Shard
 from pipeline.storage import access, bucket, local, uris
-from pipeline.storage.base import Changed, TooLarge
+from pipeline.storage.base import Changed, Hidden, TooLarge
 from pipeline.threads import ordered_map
 
 
@@ -70,6 +70,8 @@ class StorageContract:
         listed = [info.uri for info in access.list_objects(base)]
         assert listed == sorted(listed)
         assert set(listed) == {f"{base}/{name}" for name in names[:5]}
+        unread = [info for info in access.list_objects(base, with_unread=True) if isinstance(info, Hidden)]
+        assert sorted(info.uri for info in unread) == [f"{base}/.dir/", f"{base}/.hidden", f"{base}/a/.tmp"]
 
     def test_globs(self, base: str) -> None:
         for name in ["a/1.jpg", "a/2.png", "b/3.jpg", "b/c/4.jpg"]:

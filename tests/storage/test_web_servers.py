@@ -1,5 +1,7 @@
 """Archives on web servers and S3 servers that refuse ranges, have none, or send them in an unusual way."""
 
+import http.server
+import threading
 import zipfile
 from collections.abc import Iterator
 from io import BytesIO
@@ -10,7 +12,9 @@ from range_server import Fault, Server, serve
 from source_contract import error_types, image, numbered, read_all
 
 from jobs.bench.harness import s3
+from pipeline.config import RunConfig
 from pipeline.errors import StorageRefused
+from pipeline.planning.archive import Archive
 from pipeline.sources.shard import Shard
 from pipeline.storage import access, bucket, ranges
 
@@ -105,3 +109,53 @@ def test_rclone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 file.read()
         bucket.bucket_store.cache_clear()
     assert [item.data for item in items] == [image(number) for number in range(20)]
+
+
+class Redirects(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        targets = {"/loop.png": "/loop.png", "/bad.png": "http://[bad/x.png", "/ftp.png": "ftp://127.0.0.1/x.png"}
+        self.send_response(302 if self.path in targets else 200)
+        self.send_header("Location", targets.get(self.path, ""))
+        self.send_header("Content-Length", "1" if self.path not in targets else "0")
+        self.end_headers()
+        self.wfile.write(b"1" if self.path not in targets else b"")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def redirects() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirects) as serving:
+        thread = threading.Thread(target=serving.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"127.0.0.1:{serving.server_address[1]}"
+        serving.shutdown()
+        thread.join()
+
+
+@pytest.mark.timeout(5)
+def test_redirects_and_urls_that_lead_nowhere_are_errors_with_a_reason(redirects: str) -> None:
+    for url, reason in {
+        f"http://{redirects}/loop.png": "the server redirects too many times, perhaps in a circle",
+        f"http://{redirects}/ftp.png": "the server redirects to a URL that is not http",
+        f"http://{redirects}/bad.png": "the server redirects to a URL that is not valid",
+        "http://[bad/x.png": "the URL is not valid",
+    }.items():
+        with pytest.raises(OSError, match=f"^{reason}$"):
+            access.read(url)
+
+
+def test_schemes_in_any_case(redirects: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"HTTP://{redirects}/a.png\nFile://{tmp_path}/b.png\n")
+    (tmp_path / "b.png").write_bytes(b"2")
+    for name in (f"{tmp_path}/list.txt", f"FILE://{tmp_path}/list.txt"):
+        (shard,) = Archive(RunConfig(input=name, output=f"FILE://{tmp_path}/o")).shards()
+        items, _ = read_all(shard)
+        assert [(item.image_id, item.data) for item in items] == [
+            (f"http://{redirects}/a.png", b"1"),
+            (f"{tmp_path}/b.png", b"2"),
+        ]
+    (shard,) = Archive(RunConfig(input=f"Http://{redirects}/a.png", output="/o")).shards()
+    assert read_all(shard)[0][0].data == b"1"
+    assert access.read(f"HTTP://{redirects}/a.png") == b"1"
