@@ -8,6 +8,7 @@ name. Beside the head, the evaluation is written as head.json and head.html. `cl
 the head. Needs `pip install "nightshift[fit]"`.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from pipeline import cli
@@ -19,6 +20,7 @@ from pipeline.training.job import FitConfig
 def parser() -> cli.Parser:
     fit_parser = cli.parser_of(__doc__, (FitConfig, MessageFlags))
     fit_parser.add_argument("embeddings", metavar="EMBEDDINGS", help="output of a job that wrote embeddings")
+    fit_parser.add_argument("--image-column", dest="name_column", help=argparse.SUPPRESS)  # its earlier name
     return fit_parser
 
 
@@ -28,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.speak(MessageFlags(**message_values))
         config = FitConfig(**fit_values)
         from pipeline.training import page  # imports torch and scikit-learn, which takes seconds
-        from pipeline.training.job import fit, unknown_text
+        from pipeline.training.job import fit
 
         result = fit(given["embeddings"], config)
-        if text := unknown_text(result.labels):
+        for text in result.notes:
             cli.log(f"warning: {text}")
         page.show(result.evaluation, result.head.temperature)
         for file in result.files:

@@ -89,6 +89,11 @@ def message_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 worker", "2,000 workers"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """True for the out-of-memory errors of Python, torch (CPU and CUDA), cuBLAS and cuDNN.
 

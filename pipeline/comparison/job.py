@@ -108,7 +108,7 @@ def compare(run: RunConfig, network: Mapping[str, Any], config: CompareConfig, s
     """
     embedders = _embedders(config, network)
     if config.labels != label_files.FOLDER:
-        label_files.read_file(config.labels, config.name_column, config.label_column, "--name-column")
+        label_files.read_file(config.labels, config.name_column, config.label_column)
     run = run if run.limit is not None else replace(run, limit=SAMPLE_IMAGES)
     from pipeline.comparison import chart, measure, probe  # import torch, scikit-learn and matplotlib
 
@@ -163,4 +163,5 @@ def _write(comparison: Comparison, to: str, png: Callable[[Comparison], bytes]) 
     base = uris.normalize(to).removesuffix(SUFFIX)
     access.write(f"{base}.png", png(comparison))
     access.write(f"{base}.json", json.dumps(comparison.to_json(), indent=1).encode())
-    return f"{base}.json", f"{base}.png"
+    shown = uris.redact(to).removesuffix(SUFFIX)
+    return f"{shown}.json", f"{shown}.png"

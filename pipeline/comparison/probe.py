@@ -40,9 +40,8 @@ def _samples(images: Embedded, config: CompareConfig) -> Samples:
     labels = label_files.find(
         images,
         config.labels,
-        image_column=config.name_column,
+        name_column=config.name_column,
         label_column=config.label_column,
-        image_flag="--name-column",
     )
     if len(labels.names) < 2:
         raise InputRefused(f"--labels has one class, {labels.names[0]}: label images of two classes or more")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipeline.config import RunConfig
 from pipeline.engine.allocation import Allocation
-from pipeline.errors import SettingRefused
+from pipeline.errors import SettingRefused, counted
 from pipeline.estimates import sample
 from pipeline.estimates.costs import EXPLANATIONS, STARTUP_SECONDS, Estimate, Parallelism, Workload
 from pipeline.estimates.machines import LOCAL, Cluster, Machine, Prices
@@ -87,16 +87,20 @@ class Forecast:
     def _lines(self) -> Iterator[tuple[str, str]]:
         sample, estimate, cluster = self.sample, self.estimate, self.estimate.cluster
         about = "about " if self.uncounted_shards else ""
-        yield "archive", f"{about}{sample.images:,} images in {self.shards:,} shards, {decimal(self.size_bytes)}"
+        yield (
+            "archive",
+            f"{about}{counted(sample.images, 'image')} in {counted(self.shards, 'shard')}, {decimal(self.size_bytes)}",
+        )
         if self.left_out:
             yield "left out", left_out.describe(self.left_out)
         bad = f", {sample.error_rate:.1%} of them bad" if sample.error_rate else ""
         yield (
             "sample",
-            f"{sample.sampled:,} images of {sample.width} × {sample.height}{bad}, from {sample.shards} shards",
+            f"{counted(sample.sampled, 'image')} of {sample.width} × {sample.height}{bad}, "
+            f"from {counted(sample.shards, 'shard')}",
         )
-        gpus = f", {cluster.gpus} GPUs" if cluster.gpus else ""
-        yield "cluster", f"{cluster}: {cluster.vcpus} vCPUs, counted as {cluster.cores:g} cores{gpus}"
+        gpus = f", {counted(cluster.gpus, 'GPU')}" if cluster.gpus else ""
+        yield "cluster", f"{cluster}: {counted(cluster.vcpus, 'vCPU')}, counted as {cluster.cores:g} cores{gpus}"
         yield "time", f"[b]{duration(estimate.hours)}[/b] at {estimate.images_per_second:,.1f} images/s"
         yield "cost", f"[b]{_cost(estimate)}[/b]"
         yield "bottleneck", f"[b]{estimate.bottleneck}[/b]: {EXPLANATIONS[estimate.bottleneck]}"

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 
 from pipeline import schema
-from pipeline.errors import InputRefused
+from pipeline.errors import InputRefused, counted
 from pipeline.estimates import stage_costs
 from pipeline.estimates.costs import Costs
 from pipeline.estimates.machines import Machine
@@ -65,8 +65,8 @@ def measure(
     """
     chosen = [plan.load(index) for index in _spread(plan)]
     if not chosen:
-        raise InputRefused(f"there is no image in any of the {plan.shards:,} shards: nothing to estimate")
-    say(f"reading and decoding the first images of {len(chosen)} of {plan.shards:,} shards")
+        raise InputRefused(f"there is no image in {counted(plan.shards, 'shard')}: nothing to estimate")
+    say(f"reading and decoding the first images of {len(chosen)} of {counted(plan.shards, 'shard')}")
     deque(stage_costs.load_first(loader, chosen[0], WARM_UP_IMAGES), maxlen=0)  # imports, connections and caches
     reads = [stage_costs.read(shard, loader.options, IMAGES_PER_SHARD, SECONDS_PER_SHARD) for shard in chosen]
     load = stage_costs.load(loader, reads)

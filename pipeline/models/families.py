@@ -96,6 +96,9 @@ class Family:
             torch.default_generator.manual_seed(self.seed)
             return self.network(own, sizes)
 
+    def check_random(self, network: nn.Module) -> None:
+        """Refuse --weights random for a network that does not depend on the seed. Raises WeightsRefused."""
+
     def resized(self, own: bool, sizes: dict[str, int], head: str) -> nn.Module:
         """The skeleton with the sizes of a file of weights. head: name of the classifier."""
         return self.skeleton(own, sizes)

@@ -93,7 +93,7 @@ def resolve(
     model: a torchvision name, `timm:<name>`, or `package.module:function`, a function that returns a network or a
     tuple of a network and its Transform.
     weights: DEFAULT, a name of torchvision's weights enum, a path or URI of .pt, .pth, .pth.tar, .ckpt, .bin or
-    .safetensors, or random.
+    .safetensors, or random, which does not fit a function that brings its own weights.
     labels: path or URI of class names. None: the names of the weights, or class numbers if they have none.
     seed: of random weights. need_head: False if only the embedding is needed; the weights may then lack a classifier.
     overrides: of the network's transform, by flags. They override transform_file, the values of `--transform`, which
@@ -126,6 +126,8 @@ def resolve(
         sha256 = _digest(network)
     _check_channels(shape.channels, model, source.name, input)
     _check_shape(shape, model, need_head)
+    if weights == "random":
+        family.check_random(network)
     is_assumed = not own_transform and family.assumes_transform(source)
     origins = layers.origins(_default_origin(model, source, input, is_assumed=is_assumed))
     transform = for_channels(transform, shape.channels, model, origins)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline import coverage, schema
 from pipeline.config import parse_keep
-from pipeline.errors import InputRefused, first_line, message_line
+from pipeline.errors import InputRefused, counted, first_line, message_line
 from pipeline.output import ledger as ledgers
 from pipeline.output import parts
 from pipeline.output.commit import ERRORS, RESULTS, Commit
@@ -67,7 +67,7 @@ class Verification:
     def lines(self) -> Iterator[str]:
         """Describe the result in lines of text, with up to MAX_PROBLEMS_SHOWN problems."""
         empty = f" + {self.empty:,} empty" if self.empty else ""
-        done = f"{self.rows:,} rows + {self.errors:,} errors{empty}, in {self.parts:,} parts"
+        done = f"{self.rows:,} rows + {self.errors:,} errors{empty}, in {counted(self.parts, 'part')}"
         if self.planned is not None:
             yield f"{self.output}: planned {self.planned:,} = {done}"
         elif self.uncounted_shards:

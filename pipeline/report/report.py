@@ -13,7 +13,15 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from pipeline.config import RunConfig
-from pipeline.errors import Interrupted, NightshiftError, OutputLocked, OutputRefused, StorageRefused, printable
+from pipeline.errors import (
+    Interrupted,
+    NightshiftError,
+    OutputLocked,
+    OutputRefused,
+    StorageRefused,
+    counted,
+    printable,
+)
 from pipeline.estimates.machines import Cluster
 from pipeline.output import ledger as ledgers
 from pipeline.output.ledger import Ledger
@@ -194,7 +202,7 @@ class Report:
         named = list(filter(None, self.networks))
         if self.gpu_seconds and named and all(network.startswith("cpu") for network in named):
             yield "", "the actors had a GPU but computed on the CPU, because torch could not use the GPU"
-        yield "output", f"{self.output}  ({self.parts:,} parts, {self.status})"
+        yield "output", f"{self.output}  ({counted(self.parts, 'part')}, {self.status})"
         yield "open it", f'pandas.read_parquet("{self.output}")'
 
 

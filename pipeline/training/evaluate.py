@@ -1,6 +1,5 @@
 """An honest evaluation of a head: on images that it was not fitted on, with its mistakes and doubtful labels."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn import metrics
 
+from pipeline.errors import counted
 from pipeline.models.heads import Head
 from pipeline.training.fit import (
     Choice,
@@ -16,7 +16,7 @@ from pipeline.training.fit import (
     Fold,
     Logits,
     Rows,
-    best_temperature,
+    calibrate,
     choose,
     fit_rows,
     folds_of,
@@ -25,12 +25,14 @@ from pipeline.training.fit import (
 from pipeline.training.samples import Samples, Targets
 
 FEW_LABELS = 10
+FEW_TESTED = 30
 FOLDS = 5
 MANY_LABELS = 5000
 """With more labels, one hold-out is as exact as five folds, and five times as fast."""
 BINS = 15
-FRACTIONS = (0.125, 0.25, 0.5, 1.0)
+FRACTIONS = (0.125, 0.25, 0.5)
 DRAWS = 3
+"""Random parts of the labels for a point of the learning curve, if there is one split."""
 MAX_SHOWN = 50
 
 Scores = NDArray[np.float32]
@@ -67,8 +69,9 @@ class Evaluation:
     share whose classes are all right. baseline, baseline_accuracy: the most frequent class, and the accuracy of always
     predicting it. confusion: [C][C] images, by label and by prediction; empty with several labels per image.
     ece_before, ece_after: expected calibration error without and with the temperature.
-    curve: (number of labels, accuracy, macro-F1); may be empty. mistakes: the most confident ones. doubtful: labels
-    that are probably wrong, the most probable first.
+    temperature_note: why the head's temperature is not smaller, see `Calibration`.
+    curve: (number of labels, accuracy, macro-F1), the last one with all that a fold is fitted to; may be empty.
+    mistakes: the most confident ones. doubtful: labels that are probably wrong, the most probable first.
     """
 
     how: str
@@ -86,6 +89,7 @@ class Evaluation:
     mistakes: tuple[Example, ...]
     doubtful: tuple[Example, ...]
     warnings: tuple[str, ...] = field(default=())
+    temperature_note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,8 +112,9 @@ def evaluate_folds(samples: Samples, settings: FitSettings, folds: list[Fold], h
     """Evaluate the method on given splits. how: the kind of split, in words."""
     results = [_test(samples, fold, settings) for fold in folds]
     before, after = (np.concatenate([result[number] for result in results]) for number in (0, 1))
-    curve = _learning_curve(samples, folds[0], settings, results[0][2])
-    return assess(samples, folds, how, before, after, choice, curve)
+    curve = _learning_curve(samples, folds, settings, [parameter for *_, parameter in results], after)
+    calibration = calibrate(choice.logits, samples.targets[choice.rows], samples.multi_label)
+    return assess(samples, folds, how, before, after, choice, curve, calibration.note)
 
 
 def assess(
@@ -120,24 +125,28 @@ def assess(
     after: Scores,
     choice: Choice,
     curve: tuple[tuple[int, float, float], ...] = (),
+    temperature_note: str = "",
 ) -> Evaluation:
     """The figures of scores on the images that the folds leave out, in that order.
 
-    before, after: without and with the temperature. choice: its logits show doubtful labels. curve: see `Evaluation`.
+    before, after: without and with the temperature. choice: its logits show doubtful labels. curve and temperature_note
+    are those of `Evaluation`.
     """
     tested = np.concatenate([left_out for _, left_out in folds])
     targets = samples.targets[tested]
     guesses = predictions(after, samples.multi_label)
     by_class = _by_class(samples.names, targets, guesses, after)
     frequent = int(samples.targets[folds[0][0]].sum(axis=0).argmax())
+    accuracy = _accuracy(targets, guesses)
+    always = _accuracy(targets, np.eye(len(samples.names), dtype=np.float32)[[frequent] * len(targets)])
     return Evaluation(
         how=how,
         images=len(tested),
-        accuracy=_accuracy(targets, guesses),
+        accuracy=accuracy,
         balanced_accuracy=_balanced_accuracy(targets, guesses, samples.multi_label),
         macro_f1=float(np.mean([each.f1 for each in by_class])),
         baseline=samples.names[frequent],
-        baseline_accuracy=_accuracy(targets, np.eye(len(samples.names), dtype=np.float32)[[frequent] * len(targets)]),
+        baseline_accuracy=always,
         classes=by_class,
         confusion=() if samples.multi_label else _confusion(targets, guesses),
         ece_before=calibration_error(before, targets, samples.multi_label),
@@ -145,7 +154,11 @@ def assess(
         curve=curve,
         mistakes=_mistakes(samples, tested, guesses, after),
         doubtful=_doubtful(samples, choice),
-        warnings=_warnings(samples, folds),
+        warnings=(
+            *_general_warnings(len(tested), accuracy, always, samples.names[frequent]),
+            *_warnings(samples, folds),
+        ),
+        temperature_note=temperature_note,
     )
 
 
@@ -195,7 +208,7 @@ def _test(samples: Samples, fold: Fold, settings: FitSettings) -> tuple[Scores, 
     fitted, left_out = fold
     choice = choose(samples, fitted, settings)
     head = fit_rows(samples, fitted, settings, choice.parameter)
-    temperature = best_temperature(choice.logits, samples.targets[choice.rows], samples.multi_label)
+    temperature = calibrate(choice.logits, samples.targets[choice.rows], samples.multi_label).temperature
     logits = _logits(head, samples, left_out)
     before, after = (probabilities(logits, each, samples.multi_label) for each in (1.0, temperature))
     return before, after, choice.parameter
@@ -240,33 +253,43 @@ def _confusion(targets: Targets, guesses: Targets) -> tuple[tuple[int, ...], ...
 
 
 def _learning_curve(
-    samples: Samples, fold: Fold, settings: FitSettings, parameter: float
+    samples: Samples, folds: list[Fold], settings: FitSettings, parameters: list[float], after: Scores
 ) -> tuple[tuple[int, float, float], ...]:
-    """Accuracy and macro-F1 with an eighth, a quarter, half and all of the labels, tested on the same images."""
-    fitted, left_out = fold
-    targets = samples.targets[left_out]
+    """Accuracy and macro-F1 with an eighth, a quarter, half and all of the labels that a fold is fitted to.
+
+    All points are tested on the same images, those that the folds leave out, so that they can be compared with each
+    other and with the evaluation. parameters: of each fold. after: scores with all labels.
+    """
+    targets = samples.targets[np.concatenate([left_out for _, left_out in folds])]
     points = []
     for fraction in FRACTIONS:
-        results = []
-        draws = list(_draws(samples, fitted, fraction, settings.seed))
-        for rows in draws:
-            logits = _logits(fit_rows(samples, rows, settings, parameter), samples, left_out)
-            guesses = predictions(probabilities(logits, 1.0, samples.multi_label), samples.multi_label)
-            f1 = metrics.f1_score(targets, guesses, average="macro", zero_division=0)
-            results.append((_accuracy(targets, guesses), float(f1)))
+        results, sizes = [], []
+        for draw in range(DRAWS if len(folds) == 1 else 1):
+            logits = []
+            for (fitted, left_out), parameter in zip(folds, parameters, strict=True):
+                rows = _draw(samples, fitted, fraction, [settings.seed, draw])
+                sizes.append(len(rows))
+                logits.append(_logits(fit_rows(samples, rows, settings, parameter), samples, left_out))
+            scores = probabilities(np.concatenate(logits), 1.0, samples.multi_label)
+            results.append(_accuracy_and_f1(targets, predictions(scores, samples.multi_label)))
         accuracy, macro_f1 = (float(value) for value in np.mean(results, axis=0))
-        points.append((len(draws[0]), accuracy, macro_f1))
-    return tuple(points)
+        points.append((round(float(np.mean(sizes))), accuracy, macro_f1))
+    every = round(float(np.mean([len(fitted) for fitted, _ in folds])))
+    return (*points, (every, *_accuracy_and_f1(targets, predictions(after, samples.multi_label))))
 
 
-def _draws(samples: Samples, rows: Rows, fraction: float, seed: int) -> Iterator[Rows]:
-    """Random parts of the rows, with the same share of each class and at least one image of it."""
+def _accuracy_and_f1(targets: Targets, guesses: Targets) -> tuple[float, float]:
+    return _accuracy(targets, guesses), float(metrics.f1_score(targets, guesses, average="macro", zero_division=0))
+
+
+def _draw(samples: Samples, rows: Rows, fraction: float, seed: list[int]) -> Rows:
+    """A random part of the rows, with the same share of each class and at least one image of it."""
     classes = samples.classes(rows)
-    for draw in range(1 if fraction == 1 else DRAWS):
-        order = np.random.default_rng([seed, draw]).permutation(len(rows))
-        chosen = [order[classes[order] == each] for each in np.unique(classes)]
-        parts = [each[: max(1, round(fraction * len(each)))] for each in chosen]
-        yield rows[np.sort(np.concatenate(parts))]
+    order = np.random.default_rng(seed).permutation(len(rows))
+    chosen = [order[classes[order] == each] for each in np.unique(classes)]
+    parts = [each[: max(1, round(fraction * len(each)))] for each in chosen]
+    drawn: Rows = rows[np.sort(np.concatenate(parts))]
+    return drawn
 
 
 def _mistakes(samples: Samples, rows: Rows, guesses: Targets, scores: Scores) -> tuple[Example, ...]:
@@ -296,7 +319,7 @@ def _doubtful(samples: Samples, choice: Choice) -> tuple[Example, ...]:
     if samples.multi_label:
         return ()
     targets = samples.targets[choice.rows]
-    temperature = best_temperature(choice.logits, targets, multi_label=False)
+    temperature = calibrate(choice.logits, targets, multi_label=False).temperature
     scores = probabilities(choice.logits, temperature, multi_label=False)
     given = targets.argmax(axis=1)
     means = np.array([scores[given == c, c].mean() if (given == c).any() else np.inf for c in range(scores.shape[1])])
@@ -320,9 +343,26 @@ def _text(names: tuple[str, ...], flags: Targets) -> str:
     return ", ".join(names[c] for c in np.flatnonzero(flags)) or "none"
 
 
+def _general_warnings(tested: int, accuracy: float, always: float, frequent: str) -> list[str]:
+    """always: accuracy of predicting the most frequent class."""
+    warnings = []
+    if tested < FEW_TESTED:
+        warnings.append(
+            f"only {counted(tested, 'label')} tested the classes: all figures are uncertain; label more images, so "
+            f"that at least {FEW_TESTED} test them"
+        )
+    if accuracy <= always:
+        warnings.append(
+            f"the accuracy of {100 * accuracy:.1f} % is not better than that of always answering {frequent}, "
+            f"{100 * always:.1f} %: check the labels, label more images, or take another network"
+        )
+    return warnings
+
+
 def _warnings(samples: Samples, folds: list[Fold]) -> tuple[str, ...]:
     warnings = [
-        f"{name} has {count} labels: its figures are not reliable; label at least {FEW_LABELS} images per class"
+        f"{name} has {counted(count, 'label')}: its figures are not reliable; label at least {FEW_LABELS} images per "
+        "class"
         for name, count in zip(samples.names, samples.counts.tolist(), strict=True)
         if count < FEW_LABELS
     ]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import RunConfig, check_choices, flag
-from pipeline.errors import InputRefused, OutputLocked, SettingRefused, TooManyErrors, WeightsRefused
+from pipeline.errors import InputRefused, OutputLocked, SettingRefused, TooManyErrors, WeightsRefused, counted
 from pipeline.images.transform import Transform
 from pipeline.predictors.embed import Embedder
 from pipeline.schema import IDENTITY
@@ -227,9 +227,8 @@ class _Finetuning:
         found = label_files.find(
             images,
             config.labels,
-            image_column=config.name_column,
+            name_column=config.name_column,
             label_column=config.label_column,
-            image_flag="--name-column",
         )
         if text := unknown_text(found, "images of the input"):
             self.notes.append(text)
@@ -340,7 +339,8 @@ class _Finetuning:
             self.say(f"continues after epoch {shown - 1}")
         else:
             self.say(
-                f"training on {len(task.fit):,} images with {self.config.workers} workers, {'GPU' if gpu else 'CPU'}"
+                f"training on {len(task.fit):,} images with {counted(self.config.workers, 'worker')}, "
+                f"{'GPU' if gpu else 'CPU'}"
             )
 
         def show() -> None:
@@ -366,13 +366,14 @@ class _Finetuning:
         """Evaluate the trained network, and write it."""
         from pipeline.models.record import CheckpointRecord, write_checkpoint
         from pipeline.training.evaluate import assess, probabilities
-        from pipeline.training.fit import best_temperature
+        from pipeline.training.fit import calibrate
 
         logits, samples = result["logits"].numpy(), probe.samples
-        temperature = best_temperature(logits[split.stop], samples.targets[split.stop], multi_label=False)
+        calibration = calibrate(logits[split.stop], samples.targets[split.stop], multi_label=False)
+        temperature = calibration.temperature
         before, after = (probabilities(logits[split.test], each, multi_label=False) for each in (1.0, temperature))
         fold = (split.fit, split.test)
-        evaluation = assess(samples, [fold], split.how, before, after, probe.choice)
+        evaluation = assess(samples, [fold], split.how, before, after, probe.choice, temperature_note=calibration.note)
         verdict = compare(evaluation, probe.evaluation)
         history = [Epoch(**each) for each in result["history"]]
         training = {
@@ -441,7 +442,8 @@ class _Finetuning:
         of_training = page.Training(history, training_figures(record, images, probe, history))
         text = page.html(title, summary, evaluation, temperature, seen, of_training)
         access.write(f"{base}.html", text.encode())
-        return f"{base}.json", f"{base}.html"
+        shown = uris.redact(self.config.to).removesuffix(SUFFIX)
+        return f"{shown}.json", f"{shown}.html"
 
 
 @dataclass(frozen=True)
@@ -549,29 +551,39 @@ def _fits(config: FinetuneConfig) -> Callable[[str], bool] | None:
     """Which images a file of labels may name; None for all images. Raises InputRefused and SettingRefused."""
     if config.labels == FOLDER or config.labels.startswith(COLUMN):
         return None
-    names = label_files.read_file(config.labels, config.name_column, config.label_column, "--name-column")
+    names = label_files.read_file(config.labels, config.name_column, config.label_column)
     return label_files.matcher(names)
 
 
 @contextmanager
 def _work_folder(config: FinetuneConfig, run: RunConfig) -> Iterator[Path]:
-    """A folder of this checkpoint, locked, and removed when all is written. It stays after an error."""
+    """A folder of this checkpoint, locked, and removed when all is written. After an error it stays if it has files."""
     identity = json.dumps([uris.normalize(config.to), [uris.redact(each) for each in run.input]])
     name = uris.redact(config.to).rpartition("/")[2].removesuffix(SUFFIX)
     folder = _parent(config) / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingRefused(f"--work-dir {folder} cannot be created: {error.strerror}; name another") from error
+    _create(folder.parent)
     lock = FileLock(f"{folder}.lock")
     try:
         with lock.acquire(timeout=0):
-            yield folder
-            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                _create(folder)
+                yield folder
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                with suppress(OSError):  # it has files from which the next call continues
+                    folder.rmdir()
+                Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout as error:
         raise OutputLocked(
             f"another `nightshift finetune` writes {uris.redact(config.to)}: wait until it ends, or choose another --to"
         ) from error
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingRefused(f"--work-dir {folder} cannot be created: {error.strerror}; name another") from error
 
 
 def _parent(config: FinetuneConfig) -> Path:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.embedding_space import EmbeddingSpace
-from pipeline.errors import InputRefused, SettingRefused
+from pipeline.errors import InputRefused, SettingRefused, counted
 from pipeline.explore.vectors import Vectors
 from pipeline.models.heads import SHARPNESS, Head
 from pipeline.training.samples import Samples, Targets, VectorFile
@@ -45,6 +46,8 @@ BALANCE_RATIO = 3
 """With class weights `auto`, classes are weighted if the largest has so many times the images of the smallest."""
 SAME_LOSS = 1e-3
 """Parameters whose log-losses differ by less are as good as each other; the first one of the grid is taken."""
+MIN_SHARPENING = 30
+"""Labels left out that a temperature below 1 needs: of fewer, or without an error among them, none can be known."""
 MIN_ROWS = 4
 """Labels to fit to, on one side of a split."""
 ABSENT = -30.0
@@ -78,6 +81,14 @@ class Choice:
     losses: dict[float, float]
     logits: Logits
     rows: Rows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature of a head's scores. note: why it is 1, although a smaller one has a smaller log-loss, or ""."""
+
+    temperature: float
+    note: str = ""
 
 
 def folds_of(samples: Samples, rows: Rows, number: int, seed: int) -> list[Fold]:
@@ -162,7 +173,7 @@ def fit_rows(samples: Samples, rows: Rows, settings: FitSettings, parameter: flo
 
 def fit_all(samples: Samples, settings: FitSettings, choice: Choice) -> Head:
     """Fit the final head to all samples. More vectors than memory should hold are streamed, for a linear probe."""
-    temperature = best_temperature(choice.logits, samples.targets[choice.rows], samples.multi_label)
+    temperature = calibrate(choice.logits, samples.targets[choice.rows], samples.multi_label).temperature
     if isinstance(samples.vectors, VectorFile):
         if settings.method not in ("linear", "centroid"):
             raise SettingRefused(
@@ -173,6 +184,23 @@ def fit_all(samples: Samples, settings: FitSettings, choice: Choice) -> Head:
         tensors = _stream_linear(samples, settings, choice.parameter) if is_linear else _stream_centroids(samples)
         return _head(samples, settings.method, tensors, temperature)
     return fit_rows(samples, np.arange(len(samples)), settings, choice.parameter, temperature)
+
+
+def calibrate(logits: Logits, targets: Targets, multi_label: bool) -> Calibration:
+    """The best temperature, but at least 1 without an error or with few labels: these cannot show how sure it may be.
+
+    logits: [N, C] of images that were left out of the fit.
+    """
+    best = best_temperature(logits, targets, multi_label)
+    if multi_label:
+        is_wrong = ((logits >= 0) != (targets > 0)).any()
+    else:
+        is_wrong = (logits.argmax(axis=1) != targets.argmax(axis=1)).any()
+    if best >= 1 or (is_wrong and len(targets) >= MIN_SHARPENING):
+        return Calibration(best)
+    labels = counted(len(targets), "label")
+    reason = f"only {labels} left out" if is_wrong else f"no error among {labels} left out"
+    return Calibration(1.0, f"{reason}, so nothing shows that the scores may be surer")
 
 
 def best_temperature(logits: Logits, targets: Targets, multi_label: bool) -> float:
@@ -397,12 +425,18 @@ def _loss_weights(samples: Samples, settings: FitSettings) -> "NDArray[np.float6
     return np.stack([class_weights(both, settings.class_weights) for both in columns], axis=1)
 
 
+@cache
+def _thread_pools() -> "threadpoolctl.ThreadpoolController":
+    """The libraries with threads. To find them takes longer than a small fit."""
+    return threadpoolctl.ThreadpoolController()
+
+
 @contextmanager
 def _quietly(products: int) -> Iterator[None]:
     """Fit on one core if one step has few products, and without warnings.
 
     The steps are limited on purpose; the log-loss on images left out shows whether they suffice.
     """
-    with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1 if products < FEW_PRODUCTS else None):
+    with warnings.catch_warnings(), _thread_pools().limit(limits=1 if products < FEW_PRODUCTS else None):
         warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
         yield

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.config import check_choices, flag
-from pipeline.errors import InputRefused, SettingRefused
+from pipeline.errors import InputRefused, SettingRefused, counted
 from pipeline.explore.choices import duplicates_of
 from pipeline.explore.table import Output, open_output
 from pipeline.explore.vectors import network_of, space_of
@@ -45,7 +45,7 @@ class FitConfig:
     suggest: int = flag("write the next N images to label beside the head", 0, metavar="N")
     to: str = flag("the head to write; the evaluation is written beside it, as .json and .html", "", metavar="FILE")
     method: str = flag("kind of head; linear is a logistic regression", "linear", choices=METHODS)
-    image_column: str = flag("column of the labels with the images' names", "image", metavar="COL")
+    name_column: str = flag("column of the labels with the images' names", "image", metavar="COL")
     label_column: str = flag("column of the labels with the classes", "label", metavar="COL")
     multi_label: bool = flag("an image may have any number of classes", False)
     group_by: str | None = flag(
@@ -92,12 +92,13 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class FitResult:
-    """A head, its evaluation as JSON, and the files that were written."""
+    """A head, its evaluation, the labels, and the files that were written. notes: sentences for the user."""
 
     head: "Head"
     evaluation: Any
     labels: Labels
     files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def fit(embeddings: str, config: FitConfig) -> FitResult:
@@ -122,8 +123,21 @@ def fit(embeddings: str, config: FitConfig) -> FitResult:
     evaluation = evaluate(samples, settings, config.holdout, choice)
     network = {**network_of(output), **windows_of(output.settings)}
     head = replace(fit_all(samples, settings, choice), space=space, network=network)
-    files = (*_write(output, config, head, evaluation, labels), *_write_lists(output, config, head, labels))
-    return FitResult(head, evaluation, labels, files)
+    _write(output, config, head, evaluation, labels)
+    lists, suggested = _write_lists(output, config, head, labels)
+    ends = (SUFFIX, ".json", ".html", *lists)
+    files = tuple(uris.redact(config.to).removesuffix(SUFFIX) + end for end in ends)
+    return FitResult(head, evaluation, labels, files, _notes(config, suggested, labels))
+
+
+def _notes(config: FitConfig, suggested: int, labels: Labels) -> tuple[str, ...]:
+    """What the user should know of the labels and suggestions. suggested: their number."""
+    notes = [text] if (text := unknown_text(labels)) else []
+    if config.suggest and not suggested:
+        notes.append(f"--suggest {config.suggest}: no image is left to label, so the file of suggestions is empty")
+    elif suggested < config.suggest:
+        notes.append(f"--suggest {config.suggest}: only {counted(suggested, 'image')} without a label left")
+    return tuple(notes)
 
 
 def _labels(output: Output, config: FitConfig) -> Labels:
@@ -134,31 +148,33 @@ def _labels(output: Output, config: FitConfig) -> Labels:
 def _all_labels(output: Output, config: FitConfig) -> Labels:
     if config.positives:
         return label_files.find_concept(
-            output, config.positives, config.negatives, image_column=config.image_column, seed=config.seed
+            output, config.positives, config.negatives, name_column=config.name_column, seed=config.seed
         )
     return label_files.find(
         output,
         config.labels,
-        image_column=config.image_column,
+        name_column=config.name_column,
         label_column=config.label_column,
         multi_label=config.multi_label,
     )
 
 
-def _write_lists(output: Output, config: FitConfig, head: "Head", labels: Labels) -> list[str]:
-    """Write the ranking of a concept, and the suggestions."""
+def _write_lists(output: Output, config: FitConfig, head: "Head", labels: Labels) -> tuple[list[str], int]:
+    """Write the ranking of a concept, and the suggestions: ends of the files' names, and the number of suggestions."""
     from pipeline.training.suggest import as_csv, rank, suggest
 
-    base, files = uris.normalize(config.to).removesuffix(SUFFIX), []
+    base, ends, suggested = uris.normalize(config.to).removesuffix(SUFFIX), [], 0
     concept = label_files.concept_name(config.positives) if config.positives else None
     if concept:
-        files.append(f"{base}.ranking.csv")
-        access.write(files[-1], as_csv(rank(output, head, concept, RANKED)))
+        ends.append(".ranking.csv")
+        access.write(base + ends[-1], as_csv(rank(output, head, concept, RANKED)))
     if config.suggest:
         marked = [row for row in labels.rows if row not in labels.background]
-        files.append(f"{base}.suggest.csv")
-        access.write(files[-1], as_csv(suggest(output, head, marked, config.suggest, concept)))
-    return files
+        suggestions = suggest(output, head, marked, config.suggest, concept)
+        suggested = len(suggestions)
+        ends.append(".suggest.csv")
+        access.write(base + ends[-1], as_csv(suggestions))
+    return ends, suggested
 
 
 def _check_classes(labels: Labels, config: FitConfig) -> None:
@@ -175,7 +191,7 @@ def _check_classes(labels: Labels, config: FitConfig) -> None:
         )
 
 
-def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, labels: Labels) -> tuple[str, ...]:
+def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, labels: Labels) -> None:
     """Write the evaluation, then the head."""
     from pipeline.explore.pictures import pictures
     from pipeline.training import page
@@ -198,7 +214,6 @@ def _write(output: Output, config: FitConfig, head: "Head", evaluation: Any, lab
     access.write(f"{base}.json", json.dumps(record, indent=1).encode())
     access.write(f"{base}.html", text.encode())
     head.save(config.to)
-    return config.to, f"{base}.json", f"{base}.html"
 
 
 def unknown_text(labels: Labels, places: str = "rows of the output") -> str:
@@ -206,13 +221,15 @@ def unknown_text(labels: Labels, places: str = "rows of the output") -> str:
     sentences = []
     if labels.unknown:
         unreadable = f", {len(labels.unreadable)} of them could not be read" if labels.unreadable else ""
-        sentences.append(f"{len(labels.unknown)} names of the labels are no {places}{unreadable}")
+        is_one = len(labels.unknown) == 1
+        names = (
+            "1 name of the labels is not among the" if is_one else f"{len(labels.unknown)} names of the labels are no"
+        )
+        sentences.append(f"{names} {places}{unreadable}")
         sentences[-1] += f": {_listed(labels.unknown)}."
     if labels.ambiguous:
-        sentences.append(
-            f"{len(labels.ambiguous)} images are in places of several classes and were left out: "
-            f"{_listed(labels.ambiguous)}."
-        )
+        images = counted(len(labels.ambiguous), "image")
+        sentences.append(f"{images} in places of several classes left out: {_listed(labels.ambiguous)}.")
     return " ".join(sentences)
 
 

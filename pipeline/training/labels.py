@@ -96,16 +96,15 @@ def find(
     output: Table,
     labels: str,
     *,
-    image_column: str = "image",
+    name_column: str = "image",
     label_column: str = "label",
     multi_label: bool = False,
-    image_flag: str = "--image-column",
 ) -> Labels:
     """Find the labelled images of an output.
 
-    labels: a CSV, JSON or Parquet file with the columns `image_column` and `label_column`; a GeoJSON file of points and
+    labels: a CSV, JSON or Parquet file with the columns `name_column` and `label_column`; a GeoJSON file of points and
     polygons with the property `label_column`; `folder`, the name of the folder that an image is in; or `column:NAME`, a
-    column of the output. image_flag: that names `image_column`.
+    column of the output.
     A file names an image by its image_id or by the end of it, from a `/` or `#` on. Raises InputRefused if a name fits
     several images, if an image has two classes without `multi_label`, or if no image has a label. An image in places of
     two classes has none, without `multi_label`.
@@ -117,24 +116,24 @@ def find(
     elif places.is_map(labels) and isinstance(output, Output):
         found = _of_map(output, labels, label_column, multi_label)
     else:
-        found = _of_file(output, labels, read_file(labels, image_column, label_column, image_flag))
+        found = _of_file(output, labels, read_file(labels, name_column, label_column))
     found = found if multi_label else found.with_classes()
     _check(found, labels, output.uri, multi_label)
     return found
 
 
 def find_concept(
-    output: Table, positives: str, negatives: str | None, *, image_column: str = "image", seed: int = 0
+    output: Table, positives: str, negatives: str | None, *, name_column: str = "image", seed: int = 0
 ) -> Labels:
     """Labels of one concept: the images that a file names, and images of which most are others.
 
-    positives, negatives: files of names, one per line, or with the column `image_column`. The other images are those of
+    positives, negatives: files of names, one per line, or with the column `name_column`. The other images are those of
     `negatives` and BACKGROUND random ones without a label per positive. The classes are the file's name and `not` with
     that name. Raises InputRefused as `find` does.
     """
     name = concept_name(positives)
-    classes = dict.fromkeys(_names(positives, "--positives", image_column), (name,))
-    for image in _names(negatives, "--negatives", image_column) if negatives else ():
+    classes = dict.fromkeys(_names(positives, "--positives", name_column), (name,))
+    for image in _names(negatives, "--negatives", name_column) if negatives else ():
         if image in classes:
             raise InputRefused(f"{image} is in --positives and in --negatives: leave it in one of them")
         classes[image] = (f"not {name}",)
@@ -158,9 +157,9 @@ def concept_name(positives: str) -> str:
     return uris.redact(positives).rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
-def _names(uri: str, flag: str, image_column: str) -> list[str]:
+def _names(uri: str, flag: str, name_column: str) -> list[str]:
     if not uri.lower().endswith(".txt"):
-        return list(read_file(uri, image_column, image_column))
+        return list(read_file(uri, name_column, name_column))
     try:
         lines = access.read(uris.normalize(uri)).decode("utf-8-sig").splitlines()
     except FileNotFoundError as error:
@@ -170,9 +169,7 @@ def _names(uri: str, flag: str, image_column: str) -> list[str]:
     return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 
-def read_file(
-    uri: str, image_column: str = "image", label_column: str = "label", image_flag: str = "--image-column"
-) -> dict[str, Classes]:
+def read_file(uri: str, name_column: str = "image", label_column: str = "label") -> dict[str, Classes]:
     """Read a file of labels: name → its classes, in the order of the file. A name may occur several times.
 
     JSON: a list of objects, one object per line, or one object of names and classes. Raises InputRefused.
@@ -189,8 +186,8 @@ def read_file(
         )
     labels: dict[str, Classes] = {}
     try:
-        for number, row in enumerate(_rows(uri, image_column, label_column), start=1):
-            image, classes = _entry(name, number, row, ((image_column, image_flag), (label_column, "--label-column")))
+        for number, row in enumerate(_rows(uri, name_column, label_column), start=1):
+            image, classes = _entry(name, number, row, name_column, label_column)
             labels[image] = tuple(dict.fromkeys([*labels.get(image, ()), *classes]))
     except FileNotFoundError as error:
         raise InputRefused(f"--labels {name} does not exist") from error
@@ -201,28 +198,24 @@ def read_file(
     return labels
 
 
-def _entry(name: str, number: int, row: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> tuple[str, Classes]:
-    """The image and the classes of one entry. Raises InputRefused.
-
-    columns: of the image and of its classes, each with the flag that names it.
-    """
-    for column, flag in columns:
+def _entry(name: str, number: int, row: Mapping[str, Any], name_column: str, label_column: str) -> tuple[str, Classes]:
+    """The image and the classes of one entry. Raises InputRefused."""
+    for column, flag in ((name_column, "--name-column"), (label_column, "--label-column")):
         if column not in row:
             raise InputRefused(
                 f"--labels {name}: entry {number} has no {column!r}, only {', '.join(map(str, row))}; name the "
                 f"column with {flag}"
             )
     try:
-        (image_column, _), (label_column, _) = columns
-        image, classes = _text(row[image_column]).removeprefix("./"), _classes(row[label_column])
+        image, classes = _text(row[name_column]).removeprefix("./"), _classes(row[label_column])
     except UnicodeError as error:
         raise InputRefused(f"--labels {name}: entry {number} is no valid text: {message_line(error)}") from error
     if not image:
-        raise InputRefused(f"--labels {name}: entry {number} has no name of an image in {image_column!r}")
+        raise InputRefused(f"--labels {name}: entry {number} has no name of an image in {name_column!r}")
     return image, classes
 
 
-def _rows(uri: str, image_column: str, label_column: str) -> Iterator[Mapping[str, Any]]:
+def _rows(uri: str, name_column: str, label_column: str) -> Iterator[Mapping[str, Any]]:
     """The entries of a file, by column."""
     if uri.lower().endswith(".parquet"):
         with access.open_read(uris.normalize(uri)) as file:
@@ -239,14 +232,14 @@ def _rows(uri: str, image_column: str, label_column: str) -> Iterator[Mapping[st
         delimiter = max(DELIMITERS, key=header.count)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         names = reader.fieldnames or []
-        if twice := next((name for name in (image_column, label_column) if names.count(name) > 1), None):
+        if twice := next((name for name in (name_column, label_column) if names.count(name) > 1), None):
             raise ValueError(f"it has two columns {twice!r}")
         yield from reader
         return
     if isinstance(content, dict) and content.get("type") == "FeatureCollection":
         raise ValueError(f"it is GeoJSON: rename it to end in {places.SUFFIX}")
     if isinstance(content, dict):
-        content = [{image_column: name, label_column: value} for name, value in content.items()]
+        content = [{name_column: name, label_column: value} for name, value in content.items()]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("it must be a list of objects, or one object of names and classes")
     yield from content

@@ -40,6 +40,11 @@ def figures(evaluation: Evaluation, temperature: float) -> list[tuple[str, str]]
             f"{percent(evaluation.ece_after)} (before temperature scaling by {temperature:.2f}: "
             f"{percent(evaluation.ece_before)})",
         ),
+        *(
+            [("temperature", f"{temperature:.2f}: {evaluation.temperature_note}")]
+            if evaluation.temperature_note
+            else []
+        ),
         *([("more labels", ", ".join(more))] if more else []),
     ]
 

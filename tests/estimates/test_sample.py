@@ -160,7 +160,7 @@ def test_an_archive_without_a_good_image_is_refused(tmp_path: Path) -> None:
 def test_an_archive_of_no_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "in/empty.parquet")
-    with pytest.raises(InputRefused, match="no image in any of the 1 shards"):
+    with pytest.raises(InputRefused, match="no image in 1 shard:"):
         measured(tmp_path / "in")
 
 

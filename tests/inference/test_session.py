@@ -151,7 +151,7 @@ def test_compile_auto_compiles_if_enough_images_remain(
 @pytest.mark.parametrize(("model", "uses_graphs"), [(TINY, True), ("networks:branching", False)])
 def test_a_network_with_graph_breaks_is_not_recorded(model: str, uses_graphs: bool) -> None:
     torch._dynamo.reset()
-    predictor = loaded(model, weights="random", batch_size=2)
+    predictor = loaded(model, batch_size=2)
     for lane in predictor.session.all_lanes:
         lane.uses_graphs = True
     predictor.session._compile()

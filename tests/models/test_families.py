@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import draw_input, save, small
+from networks import draw_input, save, small, tiny
 from safetensors.torch import save_file
+from torch import nn
 
 from pipeline.errors import SettingRefused, WeightsRefused
 from pipeline.images.transform import Transform
@@ -49,6 +50,27 @@ def test_an_official_file_is_recognised_by_its_hash() -> None:
 def test_networks_that_cannot_be_built_are_refused(model: str, message: str) -> None:
     with pytest.raises(SettingRefused, match=message):
         resolve(model, "random")
+
+
+def with_new_classifier() -> nn.Module:
+    """Weights of its own, but for the classifier."""
+    classifier = nn.Linear(8, 3)  # before `tiny`, which has a seed of its own
+    return nn.Sequential(*tiny()[0][:2], classifier)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("model", ["networks:tiny", "networks:colours", f"{__name__}:with_new_classifier"])
+def test_random_is_refused_for_a_function_that_brings_its_own_weights(model: str) -> None:
+    with pytest.raises(WeightsRefused, match="a function that brings its own weights: leave --weights out, or give a"):
+        resolve(model, "random")
+    spec = resolve(model, "DEFAULT")
+    assert (spec.weights, len(spec.sha256)) == (model, 64)
+
+
+def test_random_weights_of_a_function_depend_on_the_seed() -> None:
+    first, second, other = (build(resolve("networks:small", "random", seed=seed)) for seed in (1, 1, 2))
+    tensors = [next(each.parameters()) for each in (first, second, other)]
+    assert torch.equal(tensors[0], tensors[1])
+    assert not torch.equal(tensors[0], tensors[2])
 
 
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1", "weights.onnx", ""])

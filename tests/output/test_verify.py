@@ -284,5 +284,5 @@ def test_repair_creates_no_directory(tmp_path: Path) -> None:
 
 def test_an_unfinished_output_says_how_many_shards_are_uncounted() -> None:
     first = next(Verification("out", uncounted_shards=3, rows=5, parts=1).lines())
-    assert first == "out: the images of 3 shards are not counted yet; so far 5 rows + 0 errors, in 1 parts"
+    assert first == "out: the images of 3 shards are not counted yet; so far 5 rows + 0 errors, in 1 part"
     assert next(Verification("out").lines()) == "out: not planned yet"

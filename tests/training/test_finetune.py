@@ -79,7 +79,10 @@ def test_a_checkpoint_needs_no_other_flag(archive: Path, tmp_path: Path, monkeyp
     assert result.evaluation.images == 8, "half of a quarter of 64"
     assert any("64 images are decoded" in text for text in said)
     assert sum(text.startswith("epoch ") for text in said) == 1 + 1 + 8
-    assert not list((tmp_path / "cache/finetune").glob("stripes*/*")), "pixels and states are removed"
+    assert not list((tmp_path / "cache/finetune").glob("*")), "pixels, states and the lock are removed"
+    assert result.evaluation.warnings[0].startswith("only 8 labels tested the classes: all figures are uncertain")
+    assert result.probe.curve[-1][1] == result.probe.accuracy
+    assert result.temperature >= 1, "8 labels cannot show that the scores may be surer"
     content = json.loads((tmp_path / "stripes.json").read_text())
     assert content["verdict"] == result.verdict == compare(result.evaluation, result.probe)
     losses = [epoch["loss"] for epoch in content["history"]]
@@ -237,6 +240,12 @@ def test_few_labels_are_said_to_be_few(archive: Path, tmp_path: Path, monkeypatc
     (tmp_path / "labels.json").write_text(json.dumps({"001.png": "upright", "002.png": "level"}))
     with pytest.raises(InputRefused, match="the labels cannot be divided"):
         tune(archive, tmp_path / "a.safetensors", labels=str(tmp_path / "labels.json"))
+
+
+def test_a_refused_call_leaves_no_folder(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"labels\.csv does not exist"):
+        tune(archive, tmp_path / "a.safetensors", labels=str(tmp_path / "labels.csv"))
+    assert not list((tmp_path / "cache/finetune").glob("*"))
 
 
 @pytest.mark.parametrize(

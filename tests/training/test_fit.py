@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.errors import InputRefused, SettingRefused
-from pipeline.training import fit
+from pipeline.training import fit, page
 from pipeline.training.evaluate import calibration_error, evaluate, predictions, probabilities
 from pipeline.training.fit import FitSettings, choose, class_weights, fit_all, fit_rows, folds_of
 from pipeline.training.job import METHODS
@@ -201,11 +201,13 @@ def test_an_evaluation_has_all_figures() -> None:
     assert result.ece_after <= result.ece_before + 0.02
     assert [point[0] for point in result.curve] == [24, 48, 96, 192]
     assert result.curve[-1][1] >= result.curve[0][1]
+    assert result.curve[-1][1:] == (result.accuracy, pytest.approx(result.macro_f1)), "the same folds and images"
     assert len(result.mistakes) == 240 - np.trace(result.confusion)
     assert all(each.label != each.predicted for each in result.mistakes)
     assert not result.warnings
     held_out = evaluate(data, settings, 0.25, choose(data, np.arange(240), settings))
     assert (held_out.images, held_out.how) == (60, "hold-out of 60 labels")
+    assert (held_out.curve[-1][:2]) == (180, held_out.accuracy)
 
 
 def test_groups_that_leak_make_the_figures_too_good() -> None:
@@ -240,6 +242,19 @@ def test_few_labels_are_warned_of() -> None:
     result = evaluate(data, FitSettings(), None, choose(data, np.arange(32), FitSettings()))
     assert "class 0 has 8 labels" in result.warnings[0]
     assert len(result.warnings) == 4
+    held_out = evaluate(data, FitSettings(), 0.25, choose(data, np.arange(32), FitSettings()))
+    assert held_out.warnings[0].startswith("only 8 labels tested the classes: all figures are uncertain")
+
+
+def test_a_head_that_is_no_better_than_the_most_frequent_class_is_warned_of() -> None:
+    data = samples(120)
+    frequent = np.zeros(120, int)
+    frequent[::3] = 1
+    rng = np.random.default_rng(0)
+    data = replace(data, targets=np.eye(2, dtype=np.float32)[rng.permutation(frequent)], names=("a", "b"))
+    result = evaluate(data, FitSettings(), None, choose(data, np.arange(120), FitSettings()))
+    assert result.accuracy <= result.baseline_accuracy == pytest.approx(2 / 3)
+    assert "is not better than that of always answering a, 66.7 %: check the labels" in result.warnings[0]
 
 
 def test_the_temperature_calibrates() -> None:
@@ -252,3 +267,34 @@ def test_the_temperature_calibrates() -> None:
     assert temperature == pytest.approx(4, rel=0.1)
     before, after = (calibration_error(probabilities(truth * 4, t, False), targets, False) for t in (1.0, temperature))
     assert after < 0.04 < before
+
+
+@pytest.mark.parametrize(
+    ("labels", "errors", "temperature", "note"),
+    [
+        (29, 0, 1.0, "no error among 29 labels left out, so nothing shows that the scores may be surer"),
+        (29, 3, 1.0, "only 29 labels left out, so nothing shows"),
+        (600, 0, 1.0, "no error among 600 labels left out"),
+        (600, 6, 0.5, ""),
+        (12, 6, 2.0, ""),
+    ],
+)
+def test_scores_are_made_surer_only_with_evidence(labels: int, errors: int, temperature: float, note: str) -> None:
+    """Logits that a perfect fit would sharpen, or of many errors, which it would flatten."""
+    logits = np.tile(np.float32([[1, -1]]), (labels, 1))
+    targets = np.eye(2, dtype=np.float32)[(np.arange(labels) < errors).astype(int)]
+    made = fit.calibrate(logits, targets, multi_label=False)
+    assert made.note.startswith(note)
+    assert bool(made.note) == bool(note)
+    assert made.temperature == 1 if note else (made.temperature < 1) == (temperature < 1)
+    several = fit.calibrate(logits, np.concatenate([targets[:, :1], targets[:, 1:]], axis=1), multi_label=True)
+    assert (several.temperature == 1) == bool(note)
+
+
+def test_the_page_says_why_scores_are_not_surer() -> None:
+    data = samples(24, spread=0.1)
+    choice = choose(data, np.arange(24), FitSettings())
+    head, result = fit_all(data, FitSettings(), choice), evaluate(data, FitSettings(), None, choice)
+    assert head.temperature == 1
+    assert ("temperature", f"1.00: {result.temperature_note}") in page.figures(result, head.temperature)
+    assert "no error among 24 labels left out" in page.html("t", "s", result, head.temperature, {})

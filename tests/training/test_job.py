@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from outputs import write_output
 from servers import S3Server
 
+from jobs import fit as fit_job
 from pipeline.errors import InputRefused, OutputRefused, SettingRefused
 from pipeline.models.heads import load_head
 from pipeline.storage import access
@@ -162,7 +164,7 @@ def test_an_output_in_mid_run_is_fitted_to_the_rows_that_it_has(output: str, tmp
     with open(labels, "a") as file:
         file.write("not-yet.jpg,a\n")
     result = fit(output, FitConfig(labels=labels, to=str(tmp_path / "h.safetensors"), pictures=False))
-    assert unknown_text(result.labels) == "1 names of the labels are no rows of the output: not-yet.jpg."
+    assert unknown_text(result.labels) == "1 name of the labels is not among the rows of the output: not-yet.jpg."
 
 
 def test_the_head_and_its_evaluation_are_written_to_a_bucket(s3: S3Server, own_caches: None, tmp_path: Path) -> None:
@@ -176,3 +178,26 @@ def test_the_head_and_its_evaluation_are_written_to_a_bucket(s3: S3Server, own_c
     assert result.files == (to, *(to.replace(".safetensors", end) for end in (".json", ".html", ".suggest.csv")))
     assert json.loads(access.read(result.files[1]))["labels"] == 30
     assert load_head(to).head.classes == ("a", "b")
+
+
+def test_no_image_that_is_left_to_label_is_said(output: str, tmp_path: Path) -> None:
+    config = FitConfig(labels=labels_of(tmp_path, ["a", "b"] * 200), to=str(tmp_path / "h.safetensors"), pictures=False)
+    result = fit(output, replace(config, suggest=5))
+    assert result.notes == ("--suggest 5: no image is left to label, so the file of suggestions is empty",)
+    assert rows(tmp_path / "h.suggest.csv") == []
+    labels_of(tmp_path, ["a", "b"] * 199)
+    assert fit(output, replace(config, suggest=5)).notes == ("--suggest 5: only 2 images without a label left",)
+
+
+def test_files_are_named_as_they_were_given(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l.csv").write_text("file,label\n" + "".join(f"{each},{each.split('/')[2]}\n" for each in IDS[:60]))
+    for flag in ("--name-column", "--image-column"):
+        arguments = [output, "--labels", "l.csv", flag, "file", "--to", "heads/ab.safetensors", "--no-pictures"]
+        assert fit_job.main(arguments) == 0
+        written = [line for line in capsys.readouterr().err.splitlines() if "wrote" in line]
+        assert written == [f"nightshift: wrote heads/ab{end}" for end in (".safetensors", ".json", ".html")]
+    with pytest.raises(InputRefused, match=r"has no 'image', only file, label; name the column with --name-column"):
+        fit(output, FitConfig(labels="l.csv", to="h.safetensors"))

@@ -91,7 +91,7 @@ def test_every_format_of_labels(output: Output, tmp_path: Path, name: str, text:
 
 def test_parquet_with_other_columns_and_numbers(output: Output, tmp_path: Path) -> None:
     pq.write_table(pa.table({"file": ["b.jpg", "h.jpg"], "y": [1.0, None]}), tmp_path / "l.parquet")
-    found = find(output, str(tmp_path / "l.parquet"), image_column="file", label_column="y")
+    found = find(output, str(tmp_path / "l.parquet"), name_column="file", label_column="y")
     assert (found.classes, found.unlabelled) == ((("1",),), 1)
 
 
