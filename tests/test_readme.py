@@ -149,7 +149,7 @@ def check_job(job: str, arguments: list[str], folder: Path) -> None:
             CompareConfig(**config_values)
             RunConfig(**{"output": "unused", **run_values})
             Embedder(**network_values)
-        case "search" | "index" | "duplicates" | "analyze":
+        case "search" | "serve" | "index" | "duplicates" | "analyze":
             given = importlib.import_module(f"jobs.{job}").parser().parse_args(arguments)
             assert not Path(given.output).exists()
         case "map" | "export":

@@ -497,7 +497,7 @@ def test_windows_of_scenes_are_searched_by_row_alone(tmp_path: Path) -> None:
         client = Client(server)
         assert client.get("summary")["upload"] is False
         status, answer = client.upload(images.encode(images.tile()))
-        assert (status, "does not fit an output of raster scenes" in answer["error"]) == (422, True)
+        assert (status, "takes no pictures" in answer["error"]) == (422, True)
 
 
 def test_an_output_in_a_bucket(s3: S3Server) -> None:

@@ -61,6 +61,11 @@ class Snapshot:
         return COLUMN in self.output.columns
 
     @property
+    def takes_uploads(self) -> bool:
+        """Whether pictures of the user can be embedded: not for outputs of raster scenes."""
+        return self.has_vectors and "tiling" not in self.output.settings
+
+    @property
     def has_places(self) -> bool:
         return has_footprints(self.output.schema)
 
@@ -120,7 +125,7 @@ class Site:
             "score": rows.score_column,
             "vectors": snapshot.has_vectors,
             "places": snapshot.has_places,
-            "upload": snapshot.has_vectors and "tiling" not in output.settings,
+            "upload": snapshot.takes_uploads,
             "methods": [method for method in plots.METHODS if method != plots.TSNE or plots.has_tsne()],
             "archive": ", ".join(uris.redact(str(each)) for each in output.settings.get("input", ())[:3]),
             "palette": ["#{:02x}{:02x}{:02x}".format(*color) for color in PALETTE],
@@ -171,6 +176,8 @@ class Site:
         """The most similar rows of a picture that the user gives, the best first. Raises as `answer` does."""
         snapshot = self._at(parameters)
         _require_rows(snapshot)
+        if not snapshot.takes_uploads:  # a raster may name other files, which the server would open
+            raise RequestRefused(422, "This output takes no pictures: find images that are similar to one of its own.")
         try:
             with tempfile.TemporaryDirectory(prefix="nightshift-") as folder, self._slow:
                 file = Path(folder, UPLOAD_NAME)
