@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import pyarrow as pa
 
 IDENTITY = pa.schema(
@@ -72,6 +73,9 @@ PIXEL_FIELDS = pa.schema(
 
 REPEATS = "repeats"
 """Further rows with the same bytes, which the write stage adds: their image_id, member and kept columns, or null."""
+EMBEDDING = "embedding"
+EMBEDDING_SCALE = "embedding_scale"
+"""float32: the factor of an `embedding` of int8, such that both multiplied are the vector. See `with_float_vectors`."""
 VECTOR = "vector"
 """Column of the tables of a source whose rows are vectors and not images."""
 
@@ -123,6 +127,38 @@ def vector(element: pa.DataType, size: int) -> pa.DataType:
 def is_vector(type_: pa.DataType) -> bool:
     """True for fixed-size lists of numbers."""
     return bool(pa.types.is_fixed_size_list(type_) and pa.types.is_primitive(type_.value_type))
+
+
+def has_scaled_vectors(columns: pa.Schema) -> bool:
+    """Whether the embeddings are int8 with a scale each."""
+    if not {EMBEDDING, EMBEDDING_SCALE} <= set(columns.names):
+        return False
+    type_ = columns.field(EMBEDDING).type
+    is_float = columns.field(EMBEDDING_SCALE).type == pa.float32()
+    return is_vector(type_) and type_.value_type == pa.int8() and is_float
+
+
+def as_float_vectors(columns: pa.Schema) -> pa.Schema:
+    """The columns of `with_float_vectors`."""
+    if not has_scaled_vectors(columns):
+        return columns
+    type_ = vector(pa.float32(), columns.field(EMBEDDING).type.list_size)
+    place, scale = (columns.get_field_index(name) for name in (EMBEDDING, EMBEDDING_SCALE))
+    return columns.set(place, columns.field(EMBEDDING).with_type(type_)).remove(scale)
+
+
+def with_float_vectors(table: pa.Table) -> pa.Table:
+    """Embeddings of int8 with a scale each → float32, without the column of scales. Other tables stay as they are."""
+    if not has_scaled_vectors(table.schema):
+        return table
+    columns = as_float_vectors(table.schema)
+    type_ = columns.field(EMBEDDING).type
+    column = table[EMBEDDING].combine_chunks()
+    numbers = column.flatten().to_numpy().reshape(-1, type_.list_size).astype(np.float32)
+    numbers *= table[EMBEDDING_SCALE].to_numpy()[:, None]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), type=type_)
+    place = table.schema.get_field_index(EMBEDDING)
+    return table.set_column(place, columns.field(EMBEDDING), vectors).drop_columns([EMBEDDING_SCALE])
 
 
 def dense(columns: pa.Schema) -> pa.Schema:

@@ -24,6 +24,8 @@ from pipeline import Classifier, Embedder, RunConfig, cli
 from pipeline.comparison.job import CompareConfig
 from pipeline.estimates.machines import LOCAL, Prices
 
+RECIPES = "jobs/README.md"
+"""Its Python needs packages that need not be installed; tests/jobs/test_other_tools.py runs it."""
 PREDICTORS = {"embed": Embedder, "classify": Classifier}
 
 
@@ -103,6 +105,10 @@ def check(words: list[str], folder: Path) -> None:
             _output("ssh", ["-G", *arguments])
         case ["docker" | "kubectl" as program, *arguments]:
             check_help(program, arguments)
+        case ["embedding-atlas", *arguments]:
+            shown = _output("embedding-atlas", ["--help"])
+            for flag in (word for word in arguments if word.startswith("--")):
+                assert not shown or flag in shown, flag
         case _:
             pytest.fail(f"this test cannot check the command {shlex.join(words)}")
 
@@ -203,7 +209,7 @@ def user_folder(demo: SmallRun, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if page != RECIPES])
 def test_python_runs(page: str, user_folder: Path) -> None:
     """Each block of a page by itself, as the main module of one process."""
     script = user_folder / "blocks.py"

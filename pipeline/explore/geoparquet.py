@@ -21,7 +21,7 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline.errors import SettingRefused
-from pipeline.explore.table import Output
+from pipeline.explore.view import View
 from pipeline.output import embedding_metadata
 from pipeline.output.geoparquet import BBOX, CORNERS, GEOMETRY, WKB_ONLY, geo_metadata, with_type
 from pipeline.output.parts import column_options
@@ -50,7 +50,7 @@ class Written:
 
 
 def write_sorted(
-    output: Output,
+    output: View,
     names: Sequence[str],
     path: Path,
     sort: str,
@@ -70,7 +70,7 @@ def write_sorted(
         return _write_buckets(buckets, path, order, output, is_partitioned=partition_by is not None)
 
 
-def _key_columns(output: Output, partition_by: str | None) -> list[str]:
+def _key_columns(output: View, partition_by: str | None) -> list[str]:
     """The columns that partitions follow from, beside bbox."""
     column = {"zoom": "tile_z", "datetime": "datetime"}.get(partition_by or "")
     if column and column not in output.columns:
@@ -113,9 +113,7 @@ class _Order:
     occupied bins, sorted. rows: the number of rows of each.
     """
 
-    def __init__(
-        self, output: Output, sort: str, partition_by: str | None, key_columns: list[str], version: str
-    ) -> None:
+    def __init__(self, output: View, sort: str, partition_by: str | None, key_columns: list[str], version: str) -> None:
         self.is_curve, self.partition_by, self.version = sort == "hilbert", partition_by, version
         self.bounds = _bounds(output) if self.is_curve else (0.0, 0.0, 1.0, 1.0)
         counts: Counter[tuple[str, int]] = Counter()
@@ -182,7 +180,7 @@ def _centres(batch: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.where(xmax - xmin > 180, 180.0, (xmin + xmax) / 2), (ymin + ymax) / 2
 
 
-def _bounds(output: Output) -> tuple[float, float, float, float]:
+def _bounds(output: View) -> tuple[float, float, float, float]:
     """The range of all footprints."""
     low, high = np.full(2, np.inf), np.full(2, -np.inf)
     for batch in output.batches([BBOX]):
@@ -200,7 +198,7 @@ class _Buckets:
     """Temporary files, each with a stretch of the order."""
 
     def __init__(
-        self, folder: Path, order: _Order, output: Output, names: Sequence[str], key_columns: Sequence[str]
+        self, folder: Path, order: _Order, output: View, names: Sequence[str], key_columns: Sequence[str]
     ) -> None:
         self.folder, self.order, self.output = folder, order, output
         self.names, self.read_names = list(names), list(dict.fromkeys([*names, BBOX, *key_columns]))
@@ -248,7 +246,7 @@ class _Buckets:
         return self.folder / f"{bucket}.arrow"
 
 
-def _write_buckets(buckets: _Buckets, path: Path, order: _Order, output: Output, *, is_partitioned: bool) -> Written:
+def _write_buckets(buckets: _Buckets, path: Path, order: _Order, output: View, *, is_partitioned: bool) -> Written:
     written = Written()
     file: _File | None = None
     rank = -1
@@ -274,7 +272,7 @@ def _write_buckets(buckets: _Buckets, path: Path, order: _Order, output: Output,
 class _File:
     """One GeoParquet file, written in row groups of GROUP_ROWS."""
 
-    def __init__(self, path: Path, schema: pa.Schema, geo: _Geo, output: Output) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, geo: _Geo, output: View) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         provenance = output.record.get("provenance") or {}
         footer = json.dumps({"fingerprint": output.record.get("fingerprint"), **provenance})

@@ -28,6 +28,8 @@ THREADS = 4
 """Row groups that are read at a time. `ordered_map` bounds the bytes that wait: 256 MB, or one row group."""
 BLOCKS_AHEAD = 2
 """Whole row groups of vectors that are read or wait. More would need more than 1 GB."""
+INT8_GROWTH = 4
+"""Bytes of a vector that is read, by those that are stored as int8."""
 ERRORS_FOLDER = "_errors"
 
 if TYPE_CHECKING:
@@ -122,11 +124,15 @@ class Output:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Schema of the results, read from the first part; empty if there is none yet. Raises OutputRefused."""
+        """Schema of the results, read from the first part; empty if there is none yet. Raises OutputRefused.
+
+        Embeddings that are stored as int8 are read as float32, and have no column of scales here.
+        """
         if not self.parts:
             return pa.schema([])
         fields = _open(self.uri, self.parts[0].path).schema
-        return pa.schema([each.remove_metadata() for each in fields])  # that of geometries in GeoParquet 2.0
+        fields = pa.schema([each.remove_metadata() for each in fields])  # that of geometries in GeoParquet 2.0
+        return schemas.as_float_vectors(fields)
 
     @property
     def columns(self) -> list[str]:
@@ -313,6 +319,8 @@ def _row_groups(
             if all(_may_have(columns, name, value) for name, value in equal.items()):
                 chosen = [column for column in columns if column.path_in_schema.partition(".")[0] in names]
                 size = sum(column.total_uncompressed_size for column in chosen)
+                is_int8 = any(column.path_in_schema == schemas.EMBEDDING_SCALE for column in columns)
+                size *= INT8_GROWTH if is_int8 and schemas.EMBEDDING in names else 1
                 yield RowGroup(part.path, metadata, index, size, first, group.num_rows)
             first += group.num_rows
 
@@ -351,7 +359,10 @@ def _read(output: str, wanted: pa.Schema, equal: Mapping[str, Any], group: RowGr
     try:
         with access.open_read(uris.join(output, group.path)) as file:
             options = {"metadata": group.metadata, "page_checksum_verification": True}
-            table = open_parquet(file, **options).read_row_group(group.index, names, use_threads=False)
+            parquet = open_parquet(file, **options)
+            if schemas.EMBEDDING in names and schemas.has_scaled_vectors(parquet.schema_arrow):
+                names.append(schemas.EMBEDDING_SCALE)
+            table = schemas.with_float_vectors(parquet.read_row_group(group.index, names, use_threads=False))
         for name, value in equal.items():
             table = table.filter(pc.equal(table[name], value))
         return table.select(wanted.names).cast(wanted)

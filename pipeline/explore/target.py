@@ -22,13 +22,18 @@ def need_geo(command: str, *modules: str) -> None:
             raise SettingRefused(f"{command} needs {module}: {GEO_EXTRA}")
 
 
-def check_target(path: Path, flag: str, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    """Raise SettingRefused for a file that cannot be written or must not be replaced."""
+def check_target(
+    path: Path, flag: str, suffixes: tuple[str, ...], overwrite: bool, *, replaces_folder: bool = False
+) -> None:
+    """Raise SettingRefused for a file that cannot be written or must not be replaced.
+
+    replaces_folder: the path may be a folder, which the caller replaces.
+    """
     if "://" in str(path) or ":/" in str(path):
         raise SettingRefused(f"{flag} {path} is a URI: give a local file, and copy it to its place afterwards")
     if path.suffix.lower() not in suffixes:
         raise SettingRefused(f"{flag} {path} must end with {' or '.join(suffixes)}")
-    if path.is_dir():
+    if path.is_dir() and not replaces_folder:
         raise SettingRefused(f"{flag} {path} is a folder; remove it, or choose another name")
     if path.exists() and not overwrite:
         raise SettingRefused(f"{flag} {path} exists; choose another name or add --overwrite")

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.embedding_space import EmbeddingSpace
 from pipeline.output.geoparquet import has_footprints
-from pipeline.schema import is_vector
+from pipeline.schema import EMBEDDING_SCALE, has_scaled_vectors, is_vector
 from pipeline.version import __version__
 
 KEY = "emb"
@@ -48,7 +48,7 @@ def describe(settings: Mapping[str, Any], provenance: Mapping[str, Any], columns
         "data_type": _number_type(vector.value_type),
         **_gsd(settings),
         **_chip_layout(settings, columns),
-        **_quantization(vector.value_type),
+        **_quantization(columns),
         "emb:runtime_parameters": space.to_json(),
         "processing:software": {"nightshift": __version__},
         "links": [_model(provenance), *({"rel": "emb:source-data", "href": uri} for uri in settings.get("input", ()))],
@@ -81,10 +81,15 @@ def _chip_layout(settings: Mapping[str, Any], columns: pa.Schema) -> Fields:
     return {"emb:chip_layout": {"layout_type": kind, "chip_size": [size, size], "stride": [stride, stride]}}
 
 
-def _quantization(type_: pa.DataType) -> Fields:
-    if not pa.types.is_float16(type_):
+def _quantization(columns: pa.Schema) -> Fields:
+    """How the numbers were made smaller. The field `scale` is for one scale of all; those of int8 are a column."""
+    if has_scaled_vectors(columns):
+        method, dtype = f"symmetric, per vector: multiply by the column {EMBEDDING_SCALE}", "int8"
+    elif pa.types.is_float16(columns.field(COLUMN).type.value_type):
+        method, dtype = "cast", "float16"
+    else:
         return {}
-    return {"emb:quantization": {"method": "cast", "original_dtype": "float32", "quantized_dtype": "float16"}}
+    return {"emb:quantization": {"method": method, "original_dtype": "float32", "quantized_dtype": dtype}}
 
 
 def _model(provenance: Mapping[str, Any]) -> Fields:

@@ -96,7 +96,7 @@ class Classifier(NetworkPredictor):
 
     def _columns(self, spec: "ModelSpec") -> pa.Schema:
         classes = list(self._heads.schema) if self._heads else class_fields()
-        return pa.schema([*classes, *([self._embedding_field(spec)] if self.embeddings else [])])
+        return pa.schema([*classes, *(self._embedding_fields(spec) if self.embeddings else [])])
 
     def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
         if self._loaded:
@@ -104,4 +104,4 @@ class Classifier(NetworkPredictor):
         else:
             assert logits is not None
             columns = class_columns(logits.softmax(1), self.spec.labels, self.top_k)
-        return {**columns, "embedding": self._embedding(features)} if self.embeddings else columns
+        return {**columns, **self._embedding(features)} if self.embeddings else columns

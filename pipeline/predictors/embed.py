@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Embedder(NetworkPredictor):
-    """Column `embedding`: the input of the network's classifier, [embedding_dim] of embedding_dtype per image."""
+    """Column `embedding`: the input of the network's classifier, [embedding_dim] of embedding_dtype per image.
+
+    With int8 also `embedding_scale`, by which it must be multiplied.
+    """
 
     def _columns(self, spec: "ModelSpec") -> pa.Schema:
-        return pa.schema([self._embedding_field(spec)])
+        return pa.schema(self._embedding_fields(spec))
 
     def _results(self, features: "Tensor", logits: "Tensor | None") -> Columns:
-        return {"embedding": self._embedding(features)}
+        return self._embedding(features)

@@ -15,7 +15,7 @@ from pipeline.models import input_spec as input_specs
 from pipeline.models import names, transform_files
 from pipeline.models.overrides import INTERPOLATIONS, Overrides, numbers
 from pipeline.predictors.base import Allotment, Columns, Predictor, field_values
-from pipeline.schema import vector
+from pipeline.schema import EMBEDDING, EMBEDDING_SCALE, vector
 from pipeline.storage import uris
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ANTIALIASED = ("bilinear", "bicubic")
 """Interpolations for which torch has antialiasing on every device."""
+EMBEDDING_DTYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
 @dataclass
@@ -58,7 +59,11 @@ class NetworkPredictor(Predictor):
     compile: str = flag(
         "torch.compile: slow to start, then faster", "auto", choices=("auto", "on", "off"), fingerprint=False
     )
-    embedding_dtype: str = flag("number format of the embedding column", "float32", choices=("float32", "float16"))
+    embedding_dtype: str = flag(
+        "number format of the embedding column: float32, float16 or int8",
+        "float32",
+        metavar="DTYPE",
+    )
     seed: int = flag("seed of random weights", 0, metavar="N", fingerprint=False)
     transform_: str | Mapping[str, Any] | None = flag(
         "transform of the weights, if they do not state it: resize, crop, interpolation, range, mean, std",
@@ -94,6 +99,7 @@ class NetworkPredictor(Predictor):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        _check_embedding_dtype(self.embedding_dtype)
         if not -(1 << 63) <= self.seed < 1 << 64:
             raise SettingRefused(f"--seed is {self.seed}: it must be a number of at most 64 bits")
         self._overrides()
@@ -261,15 +267,31 @@ class NetworkPredictor(Predictor):
         """float32 [N, embedding_dim], and [N, num_classes] or None, on the network's device → the columns."""
         raise NotImplementedError
 
-    def _embedding_field(self, spec: "ModelSpec") -> pa.Field:
-        value = pa.float16() if self.embedding_dtype == "float16" else pa.float32()
-        return pa.field("embedding", vector(value, spec.embedding_dim))
+    def _embedding_fields(self, spec: "ModelSpec") -> list[pa.Field]:
+        embedding = pa.field(EMBEDDING, vector(EMBEDDING_DTYPES[self.embedding_dtype], spec.embedding_dim))
+        scale = pa.field(EMBEDDING_SCALE, pa.float32())
+        return [embedding, scale] if self.embedding_dtype == "int8" else [embedding]
 
-    def _embedding(self, features: "Tensor") -> np.ndarray:
-        """[N, embedding_dim] in embedding_dtype, in this process's memory."""
+    def _embedding(self, features: "Tensor") -> Columns:
+        """[N, embedding_dim] in embedding_dtype, in this process's memory; for int8 also the scales [N]."""
         from pipeline.inference.cuda_stream import to_host
 
-        return to_host(features.half() if self.embedding_dtype == "float16" else features)
+        if self.embedding_dtype == "int8":
+            from pipeline.inference.quantize import to_int8
+
+            vectors, scales = to_int8(features)
+            return {EMBEDDING: to_host(vectors), EMBEDDING_SCALE: to_host(scales)}
+        return {EMBEDDING: to_host(features.half() if self.embedding_dtype == "float16" else features)}
+
+
+def _check_embedding_dtype(dtype: str) -> None:
+    if dtype.startswith("pca"):
+        raise SettingRefused(
+            f"--embedding-dtype is {dtype}: principal components are known only when all vectors are; run with float16 "
+            "or int8, then nightshift export OUTPUT --to small.parquet --pca 64"
+        )
+    if dtype not in EMBEDDING_DTYPES:
+        raise SettingRefused(f"--embedding-dtype is {dtype!r}: it must be one of {', '.join(EMBEDDING_DTYPES)}")
 
 
 def with_flags_of_weights(run: Mapping[str, Any], network: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -65,6 +65,8 @@ class _Reader:
         if missing := [name for name in ("image_id", *own) if name not in names]:
             raise ReadError("unreadable", f"{rows.uri} has no column {', '.join(missing)}")
         self.keep = [name for name in options.keep if name in names]
+        if not self.is_error and schema.has_scaled_vectors(self.parquet.schema_arrow):
+            own = [*own, schema.EMBEDDING_SCALE]
         self.columns = list(dict.fromkeys([*(name for name in IDENTITY if name in names), *own, *self.keep]))
 
     def tables(self) -> Iterator[pa.Table]:
@@ -96,7 +98,8 @@ class _Reader:
         if self.is_error:
             columns |= {name: batch.column(name).cast(pa.string()) for name in schema.FAULT.names}
         else:
-            columns[schema.VECTOR] = _as_float32(batch.column(COLUMN), self.rows.uri)
+            vectors = schema.with_float_vectors(pa.Table.from_batches([batch]))[COLUMN]
+            columns[schema.VECTOR] = _as_float32(vectors.combine_chunks(), self.rows.uri)
         return pa.table(columns)
 
 

@@ -363,3 +363,15 @@ def test_a_broken_part_ends_the_export_and_leaves_the_old_file(output: Path, tmp
         export(str(out), tmp_path / name, overwrite=True)
     assert (tmp_path / name).read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", name]
+
+
+def test_chosen_rows_and_reduced_vectors(output: Path, tmp_path: Path) -> None:
+    made = export(str(output), tmp_path / "w.parquet", ["label"], pca=2, bbox="-76,40,-74,41", where="score > 0")
+    assert made.rows == 35
+    found = geopandas.read_parquet(tmp_path / "w.parquet")
+    assert len(found) == 35
+    assert {len(vector) for vector in found["embedding"]} == {2}
+    assert "emb" not in {key.decode() for key in pq.read_metadata(tmp_path / "w.parquet").metadata}, "no such space"
+    assert np.load(tmp_path / "w.parquet.pca.npy").shape == (4, 2)
+    assert export(str(output), tmp_path / "w.fgb", where="label_id = 1").rows < 47
+    assert set(geopandas.read_file(tmp_path / "w.fgb")["label_id"]) == {1}

@@ -201,6 +201,7 @@ def embedded(photos: Path, folder: Path, **settings: object) -> Output:
         {},
         {"precision": "bfloat16", "resize": 60, "crop": 48, "interpolation": "bicubic"},
         {"embedding_dtype": "float16", "mean": "0.4", "std": "0.2"},
+        {"embedding_dtype": "int8"},
     ],
 )
 def test_an_image_finds_itself(photos: Path, tmp_path: Path, settings: dict[str, object]) -> None:

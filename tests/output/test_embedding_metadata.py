@@ -71,6 +71,10 @@ def test_what_differs_by_run() -> None:
     assert fields["emb:quantization"]["original_dtype"] == "float32"
     assert fields["emb:chip_layout"]["layout_type"] == "variable_grid"
     assert "gsd" not in fields
+    small = SCENE.set(SCENE.get_field_index("embedding"), pa.field("embedding", schema.vector(pa.int8(), 4)))
+    fields = describe(small.append(pa.field("embedding_scale", pa.float32())), tile_size=64)
+    assert fields["data_type"] == fields["emb:quantization"]["quantized_dtype"] == "int8"
+    assert "embedding_scale" in fields["emb:quantization"]["method"]
     tiles = pa.schema([*VECTOR, ("tile_z", pa.int32()), *schema.FOOTPRINT])
     assert describe(tiles)["emb:chip_layout"] == {"layout_type": "named_grid", "grid_id": "WebMercatorQuad"}
     assert "emb:chip_layout" not in describe(pa.schema([*SCENE, ("tile_z", pa.int32())]), tile_size=64), "both"

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.errors import SettingRefused, WeightsRefused
 from pipeline.images.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
+from pipeline.inference.quantize import to_int8
 from pipeline.predictors.base import Allotment
 from pipeline.predictors.classify import Classifier
 from pipeline.predictors.embed import Embedder
@@ -114,6 +115,34 @@ def test_embeddings_in_half_precision() -> None:
     assert predictor.predict(draw_pixels(2, 32))["embedding"].dtype == np.float16
 
 
+def test_embeddings_of_8_bits() -> None:
+    pixels = draw_pixels(3, 32)
+    exact, small = Embedder(model=TINY), Embedder(model=TINY, embedding_dtype="int8")
+    for predictor in (exact, small):
+        predictor.prepare()
+    assert small.columns == pa.schema([("embedding", vector(pa.int8(), 8)), ("embedding_scale", pa.float32())])
+    columns, expected = small.predict(pixels), exact.predict(pixels)["embedding"]
+    scales = np.asarray(columns["embedding_scale"])[:, None]
+    assert (columns["embedding"].dtype, scales.dtype) == (np.int8, np.float32)
+    assert (np.abs(columns["embedding"]).max(axis=1) == 127).all()
+    assert (np.abs(columns["embedding"] * scales - expected) <= scales * 0.501).all()
+    both = Classifier(model=TINY, embedding_dtype="int8", embeddings=True)
+    both.prepare()
+    assert both.columns.names[-2:] == ["embedding", "embedding_scale"]
+    assert {"embedding", "embedding_scale"} <= set(both.predict(pixels))
+
+
+def test_8_bits_of_vectors_that_are_zero_or_not_finite() -> None:
+    vectors, scales = to_int8(
+        torch.tensor([[0.0, 0.0], [1.0, torch.nan], [torch.inf, 1.0], [-1e-39, 1e-39], [3e38, -3e38]])
+    )
+    assert vectors[0].tolist() == [0, 0]
+    assert scales[0] == 0
+    assert not torch.isfinite(scales[1:3]).any(), "the row becomes an error"
+    assert vectors[4].tolist() == [127, -127]
+    assert torch.isfinite(scales[[0, 3, 4]]).all()
+
+
 def test_one_channel_is_the_luma(tmp_path: Path) -> None:
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=4).eval().requires_grad_(False)
     network.conv1[0] = nn.Conv2d(1, 24, 3, 2, 1, bias=False)
@@ -161,6 +190,7 @@ def test_a_pickled_predictor_is_small_and_complete() -> None:
         (Embedder, {"precision": "int8"}, "--precision is 'int8': it must be one of auto, float32"),
         (Embedder, {"compile": "yes"}, "--compile is 'yes'"),
         (Classifier, {"embedding_dtype": "float64"}, "--embedding-dtype is 'float64'"),
+        (Embedder, {"embedding_dtype": "pca:64"}, "nightshift export OUTPUT --to small.parquet --pca 64"),
         (Classifier, {"top_k": 0}, "--top-k is 0"),
         (Embedder, {"resize": -1}, "--resize is -1"),
         (Embedder, {"interpolation": "cubic"}, "--interpolation is 'cubic': it must be one of nearest, bilinear"),

@@ -107,6 +107,16 @@ def test_vectors_of_16_bits_become_32(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[image_id].reshape(-1), VECTORS[number].astype(np.float16))  # type: ignore[union-attr]
 
 
+def test_vectors_of_8_bits_become_32(tmp_path: Path) -> None:
+    out = write_output(tmp_path / "small", IDS, VECTORS, dtype=pa.int8(), errors=["/bad.jpg"])
+    found = {record.image_id: record for shard in shards(out) for record in records(shard)}
+    assert found["/bad.jpg"].error is not None
+    for number, image_id in enumerate(IDS):
+        data = found[image_id].data.reshape(-1)  # type: ignore[union-attr]
+        assert data.dtype == np.float32
+        np.testing.assert_allclose(data, VECTORS[number], atol=np.abs(VECTORS[number]).max() / 127 * 0.501)
+
+
 def test_a_part_that_is_gone_or_changed_is_one_error_per_row(output: Path) -> None:
     first, second, *_ = [each for each in shards(output) if "/results/" in each.uri]
     Path(first.uri).unlink()

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline import schema
 from pipeline.config import RunConfig
 from pipeline.embedding_space import EmbeddingSpace
+from pipeline.inference.quantize import to_int8
 from pipeline.output import directory
 from pipeline.output import ledger as ledgers
 from pipeline.output.run_record import RunRecord
@@ -55,6 +57,11 @@ def write_output(
     Called again with another shard, it adds the rows in an attempt of their own, as `--update` does.
     """
     columns = pa.schema([("embedding", schema.vector(dtype or pa.float32(), vectors.shape[1]))])
+    scales = [{} for _ in vectors]
+    if dtype == pa.int8():
+        numbers, factors = to_int8(torch.from_numpy(vectors))
+        vectors, scales = numbers.numpy(), [{schema.EMBEDDING_SCALE: float(factor)} for factor in factors]
+        columns = columns.append(pa.field(schema.EMBEDDING_SCALE, pa.float32()))
     keep = {name: _type_of(values) for name, values in (kept or {}).items()}
     space = EmbeddingSpace.of(settings)
     record = {"layout": 2, "settings": dict(settings), "provenance": PROVENANCE, "config": {}}
@@ -70,7 +77,11 @@ def write_output(
             "width": 64,
             "height": 48,
         }
-        | {"embedding": vectors[row].tolist(), **{name: values[row] for name, values in (kept or {}).items()}}
+        | {
+            "embedding": vectors[row].tolist(),
+            **scales[row],
+            **{name: values[row] for name, values in (kept or {}).items()},
+        }
         for row, image_id in enumerate(image_ids)
     ]
     rows += [
