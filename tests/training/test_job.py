@@ -181,7 +181,8 @@ def test_the_head_and_its_evaluation_are_written_to_a_bucket(s3: S3Server, own_c
 
 
 def test_no_image_that_is_left_to_label_is_said(output: str, tmp_path: Path) -> None:
-    config = FitConfig(labels=labels_of(tmp_path, ["a", "b"] * 200), to=str(tmp_path / "h.safetensors"), pictures=False)
+    labels, to = labels_of(tmp_path, ["a", "b"] * 200), str(tmp_path / "h.safetensors")
+    config = FitConfig(labels=labels, to=to, method="centroid", pictures=False)
     result = fit(output, replace(config, suggest=5))
     assert result.notes == ("--suggest 5: no image is left to label, so the file of suggestions is empty",)
     assert rows(tmp_path / "h.suggest.csv") == []
@@ -196,6 +197,7 @@ def test_files_are_named_as_they_were_given(
     (tmp_path / "l.csv").write_text("file,label\n" + "".join(f"{each},{each.split('/')[2]}\n" for each in IDS[:60]))
     for flag in ("--name-column", "--image-column"):
         arguments = [output, "--labels", "l.csv", flag, "file", "--to", "heads/ab.safetensors", "--no-pictures"]
+        arguments += ["--method", "centroid"]
         assert fit_job.main(arguments) == 0
         written = [line for line in capsys.readouterr().err.splitlines() if "wrote" in line]
         assert written == [f"nightshift: wrote heads/ab{end}" for end in (".safetensors", ".json", ".html")]

@@ -91,7 +91,7 @@ def test_several_classes_in_one_window_are_listed_and_not_taken(tmp_path: Path) 
     assert [each.rpartition("#")[2] for each in found.ambiguous] == ["64,0"]
     assert found.unknown == ("feature 4",)
     text = unknown_text(found)
-    assert "1 names of the labels are no rows of the output: feature 4." in text
+    assert "1 name of the labels is not among the rows of the output: feature 4." in text
     assert "1 image in places of several classes left out: " in text
     both = find(output, labels, multi_label=True)
     assert ("forest", "water") in both.classes
