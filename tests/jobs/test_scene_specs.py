@@ -28,7 +28,7 @@ def rows_of(output: Path, *keys: str) -> dict[tuple[object, ...], np.ndarray]:
     return dict(zip(table[list(keys)].itertuples(index=False, name=None), table["embedding"], strict=True))
 
 
-@pytest.mark.parametrize(("product", "offset"), [(OLD_PRODUCT, 0), (PRODUCT, 1000)])
+@pytest.mark.parametrize(("product", "offset"), [pytest.param(OLD_PRODUCT, 0, marks=pytest.mark.long), (PRODUCT, 1000)])
 def test_windows_give_the_embeddings_of_tiles_and_of_timm(
     jobs: Jobs, tmp_path: Path, product: str, offset: int
 ) -> None:

@@ -658,8 +658,9 @@ def test_a_large_scene_is_cut_into_shards(tmp_path: Path) -> None:
     assert all(record.is_empty for record in windows_of(shards[3], ((0, 50),)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tiled", "striped"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("tiled", marks=pytest.mark.slow), pytest.param("striped", marks=pytest.mark.long)]
+)
 def test_memory_of_a_scene_of_ten_gigapixels(layout: str, tmp_path: Path) -> None:
     """A shard of a sparse scene of 100,000 × 100,000 pixels is read within 500 MB."""
     code = f"""

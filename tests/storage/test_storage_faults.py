@@ -322,7 +322,7 @@ slow = pytest.mark.slow
 faults = pytest.mark.faults
 
 
-@slow
+@faults
 def test_a_job_in_which_one_request_in_ten_fails(
     proxy: FaultProxy, server: tuple[FaultProxy, S3Server], undisturbed: str
 ) -> None:
@@ -334,7 +334,7 @@ def test_a_job_in_which_one_request_in_ten_fails(
     run.check(undisturbed)
 
 
-@slow
+@faults
 def test_a_job_continues_with_new_credentials_after_they_expire(
     proxy: FaultProxy, server: tuple[FaultProxy, S3Server], undisturbed: str
 ) -> None:
