@@ -94,6 +94,8 @@ def export(
     suffix = to.suffix.lower()
     _check_target(to, suffix, overwrite)
     vector_files.check_packages(suffix)
+    if suffix in DRIVERS:
+        need_geo("nightshift export", "pyogrio")
     opened = open_output(output)
     _check_rows(opened)
     is_geo = suffix in DRIVERS or (suffix == PARQUET and has_footprints(opened.schema))
@@ -103,7 +105,7 @@ def export(
         flag = "--vectors" if vectors else "--pca"
         raise SettingRefused(f"{flag} is for files of vectors: write to .parquet, or name them with --columns {COLUMN}")
     if is_geo:
-        need_geo("nightshift export", "geopandas" if suffix == PARQUET else "pyogrio")
+        need_geo("nightshift export", *["geopandas"] * (suffix == PARQUET))
         _check_footprints(opened)
     if with_vectors or suffix in vector_files.ALWAYS_VECTORS:
         opened.require(["image_id", COLUMN])

@@ -8,6 +8,7 @@ import geopandas
 import numpy as np
 import pytest
 import rasterio
+import scene_outputs
 import scenes
 from whole import ROOT, TINY, Jobs
 
@@ -62,9 +63,11 @@ def test_refusals_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     ],
 )
 def test_a_missing_extra_is_named(tmp_path: Path, job: str, module: str, flags: list[str]) -> None:
+    scene = scenes.write(tmp_path / "a.tif", scenes.numbers(3, 32, 32))
+    out = scene_outputs.write_output(tmp_path / "out", [scene], scenes.tiling(32), lambda _: scene_outputs.label(0))
     code = HIDE.format(module=module, job=job)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), *flags], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code, str(out), *flags], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 2
     assert f"nightshift {job} needs {module}: pip install 'nightshift[geo]'" in done.stderr

@@ -93,6 +93,7 @@ def test_unnamed_bands_are_said_and_bands_choose(jobs: Jobs, tmp_path: Path) -> 
     own = tmp_path / "own.yaml"
     own.write_text((SPECS / "sentinel2-all.yaml").read_text().replace("10000", "5000"))
     refused = jobs.run(*command(tmp_path, tmp_path / "in", "out", "--tile-size", 64, "--input-spec", own), code=2)
-    assert "belongs to a run with other settings: transform was" in refused.stderr
+    assert "belongs to a run with other settings: " in refused.stderr
+    assert "5000.0" in refused.stderr
     refused = jobs.run(*command(tmp_path, tmp_path / "in", "out", "--tile-size", 64, "--tile-stride", 32), code=2)
     assert "belongs to a run with other settings: tiling was" in refused.stderr
