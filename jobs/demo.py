@@ -227,9 +227,10 @@ def draw(folder: Path) -> None:
 
 
 def suggest(folder: Path) -> None:
-    """Print three commands to try next."""
+    """Print four commands to try next."""
     python = os.path.relpath(sys.executable)
     print("\nnext:")
+    print(f"  {python} jobs/serve.py {folder}/labels    # the images, their labels and their neighbours, as a web page")
     print(f"  {python} jobs/embed.py --input YOUR_FOLDER --output embeddings --model resnet50")
     print(f"  {python} -c 'import pandas; print(pandas.read_parquet(\"{folder}/labels\"))'")
     lab = f"NIGHTSHIFT_DEMO={shlex.quote(str(folder.resolve()))} {python} -m jupyterlab notebooks/query_results.ipynb"

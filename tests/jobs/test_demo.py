@@ -109,12 +109,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 @pytest.mark.slow
-def test_it_shows_rows_errors_and_three_commands(run: SmallRun) -> None:
+def test_it_shows_rows_errors_and_four_commands(run: SmallRun) -> None:
     for printed in (run.first, run.again):
         assert printed.count("whole: every planned image is exactly one row") == 4
         assert "truncated" in printed
         assert printed.count("hold-out accuracy of the head: ") == 2
-        assert len(printed.partition("\nnext:\n")[2].splitlines()) == 3
+        assert len(printed.partition("\nnext:\n")[2].splitlines()) == 4
     assert "demo_archive.py" in run.first
     assert "demo_archive.py" not in run.again
 
