@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from pipeline import cli
 from pipeline.config import RunConfig
-from pipeline.errors import SettingRefused
 from pipeline.predictors.embed import Embedder
 from pipeline.report import messages
 from pipeline.report.messages import MessageFlags
@@ -35,10 +34,9 @@ def parser() -> cli.Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
-        _, config_values, run_values, network_values, message_values = cli.parsed(parser(), CLASSES, arguments)
+        values = cli.parsed_by_job("finetune", parser(), CLASSES, OF_OTHER_JOBS, arguments)
+        config_values, run_values, network_values, message_values = values
         cli.speak(MessageFlags(**message_values))
-        if others := [name for name in {**run_values, **network_values} if name in OF_OTHER_JOBS]:
-            raise SettingRefused(f"{cli.flag_name(others[0])} is no flag of finetune: leave it out")
         config = FinetuneConfig(**config_values)
         run = RunConfig(**{"output": "unused", **run_values})
         network = Embedder(**network_values)

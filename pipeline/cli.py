@@ -147,6 +147,19 @@ def parsed(parser: "Parser", classes: Sequence[type], arguments: Sequence[str] |
     return others, *({each.name: values[each.name] for each in fields(cls) if each.name in values} for cls in classes)
 
 
+def parsed_by_job(
+    job: str, parser: "Parser", classes: Sequence[type], others: Container[str], arguments: Sequence[str] | None
+) -> tuple[dict[str, Any], ...]:
+    """Parse the flags of a job that shares classes with other jobs: the given fields of each class.
+
+    others: fields that do not concern the job. Raises SettingRefused if one of them was given.
+    """
+    of_classes = parsed(parser, classes, arguments)[1:]
+    if given := [name for values in of_classes for name in values if name in others]:
+        raise SettingRefused(f"{flag_name(given[0])} is no flag of {job}: leave it out")
+    return of_classes
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser, which names the nearest flag or command for an unknown one."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputRefused, SettingRefused
-from pipeline.explore.table import Output, open_output
+from pipeline.explore.table import Output, ends_of, open_output
 from pipeline.explore.target import check_target
 from pipeline.storage import uris
 
@@ -127,7 +127,7 @@ def _is_embedder(output: Output) -> bool:
 
 
 def _is_called(image_id: str, name: str) -> bool:
-    return image_id == name or image_id.endswith(name if name.startswith(("/", "#")) else (f"/{name}", f"#{name}"))
+    return image_id == name or image_id.endswith(ends_of(name))
 
 
 def _only(output: Output, name: str, rows: list[_Row]) -> _Row:

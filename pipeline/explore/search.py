@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline import schema
 from pipeline.errors import InputRefused, SettingRefused, message_line
 from pipeline.explore.choices import choices_of
-from pipeline.explore.table import Choice, OnStep, Output, Part, no_step
+from pipeline.explore.table import Choice, OnStep, Output, Part, ends_of, no_step
 from pipeline.explore.vectors import COLUMN, MIN_LENGTH, Vectors, dim_of, lengths, network_of, space_of, view_vectors
 from pipeline.storage import access, uris
 
@@ -163,9 +163,8 @@ def find_ids(output: Output, ids: Sequence[str]) -> NDArray[np.int64]:
             if (same := pc.index(column, name).as_py()) >= 0:
                 exact[name] = int(block.positions[same])
             if len(ends[name]) <= MAX_SHOWN:
-                part = name.removeprefix("/") if name.startswith("/") else name.removeprefix("#")
-                ending = pc.or_(pc.ends_with(column, f"/{part}"), pc.ends_with(column, f"#{part}"))
-                rows = np.flatnonzero(ending.to_numpy(zero_copy_only=False))
+                endings = [pc.ends_with(column, end).to_numpy(zero_copy_only=False) for end in ends_of(name)]
+                rows = np.flatnonzero(np.any(endings, axis=0))
                 ends[name] += [(int(block.positions[row]), column[int(row)].as_py()) for row in rows[: MAX_SHOWN + 1]]
     positions = [exact[name] if name in exact else _only(output, name, ends[name]) for name in ids]
     return np.array(positions, np.int64)

@@ -246,6 +246,11 @@ class Output:
         yield from _batches(self.uri, self.error_parts, wanted, batch_rows, {})
 
 
+def ends_of(name: str) -> tuple[str, ...]:
+    """The ends of the image_ids that a name means: what follows a `/` or `#`, which the name may begin with."""
+    return (name,) if name.startswith(("/", "#")) else (f"/{name}", f"#{name}")
+
+
 def open_output(uri: str) -> Output:
     """Open an output, local or in a bucket, for reading: its record and the list of its committed parts.
 

@@ -11,9 +11,9 @@ from pipeline.errors import SettingRefused, WeightsRefused, first_line
 from pipeline.images.transform import Transform
 from pipeline.models.classifier import Network
 from pipeline.models.overrides import numbers
+from pipeline.models.transform_files import METADATA_KEY as KEY
 from pipeline.storage import access, uris
 
-KEY = "nightshift"
 SUFFIX = ".safetensors"
 OF_TRANSFORM = ("resize", "crop", "interpolation", "mean", "std")
 

@@ -44,7 +44,7 @@ def test_ranges_are_fetched_once_and_many_at_a_time() -> None:
             assert ahead.find(start, stop) == DATA[start:stop]
             assert ahead.find(start + 7, stop - 1) == DATA[start + 7 : stop - 1], "a part of a range"
     ahead.close()
-    assert ahead.find(100, 200) is None, "nobody needs it"
+    assert ahead.find(100, 200) is None, "no reader waits for it"
     starts = [start for start, _ in store.requests]
     assert len(starts) == len(set(starts)) == 41
     assert 2 <= store.most <= read_ahead.THREADS
